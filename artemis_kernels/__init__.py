@@ -1,0 +1,26 @@
+"""Fused operations for adapting frozen transformer layers: LoRA and bottleneck adapters.
+
+Triton kernels on a GPU, hand-written torch paths everywhere else, one meaning: each operation's
+`reference.py`. Needs torch; uses triton when it is there.
+"""
+
+from .core.device import has_fast_bf16
+from .core.rng import dropout_mask, new_seed
+from .core.types import Choice, Cost, Unavailable
+from .ops import explain
+from .ops.adapter_linear.op import adapter_linear
+from .ops.bottleneck_adapter.op import bottleneck_adapter
+from .ops.lora_linear.op import lora_linear
+
+__all__ = [
+    "Choice",
+    "Cost",
+    "Unavailable",
+    "adapter_linear",
+    "bottleneck_adapter",
+    "dropout_mask",
+    "explain",
+    "has_fast_bf16",
+    "lora_linear",
+    "new_seed",
+]

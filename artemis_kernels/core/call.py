@@ -1,0 +1,108 @@
+"""What every public function does with its arguments before an operator sees them."""
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+
+from . import rng
+from .device import why_no_triton
+from .types import Unavailable
+
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class Path(NamedTuple):
+    """Implementation and strategy a call takes, and why, in one sentence without a full stop."""
+
+    impl: str
+    strategy: str
+    reason: str
+
+
+class Scale(NamedTuple):
+    """`σ = number · tensor`: a tensor stays on its device and receives a gradient."""
+
+    number: float
+    tensor: torch.Tensor | None
+
+    @classmethod
+    def of(cls, scale: float | torch.Tensor) -> "Scale":
+        if isinstance(scale, torch.Tensor):
+            return cls(1.0, scale)
+        return cls(float(scale), None)
+
+    @property
+    def value(self) -> float | torch.Tensor:
+        return self.number if self.tensor is None else self.tensor
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype an operation computes in: x's, or autocast's where autocast reaches x."""
+    kind = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def outside_autocast(x: torch.Tensor):
+    """Context for the operator call: its operands are cast already, nothing inside is again."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def dropout(
+    p: float, seed: int | torch.Tensor | None, x: torch.Tensor
+) -> tuple[float, torch.Tensor | None]:
+    """`(p, seed tensor)`; `(0.0, None)` where nothing would be dropped."""
+    if rng.threshold(p) == 0:
+        return 0.0, None
+    if seed is None:
+        seed = rng.new_seed(x.device)
+    elif not isinstance(seed, torch.Tensor):
+        seed = torch.full((1,), seed, dtype=torch.int64, device=x.device)
+    return float(p), seed.reshape(1)
+
+
+def implementation(
+    op: str, impl: str | None, dtype: torch.dtype, device: torch.device, trains_weight: bool
+) -> tuple[str, str]:
+    """The implementation that runs and why; raises `Unavailable` for a named one that cannot.
+
+    `trains_weight`: the weight asks for a gradient, which only the reference gives.
+    """
+    if impl == "reference":
+        return impl, "it was asked for"
+    if trains_weight:
+        if impl is None:
+            return "reference", "the weight requires a gradient, which only the reference gives"
+        raise Unavailable(
+            f"{op}: impl={impl!r} takes a frozen weight, but this one requires a gradient"
+        )
+    if impl == "eager":
+        return impl, "it was asked for"
+    if impl is None and device.type == "cpu":
+        return "eager", "the tensors are on the CPU"
+    blocker = why_no_triton(device)
+    if blocker is None and dtype not in TRITON_DTYPES:
+        blocker = f"x is {dtype}, and the kernels take float16, bfloat16 and float32"
+    if blocker is None:
+        return "triton", "the kernels run on this device" if impl is None else "it was asked for"
+    if impl == "triton":
+        raise Unavailable(f"{op}: impl='triton' cannot run: {blocker}")
+    return "eager", blocker
+
+
+def reference_mask(
+    shape: tuple[int, ...], p: float, seed: torch.Tensor | None, device: torch.device
+) -> tuple[torch.Tensor | None, float]:
+    """The mask and keep scale that the reference is given."""
+    if seed is None:
+        return None, 1.0
+    return rng.dropout_mask(shape, p, seed, device), rng.keep_scale(p)
+
+
+def trains(weight: torch.Tensor) -> bool:
+    """Whether a gradient of `weight` is asked for."""
+    return weight.requires_grad and torch.is_grad_enabled()

@@ -1,0 +1,124 @@
+"""What the machine is: the only file that asks.
+
+Everything else takes a `Chip` (or a plain fact) as an argument, so that choices made from it are pure functions
+that can be tested for chips which are not here.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+INTERPRETER = "interpreter"
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A kernel target: its name and the three facts that tile sizes depend on.
+
+    `name` is `sm_90`, `gfx942`, ... or `interpreter`; `shared_bytes` is what one program may use.
+    """
+
+    name: str
+    processors: int
+    shared_bytes: int
+    warp_size: int = 32
+
+    @property
+    def backend(self) -> str:
+        """Triton's name of the compiler: `cuda` or `hip`."""
+        return "hip" if self.name.startswith("gfx") else "cuda"
+
+    @property
+    def generation(self) -> int:
+        """NVIDIA compute capability as an int (90 for `sm_90`), 0 elsewhere."""
+        return int(self.name[3:]) if self.name.startswith("sm_") else 0
+
+
+# Shared memory: CUDA C++ Programming Guide, table of technical specifications per compute capability (opt-in
+# maximum per block); AMD CDNA 3 ISA guide, LDS size. Processors: the largest product of that chip.
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("sm_80", 108, 163 * 1024),
+        Chip("sm_86", 84, 99 * 1024),
+        Chip("sm_89", 142, 99 * 1024),
+        Chip("sm_90", 132, 227 * 1024),
+        Chip("sm_100", 148, 227 * 1024),
+        Chip("sm_120", 188, 99 * 1024),
+        Chip("gfx90a", 110, 64 * 1024, 64),
+        Chip("gfx942", 304, 64 * 1024, 64),
+        Chip("gfx950", 256, 160 * 1024, 64),
+        Chip(INTERPRETER, 4, 1 << 30),
+    )
+}
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run interpreted, on CPU tensors (`TRITON_INTERPRET=1` in the environment)."""
+    if not has_triton():
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def _gpu(index: int) -> Chip:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        name, warp_size = properties.gcnArchName.split(":")[0], 64 if "gfx9" in properties.gcnArchName else 32
+        shared = properties.shared_memory_per_block
+    else:
+        name, warp_size = f"sm_{properties.major}{properties.minor}", 32
+        shared = properties.shared_memory_per_block_optin
+    return Chip(name, properties.multi_processor_count, shared, warp_size)
+
+
+def chip(device: torch.device) -> Chip:
+    """The chip behind a tensor's device; under the interpreter, the interpreter."""
+    if device.type != "cuda":
+        return CHIPS[INTERPRETER]
+    return _gpu(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@torch.compiler.assume_constant_result  # a fact of the machine: no part of a traced graph
+def why_no_triton(device: torch.device) -> str | None:
+    """One sentence saying why kernels cannot run on tensors of `device`, or None if they can."""
+    if not has_triton():
+        return "triton is not installed"
+    if device.type == "cuda":
+        return None
+    if device.type == "cpu" and interpreting():
+        return None
+    return f"the tensors are on {device.type!r}, and triton runs on 'cuda' (or on 'cpu' interpreted)"
+
+
+def launches_on_first_argument(function: Callable) -> Callable:
+    """Make the device of the first tensor current during the call: Triton launches on the current one."""
+
+    @functools.wraps(function)
+    def on_device(first: torch.Tensor, *args, **kwargs):
+        with torch.cuda.device_of(first):
+            return function(first, *args, **kwargs)
+
+    return on_device
+
+
+@functools.cache
+def has_fast_bf16(device: torch.device | str = "cpu") -> bool:
+    """Whether `device` multiplies bf16 matrices natively, well above its fp32 rate."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False

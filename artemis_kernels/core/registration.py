@@ -1,0 +1,70 @@
+"""How an operation becomes a torch operator: opaque to the compiler, differentiable, traceable.
+
+Each operation is three torch operators with handwritten schemas: `name` (what the public function
+calls), `name_forward` (also returns what the backward needs) and `name_backward`. The autograd
+Function sits at `name`'s Autograd key and calls the other two below autograd, so that eager,
+`torch.compile(fullgraph=True)` and activation checkpointing see one and the same operator.
+docs/decisions/0002-operator-registration.md has the reasons and the measured overheads.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+_LIBRARY = torch.library.Library("artemis", "DEF")
+_DEVICES = ("CPU", "CUDA")
+
+
+def define(schema: str, kernel: Callable, fake: Callable) -> torch._ops.OpOverload:
+    """Define `artemis::<schema>` with one Python kernel for every device; return the operator."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for device in _DEVICES:
+        _LIBRARY.impl(name, kernel, device)
+    torch.library.register_fake(f"artemis::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.artemis, name).default
+
+
+def differentiate(name: str, function: type[torch.autograd.Function]) -> None:
+    """Put `function.apply` at the Autograd key of `artemis::<name>`."""
+    _LIBRARY.impl(name, function.apply, "Autograd")
+
+
+class Operation(torch.autograd.Function):
+    """Base of the operations' Functions: one clear error where a second derivative is asked for."""
+
+    @staticmethod
+    def below_autograd():
+        """Context in which operators run their device kernels directly."""
+        return torch._C._AutoDispatchBelowAutograd()
+
+
+def once(backward: Callable) -> Callable:
+    """Wrap a Function's backward: its gradients are constants, and autocast does not reach in."""
+
+    @torch.autograd.function.once_differentiable
+    def wrapped(ctx, grad):
+        with torch.autocast(grad.device.type, enabled=False):
+            return backward(ctx, grad)
+
+    return wrapped
+
+
+def present(gradients: tuple[torch.Tensor | None, ...], like: torch.Tensor) -> list[torch.Tensor]:
+    """Gradients as an operator must return them: contiguous, an empty tensor standing for None."""
+    return [like.new_empty(0) if g is None else g.contiguous() for g in gradients]
+
+
+def wanted(gradients: list[torch.Tensor], needs: tuple[bool, ...]) -> list[torch.Tensor | None]:
+    """The reverse of `present`."""
+    return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
+
+
+def empty_like_wanted(
+    like: tuple[torch.Tensor | None, ...], needs: list[bool]
+) -> tuple[torch.Tensor | None, ...]:
+    """What a traced backward returns: an empty tensor like each parameter whose gradient is asked."""
+    return tuple(
+        torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) if need else None
+        for tensor, need in zip(like, needs, strict=True)
+    )

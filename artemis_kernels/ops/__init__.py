@@ -1,0 +1,27 @@
+"""One folder an operation: its meaning, its paths, its public function."""
+
+from collections.abc import Callable
+
+from ..core.types import Choice
+
+
+def explain(op: str | Callable, *args, **kwargs) -> Choice:
+    """The path that a call of `op` with these arguments takes, why, and its cost.
+
+    Chosen by the function that dispatches the call itself; nothing runs.
+
+    Args:
+        op: a public operation (`lora_linear`, `adapter_linear`, `bottleneck_adapter`) or its name.
+
+    Raises:
+        ValueError: an unknown operation; and whatever the call itself would refuse.
+    """
+    from .adapter_linear import op as adapter_linear
+    from .bottleneck_adapter import op as bottleneck_adapter
+    from .lora_linear import op as lora_linear
+
+    known = {module.NAME: module for module in (lora_linear, adapter_linear, bottleneck_adapter)}
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if name not in known:
+        raise ValueError(f"explain: op must be one of {sorted(known)}, got {name!r}")
+    return known[name].explain(*args, **kwargs)

@@ -1,0 +1,78 @@
+"""`lora_linear` in plain torch calls, forward and hand-written backward: the fast CPU path.
+
+The low-rank term is added by `addmm_` into the output of the base product, so nothing of the size
+of y is written twice; no gradient of the frozen weight is formed; the mask is drawn again in the
+backward, never kept. With `s = x̃ Aᵀ`:
+
+    y  = x Wᵀ + bias + σ·s Bᵀ          dB = σ·dYᵀ s        dS = σ·dY B
+    dX = dY W + mask·(dS A)/keep       dA = dSᵀ x̃          dσ = Σ (dY B) ⊙ s
+"""
+
+import torch
+from torch.nn import functional
+
+from ...core.products import column_sum, inner, outer_gradient, project
+from ...core.rng import add_dropped_, dropped
+
+
+def forward(
+    x: torch.Tensor,  # [M, in]
+    weight: torch.Tensor,  # [out, in]
+    lora_a: torch.Tensor,  # [rank, in]
+    lora_b: torch.Tensor,  # [out, rank]
+    bias: torch.Tensor | None,
+    scale: float,
+    scale_tensor: torch.Tensor | None,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+    strategy: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return y [M, out] and s [M, rank], both of x's dtype."""
+    a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+    y = functional.linear(x, weight, bias)
+    s = project(dropped(x.contiguous(), dropout_p, seed) if dropout_p else x, a)
+    y.addmm_(_scaled(s, scale_tensor), b.t(), alpha=scale)
+    return y, s
+
+
+def backward(
+    dy: torch.Tensor,  # [M, out]
+    x: torch.Tensor | None,  # [M, in]; None unless lora_a needs a gradient
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    s: torch.Tensor,
+    scale: float,
+    scale_tensor: torch.Tensor | None,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+    strategy: str,
+    needs: tuple[bool, bool, bool, bool, bool],  # x, lora_a, lora_b, scale_tensor, bias
+) -> tuple[torch.Tensor | None, ...]:
+    """Return the gradients of x, lora_a, lora_b, scale_tensor and bias, None where not needed."""
+    needs_x, needs_a, needs_b, needs_scale, needs_bias = needs
+    dx = da = db = dscale = dbias = None
+    if needs_b:
+        db = outer_gradient(dy, _scaled(s, scale_tensor)).mul_(scale).to(lora_b.dtype)
+    if needs_x or needs_a or needs_scale:
+        unscaled = project(dy, lora_b.to(dy.dtype).t())
+        if needs_scale:
+            dscale = inner(unscaled, s).mul_(scale).to(scale_tensor.dtype)
+        ds = _scaled(unscaled, scale_tensor) * scale
+    if needs_a:
+        dropped_x = dropped(x.contiguous(), dropout_p, seed) if dropout_p else x
+        da = outer_gradient(ds, dropped_x).to(lora_a.dtype)
+    if needs_x:
+        a = lora_a.to(dy.dtype)
+        dx = torch.mm(dy, weight)
+        if dropout_p:
+            add_dropped_(dx, torch.mm(ds, a), dropout_p, seed)
+        else:
+            dx.addmm_(ds, a)
+    if needs_bias:
+        dbias = column_sum(dy).to(dy.dtype)
+    return dx, da, db, dscale, dbias
+
+
+def _scaled(x: torch.Tensor, scale_tensor: torch.Tensor | None) -> torch.Tensor:
+    return x if scale_tensor is None else x * scale_tensor.to(x.dtype)

@@ -1,0 +1,193 @@
+"""`y = x Wᵀ + bias + s·(S Bᵀ + bias_low)`: the low-rank term as the start of the base product's accumulator.
+
+The same body gives dX (`x = dY`, `W = Wᵀ`, `S = dS`, `B = Aᵀ`), where LoRA's dropout masks the low-rank term:
+`dX = dY W + s·mask/keep·(dS A)`. `update` adds the term to a matrix that exists already.
+
+| name           | shape  | dtype                   | strides    |
+| x              | [M, K] | fp16, bf16, fp32        | any        |
+| weight         | [N, K] | x's                     | any        |
+| s              | [M, R] | any float, cast to x's  | contiguous |
+| b              | [N, R] | any float, cast to x's  | any        |
+| bias, bias_low | [N]    | any float               | contiguous |
+| y              | [M, N] | x's                     | contiguous |
+
+Everything accumulates in fp32 and is rounded once, at the store; S and B are rounded to x's dtype for the product, the
+scale multiplies in fp32. 2·M·N·(K + R) FLOPs; bytes x, W, S, B, y once. Against `addmm_` into a finished y this
+saves reading and writing y again (4·M·N bytes in 16 bits).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ...core.tiles import effective_scale, grouped_tile, keep_mask
+from ...core.tuning import Config
+from .arguments import NO_DROPOUT, UNSCALED, Dropout, Scale
+
+
+@triton.jit
+def _low_rank_tile(
+    s_ptr, b_ptr, bias_low_ptr, seed_ptr, scale_ptr, offs_m, start_n, M, N, R, stride_bn, stride_br,
+    scale, threshold, rescale, dtype: tl.constexpr,
+    PAIRED: tl.constexpr, RANK_BLOCKS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """`s·mask·(S Bᵀ + bias_low)`, float32 [BLOCK_M, BLOCK_N]."""
+    offs_n = start_n + tl.arange(0, BLOCK_N).to(tl.int64)
+    mask_m, mask_n = offs_m < M, offs_n < N
+
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for block in tl.static_range(RANK_BLOCKS):
+        offs_r = block * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
+        mask_r = offs_r < R
+        s_ptrs = s_ptr + offs_m[:, None] * R + offs_r[None, :]
+        b_ptrs = b_ptr + offs_r[:, None] * stride_br + offs_n[None, :] * stride_bn
+        s = tl.load(s_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0).to(dtype)
+        b = tl.load(b_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0).to(dtype)
+        acc = tl.dot(s, b, acc, input_precision="ieee")
+
+    if bias_low_ptr is not None:
+        acc += tl.load(bias_low_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    if seed_ptr is not None:
+        keep = keep_mask(seed_ptr, offs_m, start_n, N, threshold, PAIRED, BLOCK_N)
+        acc = tl.where(keep, acc * tl.cast(rescale, tl.float32), 0.0)
+    return acc * effective_scale(scale, scale_ptr)
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def _expand(
+    x_ptr, w_ptr, s_ptr, b_ptr, bias_ptr, bias_low_ptr, y_ptr, seed_ptr, scale_ptr,
+    M, N, K, R,
+    stride_xm, stride_xk, stride_wn, stride_wk, stride_bn, stride_br,
+    scale, threshold, rescale,
+    PAIRED: tl.constexpr, EVEN_K: tl.constexpr, RANK_BLOCKS: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    pid_m, pid_n = grouped_tile(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
+    start_n = pid_n * BLOCK_N
+
+    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = start_n + tl.arange(0, BLOCK_N).to(tl.int64)
+    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
+    mask_m, mask_n = offs_m < M, offs_n < N
+    x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
+    w_ptrs = w_ptr + offs_k[:, None] * stride_wk + offs_n[None, :] * stride_wn
+
+    acc = _low_rank_tile(
+        s_ptr, b_ptr, bias_low_ptr, seed_ptr, scale_ptr, offs_m, start_n, M, N, R, stride_bn, stride_br,
+        scale, threshold, rescale, x_ptr.dtype.element_ty,
+        PAIRED, RANK_BLOCKS, BLOCK_M, BLOCK_N, BLOCK_R,
+    )  # fmt: skip
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    for k in range(0, K, BLOCK_K):
+        mask_x, mask_w = mask_m[:, None], mask_n[None, :]
+        if not EVEN_K:
+            mask_k = k + tl.arange(0, BLOCK_K) < K
+            mask_x, mask_w = mask_x & mask_k[None, :], mask_w & mask_k[:, None]
+        x = tl.load(x_ptrs, mask=mask_x, other=0.0)
+        w = tl.load(w_ptrs, mask=mask_w, other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+        x_ptrs += BLOCK_K * stride_xk
+        w_ptrs += BLOCK_K * stride_wk
+
+    y_ptrs = y_ptr + offs_m[:, None] * N + offs_n[None, :]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def _update(
+    residual_ptr, s_ptr, b_ptr, bias_low_ptr, y_ptr, seed_ptr, scale_ptr,
+    M, N, R,
+    stride_residual_m, stride_residual_n, stride_bn, stride_br,
+    scale, threshold, rescale,
+    PAIRED: tl.constexpr, RANK_BLOCKS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    start_n = tl.program_id(0) % tiles_n * BLOCK_N
+
+    offs_m = (tl.program_id(0) // tiles_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = start_n + tl.arange(0, BLOCK_N).to(tl.int64)
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+
+    acc = _low_rank_tile(
+        s_ptr, b_ptr, bias_low_ptr, seed_ptr, scale_ptr, offs_m, start_n, M, N, R, stride_bn, stride_br,
+        scale, threshold, rescale, y_ptr.dtype.element_ty,
+        PAIRED, RANK_BLOCKS, BLOCK_M, BLOCK_N, BLOCK_R,
+    )  # fmt: skip
+
+    if residual_ptr is not None:
+        offs = offs_m[:, None] * stride_residual_m + offs_n[None, :] * stride_residual_n
+        acc += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    y_ptrs = y_ptr + offs_m[:, None] * N + offs_n[None, :]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def expand(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    s: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    config: Config,
+    bias: torch.Tensor | None = None,
+    bias_low: torch.Tensor | None = None,
+    scale: Scale = UNSCALED,
+    dropout: Dropout = NO_DROPOUT,
+) -> torch.Tensor:
+    """Return y [M, N] in x's dtype; dropout masks the low-rank term."""
+    (M, K), N = x.shape, weight.shape[0]
+    y = x.new_empty(M, N)
+    if M == 0:
+        return y
+    grid = (triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)
+    _expand[grid](
+        x_ptr=x, w_ptr=weight, y_ptr=y, bias_ptr=None if bias is None else bias.contiguous(), K=K,
+        stride_xm=x.stride(0), stride_xk=x.stride(1),
+        stride_wn=weight.stride(0), stride_wk=weight.stride(1),
+        EVEN_K=K % config.block_k == 0, GROUP_M=8, BLOCK_K=config.block_k,
+        **_low_rank_arguments(s, b, M, N, bias_low, scale, dropout, config),
+    )  # fmt: skip
+    return y
+
+
+def update(
+    residual: torch.Tensor | None,
+    s: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    config: Config,
+    dtype: torch.dtype,
+    bias_low: torch.Tensor | None = None,
+    scale: Scale = UNSCALED,
+    dropout: Dropout = NO_DROPOUT,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return `residual + s·mask·(S Bᵀ + bias_low)` [M, N] of `dtype`, in `out` if given (it may be residual)."""
+    M, N = s.shape[0], b.shape[0]
+    y = s.new_empty(M, N, dtype=dtype) if out is None else out
+    if M == 0:
+        return y
+    grid = (triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)
+    _update[grid](
+        residual_ptr=residual, y_ptr=y,
+        stride_residual_m=0 if residual is None else residual.stride(0),
+        stride_residual_n=0 if residual is None else residual.stride(1),
+        **_low_rank_arguments(s, b, M, N, bias_low, scale, dropout, config),
+    )  # fmt: skip
+    return y
+
+
+def _low_rank_arguments(s, b, M, N, bias_low, scale, dropout, config) -> dict:
+    R = s.shape[1]
+    return {
+        "s_ptr": s, "b_ptr": b, "bias_low_ptr": None if bias_low is None else bias_low.contiguous(),
+        "scale": scale.value, "scale_ptr": scale.tensor, "M": M, "N": N, "R": R,
+        "stride_bn": b.stride(0), "stride_br": b.stride(1),
+        "RANK_BLOCKS": triton.cdiv(R, config.block_r),
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_R": config.block_r,
+        "num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True,
+        **dropout.arguments(M, N),
+    }  # fmt: skip

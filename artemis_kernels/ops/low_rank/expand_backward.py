@@ -1,0 +1,124 @@
+"""Backward of the expand: one read of dY gives both `dY B` (the hidden gradient) and `dYᵀ S` (the gradient of B).
+
+    linear    dS = dY B                           dB = dYᵀ S
+    backward  dz = (dY U) · mask · act'(z)        dU = dYᵀ h,  h = dropout(act(z))
+
+| name    | shape  | dtype                   | strides    |
+| dy      | [M, N] | fp16, bf16, fp32        | any        |
+| b       | [N, R] | any float, cast to dy's | any        |
+| s or z  | [M, R] | fp32, saved             | contiguous |
+| out     | [M, R] | fp32: dS or dz          | contiguous |
+| db      | [P, N, R] | fp32, one part for each block of rows | contiguous |
+| columns | [P, N] | fp32, column sums of dY | contiguous |
+
+A program keeps its block of rows of the hidden gradient in registers while it walks along N, and stores one part of dB
+for each step; `sum_parts` adds the parts in a fixed order, so the result does not depend on scheduling. S (or h) and
+B are rounded to dy's dtype, sums are fp32. The scale is left out: it multiplies the finished sums.
+4·M·N·R FLOPs; bytes: dY once, and 8·N·R·⌈M / BLOCK_M⌉ for the parts, which is why it serves small ranks:
+beyond rank 64 two kernels that each read dY are cheaper.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ...core.tuning import Config
+from .arguments import NO_DROPOUT, Dropout
+from .hidden import finish_hidden, hidden_units
+from .shrink import finish
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def _expand_backward(
+    dy_ptr, b_ptr, z_ptr, out_ptr, db_ptr, columns_ptr, seed_ptr,
+    M, N, R,
+    stride_dym, stride_dyn, stride_bn, stride_br,
+    threshold, rescale,
+    STAGE: tl.constexpr, ACTIVATION: tl.constexpr, PAIRED: tl.constexpr, EVEN_N: tl.constexpr,
+    SPLIT_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    pid_m, pid_n = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    chunk = tl.cdiv(tl.cdiv(N, BLOCK_N), SPLIT_N) * BLOCK_N
+    start_n = pid_n * chunk
+    end_n = min(N, start_n + chunk)
+
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = start_n + tl.arange(0, BLOCK_N).to(tl.int64)
+    offs_r = tl.arange(0, BLOCK_R).to(tl.int64)
+    mask_m, mask_r = offs_m < M, offs_r < R
+    mask_hidden = mask_m[:, None] & mask_r[None, :]
+    offs_hidden = offs_m[:, None] * R + offs_r[None, :]
+    dy_ptrs = dy_ptr + offs_m[:, None] * stride_dym + offs_n[None, :] * stride_dyn
+    b_ptrs = b_ptr + offs_n[:, None] * stride_bn + offs_r[None, :] * stride_br
+    db_ptrs = db_ptr + pid_m * N * R + offs_n[:, None] * R + offs_r[None, :]
+
+    s = tl.load(z_ptr + offs_hidden, mask=mask_hidden, other=0.0)
+    if STAGE == "backward":
+        s = hidden_units(
+            s, offs_m, 0, R, seed_ptr, threshold, rescale, ACTIVATION, PAIRED, BLOCK_R
+        )
+        # act(0) need not be 0: padding must not reach the sum over rows.
+        s = tl.where(mask_hidden, s, 0.0)
+    s = s.to(dy_ptr.dtype.element_ty)
+    acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    for n in range(start_n, end_n, BLOCK_N):
+        mask_n = n + tl.arange(0, BLOCK_N) < end_n
+        mask_dy, mask_b = mask_m[:, None], mask_r[None, :]
+        if not EVEN_N:
+            mask_dy, mask_b = mask_dy & mask_n[None, :], mask_b & mask_n[:, None]
+        dy = tl.load(dy_ptrs, mask=mask_dy, other=0.0)
+        b = tl.load(b_ptrs, mask=mask_b, other=0.0).to(dy.dtype)
+        acc = tl.dot(dy, b, acc, input_precision="ieee")
+        tl.store(db_ptrs, tl.dot(tl.trans(dy), s, input_precision="ieee"), mask=mask_b)
+        if columns_ptr is not None:
+            offs_columns = pid_m * N + n + tl.arange(0, BLOCK_N)
+            tl.store(columns_ptr + offs_columns, tl.sum(dy.to(tl.float32), 0), mask=mask_n)
+        dy_ptrs += BLOCK_N * stride_dyn
+        b_ptrs += BLOCK_N * stride_bn
+        db_ptrs += BLOCK_N * R
+
+    if SPLIT_N == 1:
+        finish_hidden(
+            acc, None, z_ptr, out_ptr, None, seed_ptr, offs_m, 0, M, R,
+            threshold, rescale, STAGE, ACTIVATION, PAIRED, BLOCK_R,
+        )  # fmt: skip
+    else:
+        part_ptr = out_ptr + pid_n.to(tl.int64) * M * R
+        tl.store(part_ptr + offs_hidden, acc, mask=mask_hidden)
+
+
+def expand_backward(
+    dy: torch.Tensor,
+    b: torch.Tensor,
+    z: torch.Tensor,
+    *,
+    config: Config,
+    stage: str = "linear",
+    activation: str = "identity",
+    dropout: Dropout = NO_DROPOUT,
+    with_columns: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return the hidden gradient [M, R], the parts of dB [P, N, R] and of dY's column sums [P, N].
+
+    `z` is S in the linear stage; dropout (of the hidden units) belongs to the backward stage. `config.block_r`
+    covers the rank.
+    """
+    (M, N), R = dy.shape, b.shape[1]
+    P = triton.cdiv(M, config.block_m)
+    out = dy.new_empty(M, R, dtype=torch.float32)
+    db = dy.new_empty(P, N, R, dtype=torch.float32)
+    columns = dy.new_empty(P, N, dtype=torch.float32) if with_columns else None
+    if M == 0:
+        return out, db, columns
+    hidden = {"z_ptr": z, "STAGE": stage, "ACTIVATION": activation, **dropout.arguments(M, R)}
+    sums = out if config.split == 1 else dy.new_empty(config.split, M, R, dtype=torch.float32)
+    _expand_backward[(P, config.split)](
+        dy_ptr=dy, b_ptr=b, out_ptr=sums, db_ptr=db, columns_ptr=columns, M=M, N=N, R=R,
+        stride_dym=dy.stride(0), stride_dyn=dy.stride(1), stride_bn=b.stride(0), stride_br=b.stride(1),
+        EVEN_N=N % config.block_n == 0, SPLIT_N=config.split,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=config.block_r,
+        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True, **hidden,
+    )  # fmt: skip
+    if config.split > 1:
+        finish(sums, out, {**hidden, "bias_ptr": None, "h_ptr": None})
+    return out, db, columns

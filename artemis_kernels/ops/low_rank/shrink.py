@@ -1,0 +1,154 @@
+"""`S = x̃ Fᵀ`: one read of x gives the hidden matrix, and its stage (bias, activation, dropout) is applied at once.
+
+    linear    S = dropout(x) Fᵀ
+    forward   z = x Fᵀ + bias,  h = dropout(act(z))
+    backward  dz = (x Fᵀ) · mask · act'(z)         with x = dY and F = Uᵀ
+
+| name | shape  | dtype                 | strides    |
+| x    | [M, K] | fp16, bf16, fp32      | any        |
+| f    | [R, K] | any float, cast to x's| any        |
+| bias | [R]    | any float             | contiguous |
+| z    | [M, R] | fp32, saved           | contiguous |
+| out  | [M, R] | fp32                  | contiguous |
+| h    | [M, R] | x's                   | contiguous |
+
+Products accumulate in fp32; only F is rounded (to x's dtype), and h on its way out. 2·M·K·R FLOPs; bytes: x once for
+each BLOCK_R columns of F (so F's of several layers, stacked, share one read), F, out. Where rows are few, K is cut
+into `split` parts whose sums are added in a fixed order: the result does not depend on scheduling.
+Drawing the mask inside costs no traffic, where a stored one costs 1 to 3 bytes an element.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ...core.tiles import keep_mask
+from ...core.tuning import Config
+from .arguments import NO_DROPOUT, Dropout
+from .hidden import finish_hidden
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def _shrink(
+    x_ptr, f_ptr, bias_ptr, z_ptr, out_ptr, h_ptr, seed_ptr,
+    M, K, R,
+    stride_xm, stride_xk, stride_fr, stride_fk,
+    threshold, rescale,
+    STAGE: tl.constexpr, ACTIVATION: tl.constexpr, PAIRED: tl.constexpr, EVEN_K: tl.constexpr,
+    SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    pid, pid_k = tl.program_id(0), tl.program_id(1)
+    tiles_r = tl.cdiv(R, BLOCK_R)
+    start_r = pid % tiles_r * BLOCK_R
+    chunk = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
+    start_k = pid_k * chunk
+    end_k = min(K, start_k + chunk)
+
+    offs_m = (pid // tiles_r).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = start_r + tl.arange(0, BLOCK_R).to(tl.int64)
+    offs_k = start_k + tl.arange(0, BLOCK_K).to(tl.int64)
+    mask_m, mask_r = offs_m < M, offs_r < R
+    x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
+    f_ptrs = f_ptr + offs_k[:, None] * stride_fk + offs_r[None, :] * stride_fr
+
+    acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    for k in range(start_k, end_k, BLOCK_K):
+        mask_x, mask_f = mask_m[:, None], mask_r[None, :]
+        if not EVEN_K:
+            mask_k = k + tl.arange(0, BLOCK_K) < end_k
+            mask_x, mask_f = mask_x & mask_k[None, :], mask_f & mask_k[:, None]
+        x = tl.load(x_ptrs, mask=mask_x, other=0.0)
+        f = tl.load(f_ptrs, mask=mask_f, other=0.0).to(x.dtype)
+        if STAGE == "linear" and seed_ptr is not None:
+            x = tl.where(keep_mask(seed_ptr, offs_m, k, K, threshold, PAIRED, BLOCK_K), x, 0.0)
+        acc = tl.dot(x, f, acc, input_precision="ieee")
+        x_ptrs += BLOCK_K * stride_xk
+        f_ptrs += BLOCK_K * stride_fk
+
+    if SPLIT_K == 1:
+        finish_hidden(
+            acc, bias_ptr, z_ptr, out_ptr, h_ptr, seed_ptr, offs_m, start_r, M, R,
+            threshold, rescale, STAGE, ACTIVATION, PAIRED, BLOCK_R,
+        )  # fmt: skip
+    else:
+        part_ptr = out_ptr + pid_k.to(tl.int64) * M * R
+        mask = mask_m[:, None] & mask_r[None, :]
+        tl.store(part_ptr + offs_m[:, None] * R + offs_r[None, :], acc, mask=mask)
+
+
+@triton.jit(do_not_specialize=["M", "parts", "threshold"])
+def _finish(
+    part_ptr, bias_ptr, z_ptr, out_ptr, h_ptr, seed_ptr,
+    M, R, parts,
+    threshold, rescale,
+    STAGE: tl.constexpr, ACTIVATION: tl.constexpr, PAIRED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    pid_m, pid_r = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    start_r = pid_r * BLOCK_R
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = start_r + tl.arange(0, BLOCK_R)
+    mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
+    part_ptrs = part_ptr + offs_m[:, None] * R + offs_r[None, :]
+
+    acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    for _ in range(parts):
+        acc += tl.load(part_ptrs, mask=mask, other=0.0)
+        part_ptrs += tl.cast(M, tl.int64) * R
+
+    finish_hidden(
+        acc, bias_ptr, z_ptr, out_ptr, h_ptr, seed_ptr, offs_m, start_r, M, R,
+        threshold, rescale, STAGE, ACTIVATION, PAIRED, BLOCK_R,
+    )  # fmt: skip
+
+
+def shrink(
+    x: torch.Tensor,
+    f: torch.Tensor,
+    *,
+    config: Config,
+    stage: str = "linear",
+    bias: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    activation: str = "identity",
+    dropout: Dropout = NO_DROPOUT,
+    with_h: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return `out` and, if asked for, `h`; dropout falls on x in the linear stage, else on the hidden units."""
+    (M, K), R = x.shape, f.shape[0]
+    out = x.new_empty(M, R, dtype=torch.float32)
+    h = x.new_empty(M, R) if with_h else None
+    if M == 0:
+        return out, h
+    hidden = {
+        "bias_ptr": None if bias is None else bias.contiguous(),
+        "z_ptr": z,
+        "h_ptr": h,
+        "STAGE": stage,
+        "ACTIVATION": activation,
+        **dropout.arguments(M, K if stage == "linear" else R),
+    }
+    parts = out if config.split == 1 else x.new_empty(config.split, M, R, dtype=torch.float32)
+    grid = (triton.cdiv(M, config.block_m) * triton.cdiv(R, config.block_r), config.split)
+    _shrink[grid](
+        x_ptr=x, f_ptr=f, out_ptr=parts, M=M, K=K, R=R,
+        stride_xm=x.stride(0), stride_xk=x.stride(1), stride_fr=f.stride(0), stride_fk=f.stride(1),
+        EVEN_K=K % config.block_k == 0, SPLIT_K=config.split,
+        BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=config.block_r,
+        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
+        **hidden,
+    )  # fmt: skip
+    if config.split > 1:
+        finish(parts, out, hidden)
+    return out, h
+
+
+def finish(parts: torch.Tensor, out: torch.Tensor, hidden: dict) -> None:
+    """Add the [P, M, R] sums in order and take the total through its stage into `out`."""
+    P, M, R = parts.shape
+    BLOCK_R = min(64, max(16, triton.next_power_of_2(R)))
+    BLOCK_M = 1024 // BLOCK_R
+    _finish[(triton.cdiv(M, BLOCK_M), triton.cdiv(R, BLOCK_R))](
+        part_ptr=parts, out_ptr=out, M=M, R=R, parts=P, BLOCK_M=BLOCK_M, BLOCK_R=BLOCK_R,
+        num_warps=4, num_stages=1, enable_fp_fusion=True, **hidden,
+    )  # fmt: skip
