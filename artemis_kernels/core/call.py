@@ -39,10 +39,12 @@ class Scale(NamedTuple):
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype an operation computes in: x's, or autocast's where autocast reaches x."""
-    kind = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
+
+
+def autocasts(x: torch.Tensor) -> bool:
+    """Whether autocast reaches x: operands of any dtype are cast then (it leaves fp64 alone)."""
+    return x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
 
 
 def outside_autocast(x: torch.Tensor):

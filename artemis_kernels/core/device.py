@@ -1,7 +1,7 @@
 """What the machine is: the only file that asks.
 
-Everything else takes a `Chip` (or a plain fact) as an argument, so that choices made from it are pure functions
-that can be tested for chips which are not here.
+Everything else takes a `Chip` (or a plain fact) as an argument, so that choices made from it are
+pure functions that can be tested for chips which are not here.
 """
 
 import functools
@@ -37,8 +37,8 @@ class Chip:
         return int(self.name[3:]) if self.name.startswith("sm_") else 0
 
 
-# Shared memory: CUDA C++ Programming Guide, table of technical specifications per compute capability (opt-in
-# maximum per block); AMD CDNA 3 ISA guide, LDS size. Processors: the largest product of that chip.
+# Shared memory: CUDA C++ Programming Guide, technical specifications per compute capability (the
+# opt-in maximum per block); AMD CDNA 3 ISA guide, LDS size. Processors: a chip's largest product.
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -63,7 +63,7 @@ def has_triton() -> bool:
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run interpreted, on CPU tensors (`TRITON_INTERPRET=1` in the environment)."""
+    """Whether Triton kernels run interpreted, on CPU tensors: Triton read `TRITON_INTERPRET=1`."""
     if not has_triton():
         return False
     import triton
@@ -75,7 +75,10 @@ def interpreting() -> bool:
 def _gpu(index: int) -> Chip:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
-        name, warp_size = properties.gcnArchName.split(":")[0], 64 if "gfx9" in properties.gcnArchName else 32
+        name, warp_size = (
+            properties.gcnArchName.split(":")[0],
+            64 if "gfx9" in properties.gcnArchName else 32,
+        )
         shared = properties.shared_memory_per_block
     else:
         name, warp_size = f"sm_{properties.major}{properties.minor}", 32
@@ -90,7 +93,6 @@ def chip(device: torch.device) -> Chip:
     return _gpu(torch.cuda.current_device() if device.index is None else device.index)
 
 
-@torch.compiler.assume_constant_result  # a fact of the machine: no part of a traced graph
 def why_no_triton(device: torch.device) -> str | None:
     """One sentence saying why kernels cannot run on tensors of `device`, or None if they can."""
     if not has_triton():
@@ -99,11 +101,18 @@ def why_no_triton(device: torch.device) -> str | None:
         return None
     if device.type == "cpu" and interpreting():
         return None
-    return f"the tensors are on {device.type!r}, and triton runs on 'cuda' (or on 'cpu' interpreted)"
+    return (
+        f"the tensors are on {device.type!r}, and triton runs on 'cuda' (or on 'cpu' interpreted)"
+    )
+
+
+# A fact of the machine is no part of a traced graph. This is torch.compiler.assume_constant_result,
+# which would import torch._dynamo, and triton with it: a second, for everyone who never compiles.
+why_no_triton._dynamo_marked_constant = True
 
 
 def launches_on_first_argument(function: Callable) -> Callable:
-    """Make the device of the first tensor current during the call: Triton launches on the current one."""
+    """Make the first tensor's device current during the call: Triton launches on that one."""
 
     @functools.wraps(function)
     def on_device(first: torch.Tensor, *args, **kwargs):

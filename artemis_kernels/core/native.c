@@ -1,8 +1,10 @@
-/* Element-wise passes for the CPU, one read and one write each. Built and loaded by native.py.
+/* Passes with a dropout mask for the CPU. Built and loaded by native.py.
 
-   Dropout mask: the hash of docs/dropout.md, two 16-bit decisions a hash. The compiler vectorizes
-   the inner loops; every value is computed as the plain-torch path computes it, bit for bit. */
+   The mask is the hash of docs/dropout.md, two 16-bit decisions a hash. The element-wise passes
+   compute each value as the plain-torch path does, bit for bit; the thin products, which draw the
+   mask of x as they read it and never store the dropped x, sum in fp32. */
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -42,18 +44,22 @@ static inline uint16_t to_bf16(float value) { /* round to nearest even, NaN stay
 
 static inline float same(float value) { return value; }
 
-/* Factors of one chunk: keep_scale where kept, 0 where dropped. `first` is even. */
-static void factors(float *out, int64_t first, int64_t count, uint64_t seed, uint32_t threshold,
-                    float keep_scale) {
+/* Factors of the elements from `first` on: keep_scale where kept, 0 where dropped. Returns where
+   they start in `buffer`, which needs room for two more (a chunk may start or end inside a pair). */
+static const float *factors(float *buffer, int64_t first, int64_t count, uint64_t seed,
+                            uint32_t threshold, float keep_scale) {
     uint64_t pair = (uint64_t)first >> 1;
-    uint32_t k0 = mix((uint32_t)seed + 0x9E3779B9u * ((uint32_t)(pair >> 32) + 1u));
-    uint32_t k1 = mix((uint32_t)(seed >> 32) ^ k0 ^ 0x85EBCA6Bu);
+    uint32_t seed_high = (uint32_t)(seed >> 32);
+    uint32_t k0 = mix((uint32_t)seed + mix(seed_high) + 0x9E3779B9u * ((uint32_t)(pair >> 32) + 1u));
+    uint32_t k1 = mix(seed_high ^ k0 ^ 0x85EBCA6Bu);
     uint32_t low = (uint32_t)pair;
-    for (int64_t i = 0; i < (count + 1) / 2; ++i) {
+    int64_t odd = first & 1;
+    for (int64_t i = 0; i < (count + odd + 1) / 2; ++i) {
         uint32_t h = draw(low + (uint32_t)i, k0, k1);
-        out[2 * i] = (h & 0xffffu) >= threshold ? keep_scale : 0.0f;
-        out[2 * i + 1] = (h >> 16) >= threshold ? keep_scale : 0.0f;
+        buffer[2 * i] = (h & 0xffffu) >= threshold ? keep_scale : 0.0f;
+        buffer[2 * i + 1] = (h >> 16) >= threshold ? keep_scale : 0.0f;
     }
+    return buffer + odd;
 }
 
 /* out = dropped(x), or out += dropped(x). A dropped value is 0 even where x is inf or nan. */
@@ -62,9 +68,9 @@ static void factors(float *out, int64_t first, int64_t count, uint64_t seed, uin
               float keep_scale, int accumulate, int threads) {                                    \
         _Pragma("omp parallel for num_threads(threads) schedule(static) if (n > 65536)")          \
         for (int64_t first = 0; first < n; first += CHUNK) {                                      \
-            float factor[CHUNK];                                                                  \
+            float buffer[CHUNK + 2];                                                              \
             int64_t count = n - first < CHUNK ? n - first : CHUNK;                                \
-            factors(factor, first, count, seed, threshold, keep_scale);                           \
+            const float *factor = factors(buffer, first, count, seed, threshold, keep_scale);     \
             const TYPE *from = x + first;                                                         \
             TYPE *to = out + first;                                                               \
             if (accumulate)                                                                       \
@@ -80,3 +86,113 @@ static void factors(float *out, int64_t first, int64_t count, uint64_t seed, uin
 
 DROPOUT(artemis_dropout_f32, float, same, same)
 DROPOUT(artemis_dropout_bf16, uint16_t, from_bf16, to_bf16)
+
+/* ---- thin products: x [m, k] and a few rows of A [r, k], all contiguous ---- */
+
+#ifdef __FP_FAST_FMAF
+#define FMA(a, b, c) fmaf(a, b, c)
+#else
+#define FMA(a, b, c) ((a) * (b) + (c))
+#endif
+
+#define COLUMNS 1024 /* columns of a row taken at a time; even */
+#define ROWS 64      /* rows of one partial sum of a gradient: its order depends on nothing else */
+
+/* sums[0..3] += row · a[0..3]: four independent chains hide the latency of the additions. */
+static inline void dot4(const float *row, const float *a, int64_t stride, int64_t n, float *sums) {
+    const float *a1 = a + stride, *a2 = a1 + stride, *a3 = a2 + stride;
+    float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+    for (int64_t i = 0; i < n; ++i) {
+        float value = row[i];
+        s0 = FMA(value, a[i], s0);
+        s1 = FMA(value, a1[i], s1);
+        s2 = FMA(value, a2[i], s2);
+        s3 = FMA(value, a3[i], s3);
+    }
+    sums[0] += s0;
+    sums[1] += s1;
+    sums[2] += s2;
+    sums[3] += s3;
+}
+
+static inline void dot1(const float *row, const float *a, int64_t n, float *sum) {
+    float s0 = 0;
+#pragma omp simd reduction(+ : s0)
+    for (int64_t i = 0; i < n; ++i) s0 = FMA(row[i], a[i], s0);
+    *sum += s0;
+}
+
+/* s[m, r] = Σ_k dropped(x)[m, k] · a[r, k], for r <= 64. */
+#define SHRINK(NAME, TYPE, LOAD, STORE)                                                           \
+    void NAME(const TYPE *x, const float *a, TYPE *s, int64_t m, int64_t k, int64_t r,            \
+              uint64_t seed, uint32_t threshold, float keep_scale, int threads) {                 \
+        _Pragma("omp parallel for num_threads(threads) schedule(static)")                         \
+        for (int64_t i = 0; i < m; ++i) {                                                         \
+            float buffer[COLUMNS + 2], row[COLUMNS], sums[64] = {0};                              \
+            for (int64_t from = 0; from < k; from += COLUMNS) {                                   \
+                int64_t n = k - from < COLUMNS ? k - from : COLUMNS, j = 0;                       \
+                const float *factor =                                                             \
+                    factors(buffer, i * k + from, n, seed, threshold, keep_scale);                \
+                for (int64_t c = 0; c < n; ++c)                                                   \
+                    row[c] = factor[c] > 0.0f ? LOAD(x[i * k + from + c]) * factor[c] : 0.0f;     \
+                for (; j + 4 <= r; j += 4) dot4(row, a + j * k + from, k, n, sums + j);           \
+                for (; j < r; ++j) dot1(row, a + j * k + from, n, sums + j);                      \
+            }                                                                                     \
+            for (int64_t j = 0; j < r; ++j) s[i * r + j] = STORE(sums[j]);                        \
+        }                                                                                         \
+    }
+
+/* parts[p, r, k] = Σ over the p-th ROWS rows of ds[m, r] · dropped(x)[m, k]; parts zeroed. */
+#define OUTER(NAME, TYPE, LOAD)                                                                   \
+    void NAME(const float *ds, const TYPE *x, float *parts, int64_t m, int64_t k, int64_t r,      \
+              uint64_t seed, uint32_t threshold, float keep_scale, int threads) {                 \
+        _Pragma("omp parallel for num_threads(threads) schedule(static)")                         \
+        for (int64_t p = 0; p < (m + ROWS - 1) / ROWS; ++p) {                                     \
+            int64_t last = (p + 1) * ROWS < m ? (p + 1) * ROWS : m;                               \
+            for (int64_t i = p * ROWS; i < last; ++i)                                             \
+                for (int64_t from = 0; from < k; from += COLUMNS) {                               \
+                    float buffer[COLUMNS + 2], row[COLUMNS];                                      \
+                    int64_t n = k - from < COLUMNS ? k - from : COLUMNS;                          \
+                    const float *factor =                                                         \
+                        factors(buffer, i * k + from, n, seed, threshold, keep_scale);            \
+                    for (int64_t c = 0; c < n; ++c)                                               \
+                        row[c] = factor[c] > 0.0f ? LOAD(x[i * k + from + c]) * factor[c] : 0.0f; \
+                    for (int64_t j = 0; j < r; ++j) {                                             \
+                        float weight = ds[i * r + j];                                             \
+                        float *to = parts + (p * r + j) * k + from;                               \
+                        for (int64_t c = 0; c < n; ++c) to[c] = FMA(weight, row[c], to[c]);       \
+                    }                                                                             \
+                }                                                                                 \
+        }                                                                                         \
+    }
+
+/* dx[m, k] += mask · keep_scale · Σ_r ds[m, r] · a[r, k]. */
+#define EXPAND(NAME, TYPE, LOAD, STORE)                                                           \
+    void NAME(const float *ds, const float *a, TYPE *dx, int64_t m, int64_t k, int64_t r,         \
+              uint64_t seed, uint32_t threshold, float keep_scale, int threads) {                 \
+        _Pragma("omp parallel for num_threads(threads) schedule(static)")                         \
+        for (int64_t i = 0; i < m; ++i)                                                           \
+            for (int64_t from = 0; from < k; from += COLUMNS) {                                   \
+                float buffer[COLUMNS + 2], row[COLUMNS];                                          \
+                int64_t n = k - from < COLUMNS ? k - from : COLUMNS;                              \
+                const float *factor =                                                             \
+                    factors(buffer, i * k + from, n, seed, threshold, keep_scale);                \
+                memset(row, 0, sizeof(float) * (size_t)n);                                        \
+                for (int64_t j = 0; j < r; ++j) {                                                 \
+                    float weight = ds[i * r + j];                                                 \
+                    const float *line = a + j * k + from;                                         \
+                    for (int64_t c = 0; c < n; ++c) row[c] = FMA(weight, line[c], row[c]);        \
+                }                                                                                 \
+                TYPE *to = dx + i * k + from;                                                     \
+                for (int64_t c = 0; c < n; ++c)                                                   \
+                    to[c] = STORE(LOAD(to[c]) + (factor[c] > 0.0f ? row[c] * factor[c] : 0.0f));  \
+            }                                                                                     \
+    }
+
+SHRINK(artemis_shrink_f32, float, same, same)
+SHRINK(artemis_shrink_bf16, uint16_t, from_bf16, to_bf16)
+OUTER(artemis_outer_f32, float, same)
+OUTER(artemis_outer_bf16, uint16_t, from_bf16)
+EXPAND(artemis_expand_f32, float, same, same)
+EXPAND(artemis_expand_bf16, uint16_t, from_bf16, to_bf16)

@@ -1,4 +1,4 @@
-"""Element-wise passes compiled by the system's C compiler: a strategy beside plain torch on a CPU.
+"""Passes with a dropout mask, compiled by the system's C compiler: a strategy beside plain torch on a CPU.
 
 The source, `native.c`, is compiled once per machine into the user's cache directory and called
 through `ctypes`. Where there is no compiler, or it fails, `library()` says why and callers take
@@ -40,15 +40,29 @@ def library() -> Native:
         return Native(None, f"{compiler} failed: {error.stderr.strip().splitlines()[-1:]}")
     except OSError as error:
         return Native(None, f"the compiled library could not be kept or loaded: {error}")
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    for name in ("artemis_dropout_f32", "artemis_dropout_bf16"):
-        function = getattr(handle, name)
-        function.restype = None
-        function.argtypes = [
-            pointer, pointer, size, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_float,
-            ctypes.c_int, ctypes.c_int,
-        ]  # fmt: skip
+    for kind in ("f32", "bf16"):
+        _declare(handle, f"artemis_dropout_{kind}", "pointer pointer size", "flag")
+        for product in ("shrink", "outer", "expand"):
+            shapes = "pointer pointer pointer size size size"
+            _declare(handle, f"artemis_{product}_{kind}", shapes)
     return Native(handle, f"compiled by {compiler}")
+
+
+def _declare(handle: ctypes.CDLL, name: str, first: str, last: str = "") -> None:
+    """Set the argument types of a pass: its own, those of the mask, the number of threads."""
+    kinds = {
+        "pointer": ctypes.c_void_p,
+        "size": ctypes.c_int64,
+        "seed": ctypes.c_uint64,
+        "threshold": ctypes.c_uint32,
+        "keep_scale": ctypes.c_float,
+        "flag": ctypes.c_int,
+        "threads": ctypes.c_int,
+    }
+    function = getattr(handle, name)
+    function.restype = None
+    words = f"{first} seed threshold keep_scale {last} threads".split()
+    function.argtypes = [kinds[word] for word in words]
 
 
 def _built(compiler: str) -> Path:
@@ -66,7 +80,7 @@ def _built(compiler: str) -> Path:
         compiled, linked = Path(scratch, "native.o"), Path(scratch, "native.so")
         for command in (
             [compiler, *_FLAGS, "-c", str(_SOURCE), "-o", str(compiled)],
-            [compiler, "-shared", str(compiled), "-o", str(linked)],
+            [compiler, "-shared", str(compiled), "-o", str(linked), "-lm"],
         ):
             subprocess.run(command, check=True, capture_output=True, text=True)
         os.replace(linked, target)

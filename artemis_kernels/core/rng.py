@@ -2,12 +2,10 @@
 
 Element `i` (row-major, int64) of a tensor is dropped if lane `i & 1` of `hash(seed, i >> 1)`, a
 16-bit number, lies below `threshold(p)`. The hash is stated in docs/dropout.md; its Triton form
-is `core.tiles`, its C form `native.c`, and this file is the one that all are compared with.
+is `core/tiles.py`, its C form `core/native.c`, and this file is the one that all are compared with.
 """
 
 import torch
-
-from . import native
 
 LANES = 1 << 16
 _PAIRS_PER_KEY = 1 << 32
@@ -47,43 +45,10 @@ def dropout_mask(
     return (kept[0] if len(kept) == 1 else torch.cat(kept))[:count].reshape(shape)
 
 
-def dropped(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
-    """`x` with dropped elements 0 and kept ones scaled; a new tensor, x contiguous."""
-    handle = _native_for(x)
-    if handle is None:
-        return torch.where(dropout_mask(x.shape, p, seed, x.device), x * keep_scale(p), 0)
-    out = torch.empty_like(x)
-    _run(handle, x, out, p, seed, accumulate=False)
-    return out
-
-
-def add_dropped_(out: torch.Tensor, x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
-    """`out += dropped(x)` in place; both contiguous, of one shape and dtype."""
-    handle = _native_for(x)
-    if handle is None:
-        return out.add_(dropped(x, p, seed))
-    _run(handle, x, out, p, seed, accumulate=True)
-    return out
-
-
-def _native_for(x: torch.Tensor):
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
-        return None
-    return native.library().handle
-
-
-def _run(handle, x: torch.Tensor, out: torch.Tensor, p: float, seed, *, accumulate: bool) -> None:
-    name = "artemis_dropout_f32" if x.dtype == torch.float32 else "artemis_dropout_bf16"
-    getattr(handle, name)(
-        x.data_ptr(), out.data_ptr(), x.numel(), int(seed) % (1 << 64), threshold(p),
-        keep_scale(p), accumulate, torch.get_num_threads(),
-    )  # fmt: skip
-
-
 def _hash(pairs: int, high: int, seed: torch.Tensor) -> torch.Tensor:
     """One 32-bit hash for each of `pairs` counters whose high half is `high`."""
     low_seed, high_seed = _int32(seed), _int32(seed >> 32)
-    k0 = _mix(low_seed + _signed(0x9E3779B9 * (high + 1)))
+    k0 = _mix(low_seed + _mix(high_seed) + _signed(0x9E3779B9 * (high + 1)))
     k1 = _mix(high_seed ^ k0 ^ _signed(0x85EBCA6B))
     h = _int32(torch.arange(pairs, dtype=torch.int64, device=seed.device))
     h.bitwise_xor_(k0)

@@ -1,7 +1,7 @@
 """Pieces of kernels that every operation uses: activations, the dropout mask, tile order.
 
-All are `@triton.jit` functions on tiles in registers; the maths of each activation and the mask's definition are
-those of `core.activations` and `core.rng`, which the tests compare them with.
+All are `@triton.jit` functions on tiles in registers; the maths of each activation and the mask's
+definition are those of `core.activations` and `core.rng`, which the tests compare them with.
 """
 
 import triton
@@ -9,7 +9,8 @@ import triton.language as tl
 
 INV_SQRT_2 = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
-TANH_A = tl.constexpr(0.7978845608028654)  # sqrt(2 / pi)
+# gelu_tanh(z) = z · (1 + tanh u) / 2 = z · sigmoid(2u), 2u = TANH_A · (z + TANH_B · z³)
+TANH_A = tl.constexpr(1.5957691216057308)  # 2 · sqrt(2 / pi)
 TANH_B = tl.constexpr(0.044715)
 
 
@@ -21,8 +22,7 @@ def activate(z, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         return 0.5 * z * (1.0 + tl.math.erf(z * INV_SQRT_2))
     elif ACTIVATION == "gelu_tanh":
-        # (1 + tanh u) / 2 is sigmoid(2u): one exponential, no cancellation.
-        return z * tl.sigmoid(2.0 * TANH_A * (z + TANH_B * z * z * z))
+        return z * tl.sigmoid(z * (1.0 + z * z * TANH_B) * TANH_A)
     elif ACTIVATION == "silu":
         return z * tl.sigmoid(z)
     else:
@@ -36,11 +36,11 @@ def activation_slope(z, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu":
         return tl.where(z <= 0, 0.0, 1.0)
     elif ACTIVATION == "gelu":
-        density = INV_SQRT_2PI * tl.exp(-0.5 * z * z)
+        density = tl.exp(-0.5 * z * z) * INV_SQRT_2PI
         return 0.5 * (1.0 + tl.math.erf(z * INV_SQRT_2)) + z * density
     elif ACTIVATION == "gelu_tanh":
-        gate = tl.sigmoid(2.0 * TANH_A * (z + TANH_B * z * z * z))
-        return gate + z * gate * (1.0 - gate) * 2.0 * TANH_A * (1.0 + 3.0 * TANH_B * z * z)
+        gate = tl.sigmoid(z * (1.0 + z * z * TANH_B) * TANH_A)
+        return gate + z * gate * (1.0 - gate) * (1.0 + z * z * (3.0 * TANH_B)) * TANH_A
     elif ACTIVATION == "silu":
         gate = tl.sigmoid(z)
         return gate * (1.0 + z * (1.0 - gate))
@@ -72,12 +72,13 @@ def keep_mask(
 ):  # fmt: skip
     """Which elements of an [M, N] tensor dropout keeps: bool [BLOCK_M, BLOCK_N].
 
-    Rows are `offs_m`, columns `start_n + [0, BLOCK_N)` with start_n even. PAIRED promises an even N and at most
-    2**33 elements: then a counter fits 32 bits, the keys are scalars, and one hash serves two neighbours.
+    Rows are `offs_m`, columns `start_n + [0, BLOCK_N)` with start_n even. PAIRED promises an even
+    N and at most 2**33 elements: then a counter fits 32 bits, the keys are scalars, and one hash
+    serves two neighbours.
     """
     seed = tl.load(seed_ptr)
-    seed_lo = seed.to(tl.uint32)
     seed_hi = (seed >> 32).to(tl.uint32)
+    seed_lo = seed.to(tl.uint32) + _mix(seed_hi)
     if PAIRED:
         k0 = _mix(seed_lo + 0x9E3779B9)
         k1 = _mix(seed_hi ^ k0 ^ 0x85EBCA6B)
@@ -100,7 +101,8 @@ def keep_mask(
 def effective_scale(scale, scale_ptr):
     """`scale · *scale_ptr` (1 if the pointer is None) in float32.
 
-    The cast matters: a float argument is float32 in an eager launch and float64 in one made by Inductor.
+    The cast matters: a float argument is float32 in an eager launch and float64 in one made by
+    Inductor.
     """
     alpha = tl.cast(scale, tl.float32)
     if scale_ptr is not None:
@@ -110,7 +112,7 @@ def effective_scale(scale, scale_ptr):
 
 @triton.jit
 def grouped_tile(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """Tile (m, n) of a linear program index, GROUP_M tile rows at a time, so that both operands stay in L2."""
+    """Tile (m, n) of a program: GROUP_M tile rows at a time, so that both operands stay in L2."""
     group_size = GROUP_M * tiles_n
     first_m = pid // group_size * GROUP_M
     rows = min(tiles_m - first_m, GROUP_M)

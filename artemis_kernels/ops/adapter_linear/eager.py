@@ -11,7 +11,7 @@ Two strategies, the same function (docs/adapter_linear.md):
 import torch
 from torch.nn import functional
 
-from ...core.products import column_sum, outer_gradient
+from ...core.products import accumulator, column_sum, outer_gradient
 from ..bottleneck_adapter.eager import (
     BranchNeeds,
     branch_backward,
@@ -47,7 +47,7 @@ def forward(
     z = preactivation(x, folded, folded_bias(down, bias, bias_down))
     h = units(z, activation, dropout_p, seed)
     if scale_tensor is not None:
-        h = h * scale_tensor.to(h.dtype)
+        h = h * scale_tensor
     y = functional.linear(x, weight, output_bias(bias, bias_up, scale, scale_tensor, x.dtype))
     y.addmm_(h, up.to(h.dtype).t(), alpha=scale)
     return y, z, folded
@@ -97,7 +97,8 @@ def backward(
     if needs_bias_down:
         dbias_down = column_sum(dz).to(bias_down.dtype)
     if needs_bias:
-        through = torch.mv(d.t(), column_sum(dz).to(d.dtype))
+        summed = column_sum(dz)
+        through = torch.mv(down.t().to(summed.dtype), summed)
         dbias = (column_sum(dy) + through).to(bias.dtype)
     return dx, ddown, branch.dup, branch.dscale, dbias, dbias_down, branch.dbias_up
 
@@ -105,10 +106,11 @@ def backward(
 def folded_bias(
     down: torch.Tensor, bias: torch.Tensor | None, bias_down: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """`c = D bias + b_d` [width], in down's dtype, or None where both are absent."""
+    """`c = D bias + b_d` [width], in fp32 or better, or None where both are absent."""
     if bias is None:
         return bias_down
-    through = torch.mv(down, bias.to(down.dtype))
+    wide = accumulator(torch.promote_types(down.dtype, bias.dtype))
+    through = torch.mv(down.to(wide), bias.to(wide))
     return through if bias_down is None else through + bias_down
 
 

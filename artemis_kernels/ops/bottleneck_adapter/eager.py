@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 
 from ...core.activations import ACTIVATIONS
-from ...core.products import column_sum, inner, outer_gradient, project
-from ...core.rng import dropped
+from ...core.dropped import Dropout, dropped
+from ...core.products import accumulator, column_sum, inner, outer_gradient, project
 
 
 def forward(
@@ -83,7 +83,7 @@ def preactivation(
 def units(z: torch.Tensor, activation: str, p: float, seed: torch.Tensor | None) -> torch.Tensor:
     """`h = dropout(act(z))`."""
     h = ACTIVATIONS[activation].forward(z)
-    return dropped(h.contiguous(), p, seed) if p else h
+    return dropped(h, Dropout(p, seed)) if p else h
 
 
 def expanded(
@@ -96,7 +96,7 @@ def expanded(
 ) -> torch.Tensor:
     """`start + σ·(h Uᵀ + b_u)` as a new tensor; the bias rides on the copy of `start`."""
     if scale_tensor is not None:
-        h = h * scale_tensor.to(h.dtype)
+        h = h * scale_tensor
     if bias_up is None:
         return torch.addmm(start, h, up.to(h.dtype).t(), alpha=scale)
     y = start + scaled_bias(bias_up, scale, scale_tensor).to(start.dtype)
@@ -106,7 +106,8 @@ def expanded(
 def scaled_bias(
     bias_up: torch.Tensor, scale: float, scale_tensor: torch.Tensor | None
 ) -> torch.Tensor:
-    """`σ·b_u`, in b_u's dtype."""
+    """`σ·b_u`, in fp32 or better: a bias is small, its rounding would be on every row."""
+    bias_up = bias_up.to(accumulator(bias_up.dtype))
     return bias_up * scale if scale_tensor is None else bias_up * scale_tensor * scale
 
 
@@ -142,7 +143,7 @@ def branch_backward(
 ) -> BranchGradients:
     """Back through `σ·(dropout(act(z)) Uᵀ + b_u)`: what every bottleneck shares."""
     dz = dup = dscale = dbias_up = None
-    effective = scale if scale_tensor is None else scale_tensor.to(dy.dtype) * scale
+    effective = scale if scale_tensor is None else scale_tensor * scale
     h = units(z, activation, p, seed) if needs.up or needs.scale else None
     reads_bias = bias_up is not None and (needs.scale or needs.bias_up)
     summed = column_sum(dy) if reads_bias else None
@@ -158,5 +159,5 @@ def branch_backward(
                 dscale = dscale + inner(summed, bias_up)
             dscale = (dscale * scale).to(scale_tensor.dtype)
         dh = dh * effective
-        dz = ACTIVATIONS[activation].backward(dropped(dh.contiguous(), p, seed) if p else dh, z)
+        dz = ACTIVATIONS[activation].backward(dropped(dh, Dropout(p, seed)) if p else dh, z)
     return BranchGradients(dz, dup, dscale, dbias_up)

@@ -102,7 +102,7 @@ def plan(
     checks.seed(NAME, seed, x)
     checks.options(NAME, dropout_p, impl, activation)
     dtype = call.compute_dtype(x)
-    if residual is not None and dtype == x.dtype:
+    if residual is not None and not call.autocasts(x):
         checks.same_dtype(NAME, "residual", residual, dtype)
     impl, reason = call.implementation(NAME, impl, dtype, x.device, trains_weight=False)
     if impl != "triton":

@@ -11,8 +11,8 @@ backward, never kept. With `s = x̃ Aᵀ`:
 import torch
 from torch.nn import functional
 
+from ...core.dropped import Dropout, add_dropped_product_, outer_dropped, project_dropped
 from ...core.products import column_sum, inner, outer_gradient, project
-from ...core.rng import add_dropped_, dropped
 
 
 def forward(
@@ -30,7 +30,7 @@ def forward(
     """Return y [M, out] and s [M, rank], both of x's dtype."""
     a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
     y = functional.linear(x, weight, bias)
-    s = project(dropped(x.contiguous(), dropout_p, seed) if dropout_p else x, a)
+    s = project_dropped(x, a, Dropout(dropout_p, seed) if dropout_p else None)
     y.addmm_(_scaled(s, scale_tensor), b.t(), alpha=scale)
     return y, s
 
@@ -51,6 +51,7 @@ def backward(
 ) -> tuple[torch.Tensor | None, ...]:
     """Return the gradients of x, lora_a, lora_b, scale_tensor and bias, None where not needed."""
     needs_x, needs_a, needs_b, needs_scale, needs_bias = needs
+    mask = Dropout(dropout_p, seed) if dropout_p else None
     dx = da = db = dscale = dbias = None
     if needs_b:
         db = outer_gradient(dy, _scaled(s, scale_tensor)).mul_(scale).to(lora_b.dtype)
@@ -60,19 +61,14 @@ def backward(
             dscale = inner(unscaled, s).mul_(scale).to(scale_tensor.dtype)
         ds = _scaled(unscaled, scale_tensor) * scale
     if needs_a:
-        dropped_x = dropped(x.contiguous(), dropout_p, seed) if dropout_p else x
-        da = outer_gradient(ds, dropped_x).to(lora_a.dtype)
+        da = outer_dropped(ds, x, mask).to(lora_a.dtype)
     if needs_x:
-        a = lora_a.to(dy.dtype)
         dx = torch.mm(dy, weight)
-        if dropout_p:
-            add_dropped_(dx, torch.mm(ds, a), dropout_p, seed)
-        else:
-            dx.addmm_(ds, a)
+        add_dropped_product_(dx, ds, lora_a.to(dy.dtype), mask)
     if needs_bias:
         dbias = column_sum(dy).to(dy.dtype)
     return dx, da, db, dscale, dbias
 
 
 def _scaled(x: torch.Tensor, scale_tensor: torch.Tensor | None) -> torch.Tensor:
-    return x if scale_tensor is None else x * scale_tensor.to(x.dtype)
+    return x if scale_tensor is None else x * scale_tensor

@@ -90,7 +90,7 @@ def plan(
     checks.seed(NAME, seed, x)
     checks.options(NAME, dropout_p, impl)
     dtype = call.compute_dtype(x)
-    if dtype == x.dtype:
+    if not call.autocasts(x):
         checks.same_dtype(NAME, "weight", weight, dtype)
     impl, reason = call.implementation(NAME, impl, dtype, x.device, call.trains(weight))
     if impl != "triton":

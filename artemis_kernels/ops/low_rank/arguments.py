@@ -25,7 +25,7 @@ class Scale(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """Drop with probability `p` by the mask of `seed` (int64 [1] on the device); `p = 0` drops nothing."""
+    """Drop with probability `p` by the mask of `seed`, int64 [1] on the device; 0 drops nothing."""
 
     p: float = 0.0
     seed: torch.Tensor | None = None
@@ -35,7 +35,7 @@ class Dropout(NamedTuple):
         return rng.keep_scale(self.p) if self.p else 1.0
 
     def arguments(self, rows: int, columns: int) -> dict:
-        """Kernel arguments for the mask of a [rows, columns] tensor; no seed pointer means no dropout."""
+        """Kernel arguments for the mask of a [rows, columns] tensor; no seed, no dropout."""
         return {
             "seed_ptr": self.seed if self.p else None,
             "threshold": rng.threshold(self.p),

@@ -1,7 +1,8 @@
-"""`y = x Wᵀ + bias + s·(S Bᵀ + bias_low)`: the low-rank term as the start of the base product's accumulator.
+"""`y = x Wᵀ + bias + s·(S Bᵀ + bias_low)`: the accumulator starts from the low-rank term.
 
-The same body gives dX (`x = dY`, `W = Wᵀ`, `S = dS`, `B = Aᵀ`), where LoRA's dropout masks the low-rank term:
-`dX = dY W + s·mask/keep·(dS A)`. `update` adds the term to a matrix that exists already.
+The same body gives dX (`x = dY`, `W = Wᵀ`, `S = dS`, `B = Aᵀ`), where LoRA's dropout masks the
+low-rank term: `dX = dY W + s·mask/keep·(dS A)`. `update` adds the term to a matrix that exists
+already.
 
 | name           | shape  | dtype                   | strides    |
 | x              | [M, K] | fp16, bf16, fp32        | any        |
@@ -11,9 +12,10 @@ The same body gives dX (`x = dY`, `W = Wᵀ`, `S = dS`, `B = Aᵀ`), where LoRA'
 | bias, bias_low | [N]    | any float               | contiguous |
 | y              | [M, N] | x's                     | contiguous |
 
-Everything accumulates in fp32 and is rounded once, at the store; S and B are rounded to x's dtype for the product, the
-scale multiplies in fp32. 2·M·N·(K + R) FLOPs; bytes x, W, S, B, y once. Against `addmm_` into a finished y this
-saves reading and writing y again (4·M·N bytes in 16 bits).
+Everything accumulates in fp32 and is rounded once, at the store; S and B are rounded to x's dtype
+for the product, the scale multiplies in fp32. 2·M·N·(K + R) FLOPs; bytes x, W, S, B, y once.
+Against `addmm_` into a finished y this saves reading and writing y again (4·M·N bytes in 16
+bits).
 """
 
 import torch
@@ -21,23 +23,24 @@ import triton
 import triton.language as tl
 
 from ...core.tiles import effective_scale, grouped_tile, keep_mask
-from ...core.tuning import Config
+from ...core.tiling import Config
 from .arguments import NO_DROPOUT, UNSCALED, Dropout, Scale
 
 
 @triton.jit
 def _low_rank_tile(
-    s_ptr, b_ptr, bias_low_ptr, seed_ptr, scale_ptr, offs_m, start_n, M, N, R, stride_bn, stride_br,
+    s_ptr, b_ptr, seed_ptr, scale_ptr, offs_m, start_n, M, N, R, stride_bn, stride_br,
     scale, threshold, rescale, dtype: tl.constexpr,
     PAIRED: tl.constexpr, RANK_BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """`s·mask·(S Bᵀ + bias_low)`, float32 [BLOCK_M, BLOCK_N]."""
+    """`s·mask·(S Bᵀ)`, float32 [BLOCK_M, BLOCK_N]."""
     offs_n = start_n + tl.arange(0, BLOCK_N).to(tl.int64)
     mask_m, mask_n = offs_m < M, offs_n < N
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for block in tl.static_range(RANK_BLOCKS):
+    # Not unrolled: loads of all blocks at once would spill.
+    for block in tl.range(0, RANK_BLOCKS, num_stages=1):
         offs_r = block * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
         mask_r = offs_r < R
         s_ptrs = s_ptr + offs_m[:, None] * R + offs_r[None, :]
@@ -46,12 +49,21 @@ def _low_rank_tile(
         b = tl.load(b_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0).to(dtype)
         acc = tl.dot(s, b, acc, input_precision="ieee")
 
-    if bias_low_ptr is not None:
-        acc += tl.load(bias_low_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     if seed_ptr is not None:
         keep = keep_mask(seed_ptr, offs_m, start_n, N, threshold, PAIRED, BLOCK_N)
         acc = tl.where(keep, acc * tl.cast(rescale, tl.float32), 0.0)
     return acc * effective_scale(scale, scale_ptr)
+
+
+@triton.jit
+def _add_biases(acc, bias_ptr, bias_low_ptr, scale_ptr, scale, offs_n, mask_n):
+    """`acc + bias + s·bias_low`, each where it exists."""
+    if bias_low_ptr is not None:
+        bias_low = tl.load(bias_low_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        acc += (bias_low * effective_scale(scale, scale_ptr))[None, :]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    return acc
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -75,12 +87,10 @@ def _expand(
     w_ptrs = w_ptr + offs_k[:, None] * stride_wk + offs_n[None, :] * stride_wn
 
     acc = _low_rank_tile(
-        s_ptr, b_ptr, bias_low_ptr, seed_ptr, scale_ptr, offs_m, start_n, M, N, R, stride_bn, stride_br,
+        s_ptr, b_ptr, seed_ptr, scale_ptr, offs_m, start_n, M, N, R, stride_bn, stride_br,
         scale, threshold, rescale, x_ptr.dtype.element_ty,
         PAIRED, RANK_BLOCKS, BLOCK_M, BLOCK_N, BLOCK_R,
     )  # fmt: skip
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     for k in range(0, K, BLOCK_K):
         mask_x, mask_w = mask_m[:, None], mask_n[None, :]
         if not EVEN_K:
@@ -92,6 +102,7 @@ def _expand(
         x_ptrs += BLOCK_K * stride_xk
         w_ptrs += BLOCK_K * stride_wk
 
+    acc = _add_biases(acc, bias_ptr, bias_low_ptr, scale_ptr, scale, offs_n, mask_n)
     y_ptrs = y_ptr + offs_m[:, None] * N + offs_n[None, :]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
@@ -110,14 +121,16 @@ def _update(
 
     offs_m = (tl.program_id(0) // tiles_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = start_n + tl.arange(0, BLOCK_N).to(tl.int64)
-    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    mask_n = offs_n < N
+    mask = (offs_m < M)[:, None] & mask_n[None, :]
 
     acc = _low_rank_tile(
-        s_ptr, b_ptr, bias_low_ptr, seed_ptr, scale_ptr, offs_m, start_n, M, N, R, stride_bn, stride_br,
+        s_ptr, b_ptr, seed_ptr, scale_ptr, offs_m, start_n, M, N, R, stride_bn, stride_br,
         scale, threshold, rescale, y_ptr.dtype.element_ty,
         PAIRED, RANK_BLOCKS, BLOCK_M, BLOCK_N, BLOCK_R,
     )  # fmt: skip
 
+    acc = _add_biases(acc, None, bias_low_ptr, scale_ptr, scale, offs_n, mask_n)
     if residual_ptr is not None:
         offs = offs_m[:, None] * stride_residual_m + offs_n[None, :] * stride_residual_n
         acc += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
@@ -165,7 +178,10 @@ def update(
     dropout: Dropout = NO_DROPOUT,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return `residual + s·mask·(S Bᵀ + bias_low)` [M, N] of `dtype`, in `out` if given (it may be residual)."""
+    """Return `residual + s·(mask·(S Bᵀ) + bias_low)` [M, N] of `dtype`.
+
+    Written to `out` if given, which may be the residual: a tile is read before it is stored.
+    """
     M, N = s.shape[0], b.shape[0]
     y = s.new_empty(M, N, dtype=dtype) if out is None else out
     if M == 0:

@@ -1,4 +1,4 @@
-"""Backward of the expand: one read of dY gives both `dY B` (the hidden gradient) and `dYᵀ S` (the gradient of B).
+"""Backward of the expand: one read of dY gives the hidden gradient `dY B` and B's, `dYᵀ S`.
 
     linear    dS = dY B                           dB = dYᵀ S
     backward  dz = (dY U) · mask · act'(z)        dU = dYᵀ h,  h = dropout(act(z))
@@ -11,18 +11,19 @@
 | db      | [P, N, R] | fp32, one part for each block of rows | contiguous |
 | columns | [P, N] | fp32, column sums of dY | contiguous |
 
-A program keeps its block of rows of the hidden gradient in registers while it walks along N, and stores one part of dB
-for each step; `sum_parts` adds the parts in a fixed order, so the result does not depend on scheduling. S (or h) and
-B are rounded to dy's dtype, sums are fp32. The scale is left out: it multiplies the finished sums.
-4·M·N·R FLOPs; bytes: dY once, and 8·N·R·⌈M / BLOCK_M⌉ for the parts, which is why it serves small ranks:
-beyond rank 64 two kernels that each read dY are cheaper.
+A program keeps its block of rows of the hidden gradient in registers while it walks along N, and
+stores one part of dB for each step; `sum_parts` adds the parts in a fixed order, so the result
+does not depend on scheduling. S (or h) and B are rounded to dy's dtype, sums are fp32. The scale
+is left out: it multiplies the finished sums. 4·M·N·R FLOPs; bytes: dY once, and 8·N·R·⌈M /
+BLOCK_M⌉ for the parts, which is why it serves small ranks: beyond rank 64 two kernels that each
+read dY are cheaper.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from ...core.tuning import Config
+from ...core.tiling import Config, whole_rank
 from .arguments import NO_DROPOUT, Dropout
 from .hidden import finish_hidden, hidden_units
 from .shrink import finish
@@ -54,11 +55,7 @@ def _expand_backward(
 
     s = tl.load(z_ptr + offs_hidden, mask=mask_hidden, other=0.0)
     if STAGE == "backward":
-        s = hidden_units(
-            s, offs_m, 0, R, seed_ptr, threshold, rescale, ACTIVATION, PAIRED, BLOCK_R
-        )
-        # act(0) need not be 0: padding must not reach the sum over rows.
-        s = tl.where(mask_hidden, s, 0.0)
+        s = hidden_units(s, offs_m, 0, R, seed_ptr, threshold, rescale, ACTIVATION, PAIRED, BLOCK_R)
     s = s.to(dy_ptr.dtype.element_ty)
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     for n in range(start_n, end_n, BLOCK_N):
@@ -100,8 +97,7 @@ def expand_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Return the hidden gradient [M, R], the parts of dB [P, N, R] and of dY's column sums [P, N].
 
-    `z` is S in the linear stage; dropout (of the hidden units) belongs to the backward stage. `config.block_r`
-    covers the rank.
+    `z` is S in the linear stage; dropout (of the hidden units) belongs to the backward stage.
     """
     (M, N), R = dy.shape, b.shape[1]
     P = triton.cdiv(M, config.block_m)
@@ -114,9 +110,10 @@ def expand_backward(
     sums = out if config.split == 1 else dy.new_empty(config.split, M, R, dtype=torch.float32)
     _expand_backward[(P, config.split)](
         dy_ptr=dy, b_ptr=b, out_ptr=sums, db_ptr=db, columns_ptr=columns, M=M, N=N, R=R,
-        stride_dym=dy.stride(0), stride_dyn=dy.stride(1), stride_bn=b.stride(0), stride_br=b.stride(1),
+        stride_dym=dy.stride(0), stride_dyn=dy.stride(1),
+        stride_bn=b.stride(0), stride_br=b.stride(1),
         EVEN_N=N % config.block_n == 0, SPLIT_N=config.split,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=config.block_r,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=whole_rank(R),
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True, **hidden,
     )  # fmt: skip
     if config.split > 1:

@@ -1,10 +1,10 @@
-"""Between the two products: what happens to a tile of the hidden [M, R] matrix, forward and backward.
+"""Between the two products: what happens to a tile of the hidden [M, R] matrix.
 
 Three stages, chosen at compile time:
 
-`linear`    out = acc                         LoRA: nothing but the rescaling of a dropout on x
-`forward`   z = acc + bias; out = z           h = dropout(act(z))
-`backward`  out = dz = acc · mask · act'(z)   acc is dh, z was saved; h is drawn again where it is asked for
+    linear    out = acc                      LoRA: nothing but the rescaling of a dropout on x
+    forward   out = z = acc + bias           h = dropout(act(z))
+    backward  out = dz = acc·mask·act'(z)    acc is dh, z was saved; h again where it is asked for
 
 Everything is float32 until a store; `out` is float32, `h` has the dtype of its buffer.
 """
@@ -46,10 +46,10 @@ def finish_hidden(
     acc, bias_ptr, z_ptr, out_ptr, h_ptr, seed_ptr, offs_m, start_r, M, R, threshold, rescale,
     STAGE: tl.constexpr, ACTIVATION: tl.constexpr, PAIRED: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Take a complete float32 sum through its stage and store `out` (and `h`); returns `(out, h)` tiles.
+    """Take a complete float32 sum through its stage, store `out` and `h`, return their tiles.
 
-    All [M, R] matrices are contiguous. A pointer that is None is not touched; `h` is meaningless in the linear
-    stage.
+    All [M, R] matrices are contiguous. A pointer that is None is not touched; `h` is meaningless
+    in the linear stage.
     """
     offs_r = start_r + tl.arange(0, BLOCK_R)
     mask_r = offs_r < R

@@ -9,10 +9,11 @@
 | y    | [M, N] | x's                    | contiguous |
 | s    | [M, R] | fp32, x Aᵀ             | contiguous |
 
-Accumulates in fp32; `x Aᵀ` and B are rounded to x's dtype for their product, the scale multiplies in fp32.
-2·M·N·(K + R) + 2·M·K·R·⌈N / BLOCK_N⌉ FLOPs: `x Aᵀ` is computed again in every column of tiles, in exchange for one
-launch and no second read of x. That wins where N is small or rows are few. No dropout (its mask would be drawn again
-in every column of tiles too), rank at most 128 (a second accumulator lives beside the first).
+Accumulates in fp32; `x Aᵀ` and B are rounded to x's dtype for their product, the scale multiplies
+in fp32. 2·M·N·(K + R) + 2·M·K·R·⌈N / BLOCK_N⌉ FLOPs: `x Aᵀ` is computed again in every column of
+tiles, in exchange for one launch and no second read of x. That wins where N is small or rows are
+few. No dropout (its mask would be drawn again in every column of tiles too), rank at most 64 (a
+second accumulator lives beside the first).
 """
 
 import torch
@@ -20,7 +21,7 @@ import triton
 import triton.language as tl
 
 from ...core.tiles import effective_scale, grouped_tile
-from ...core.tuning import Config
+from ...core.tiling import Config, whole_rank
 from .arguments import UNSCALED, Scale
 
 
@@ -86,7 +87,7 @@ def one_pass(
     bias: torch.Tensor | None = None,
     scale: Scale = UNSCALED,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return y [M, N] in x's dtype and s = x Aᵀ [M, R] in fp32; `config.block_r` covers the rank."""
+    """Return y [M, N] in x's dtype and s = x Aᵀ [M, R] in fp32."""
     (M, K), N, R = x.shape, weight.shape[0], a.shape[0]
     y = x.new_empty(M, N)
     s = x.new_empty(M, R, dtype=torch.float32)
@@ -95,14 +96,15 @@ def one_pass(
     grid = (triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)
     _one_pass[grid](
         x_ptr=x, w_ptr=weight, a_ptr=a, b_ptr=b,
-        bias_ptr=None if bias is None else bias.contiguous(), y_ptr=y, s_ptr=s, scale_ptr=scale.tensor,
+        bias_ptr=None if bias is None else bias.contiguous(),
+        y_ptr=y, s_ptr=s, scale_ptr=scale.tensor,
         M=M, N=N, K=K, R=R,
         stride_xm=x.stride(0), stride_xk=x.stride(1),
         stride_wn=weight.stride(0), stride_wk=weight.stride(1),
         stride_ar=a.stride(0), stride_ak=a.stride(1), stride_bn=b.stride(0), stride_br=b.stride(1),
         scale=scale.value, EVEN_K=K % config.block_k == 0, GROUP_M=8,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-        BLOCK_R=config.block_r,
+        BLOCK_R=whole_rank(R),
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return y, s

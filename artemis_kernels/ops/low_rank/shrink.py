@@ -1,4 +1,4 @@
-"""`S = x̃ Fᵀ`: one read of x gives the hidden matrix, and its stage (bias, activation, dropout) is applied at once.
+"""`S = x̃ Fᵀ` and what follows it (bias, activation, dropout) from one read of x.
 
     linear    S = dropout(x) Fᵀ
     forward   z = x Fᵀ + bias,  h = dropout(act(z))
@@ -12,10 +12,11 @@
 | out  | [M, R] | fp32                  | contiguous |
 | h    | [M, R] | x's                   | contiguous |
 
-Products accumulate in fp32; only F is rounded (to x's dtype), and h on its way out. 2·M·K·R FLOPs; bytes: x once for
-each BLOCK_R columns of F (so F's of several layers, stacked, share one read), F, out. Where rows are few, K is cut
-into `split` parts whose sums are added in a fixed order: the result does not depend on scheduling.
-Drawing the mask inside costs no traffic, where a stored one costs 1 to 3 bytes an element.
+Products accumulate in fp32; only F is rounded (to x's dtype), and h on its way out. 2·M·K·R
+FLOPs; bytes: x once for each BLOCK_R columns of F (so F's of several layers, stacked, share one
+read), F, out. Where rows are few, K is cut into `split` parts whose sums are added in a fixed
+order: the result does not depend on scheduling. Drawing the mask inside costs no traffic, where a
+stored one costs 1 to 3 bytes an element.
 """
 
 import torch
@@ -23,7 +24,7 @@ import triton
 import triton.language as tl
 
 from ...core.tiles import keep_mask
-from ...core.tuning import Config
+from ...core.tiling import Config
 from .arguments import NO_DROPOUT, Dropout
 from .hidden import finish_hidden
 
@@ -114,7 +115,10 @@ def shrink(
     dropout: Dropout = NO_DROPOUT,
     with_h: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return `out` and, if asked for, `h`; dropout falls on x in the linear stage, else on the hidden units."""
+    """Return `out` and, if asked for, `h`.
+
+    Dropout falls on x in the linear stage, on the hidden units in the others.
+    """
     (M, K), R = x.shape, f.shape[0]
     out = x.new_empty(M, R, dtype=torch.float32)
     h = x.new_empty(M, R) if with_h else None

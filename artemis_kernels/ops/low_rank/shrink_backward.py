@@ -1,4 +1,4 @@
-"""Backward of the shrink, and every other sum over rows: `dF = dSᵀ x̃`, with x's column sums on the way.
+"""Backward of the shrink and every other sum over rows: `dF = dSᵀ x̃`, and x's column sums.
 
     dA = dSᵀ dropout(x)      dD = dzᵀ x      dU = dYᵀ h, as (hᵀ dY)ᵀ
 
@@ -8,9 +8,10 @@
 | df      | [P, R, K] | fp32, one part for each range of rows | contiguous |
 | columns | [P, K]    | fp32, column sums of x  | contiguous |
 
-Sums are fp32, S is rounded to x's dtype, the mask is drawn again from the seed. 2·M·K·R FLOPs; bytes: x once for each
-BLOCK_R rows of F, S once for each BLOCK_K columns. The rows are cut into `split` ranges to fill the chip, and
-`sum_parts` adds them in a fixed order, so the result does not depend on scheduling.
+Sums are fp32, S is rounded to x's dtype, the mask is drawn again from the seed. 2·M·K·R FLOPs;
+bytes: x once for each BLOCK_R rows of F, S once for each BLOCK_K columns. The rows are cut into
+`split` ranges to fill the chip, and `sum_parts` adds them in a fixed order, so the result does
+not depend on scheduling.
 """
 
 import torch
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 
 from ...core.tiles import keep_mask
-from ...core.tuning import Config
+from ...core.tiling import Config
 from .arguments import NO_DROPOUT, Dropout
 
 
@@ -77,7 +78,7 @@ def shrink_backward(
     dropout: Dropout = NO_DROPOUT,
     with_columns: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the parts of `Sᵀ dropout(x)` [P, R, K] and of the column sums of (undropped) x [P, K]."""
+    """Return the parts of `Sᵀ dropout(x)` [P, R, K] and of x's column sums [P, K], undropped."""
     (M, K), R = x.shape, s.shape[1]
     P = config.split if M else 0
     df = x.new_empty(P, R, K, dtype=torch.float32)

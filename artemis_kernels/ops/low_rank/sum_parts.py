@@ -1,12 +1,12 @@
-"""The end of a split sum: `out = s·Σ_p parts[p]`, added in a fixed order, and `Σ parts ⊙ other` on the way.
+"""The end of a split sum: `out = s·Σ_p parts[p]` in a fixed order, and `Σ parts ⊙ other`.
 
 | name  | shape     | dtype | strides    |
 | parts | [P, A, B] | fp32  | contiguous |
 | out   | [A, B]    | any float | any    |
 | other | [A, B]    | any float | any    |
 
-The second result is the gradient of a scale: with `y = s·(S Bᵀ)`, `ds = Σ (dYᵀ S) ⊙ B`. Sums are fp32 and rounded
-once, at the store. Bytes: the parts once, out once, other once.
+The second result is the gradient of a scale: with `y = s·(S Bᵀ)`, `ds = Σ (dYᵀ S) ⊙ B`. Sums are
+fp32 and rounded once, at the store. Bytes: the parts once, out once, other once.
 """
 
 import torch

@@ -1,0 +1,226 @@
+"""The adapter on disk: one safetensors file whose header says everything, and a readable copy.
+
+    hybrid_adapter.safetensors      tensors, and in the header's metadata, under "hybrid_adapter",
+                                    one JSON object: format, library version, configuration,
+                                    adapted modules with their ranks, heads, the base's identity
+    hybrid_adapter_config.json      that JSON object, for people
+
+Only the first is read. No pickle.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from math import prod
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .bank import BANK, bank_shapes, site_tensors
+from .config import HybridAdapterConfig
+from .errors import AdapterError, listed
+from .identity import BaseIdentity
+from .plan import KINDS, Plan, SiteSpec
+from .version import __version__
+
+PARAMETERS_FILE = "hybrid_adapter.safetensors"
+CONFIG_FILE = "hybrid_adapter_config.json"
+FORMAT_VERSION = 1
+_METADATA_KEY = "hybrid_adapter"
+
+
+@dataclass(frozen=True)
+class ModuleSummary:
+    """One adapted module of a file: `shared` and `own` count the parameters it uses."""
+
+    path: str
+    kind: str
+    size: int
+    shared: int
+    own: int
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What an adapter file holds, without its tensors' values."""
+
+    path: Path
+    library_version: str
+    config: HybridAdapterConfig
+    plan: Plan
+    base: BaseIdentity
+    #: Tensor name -> (safetensors dtype, shape).
+    tensors: dict[str, tuple[str, tuple[int, ...]]]
+
+    @property
+    def parameters(self) -> int:
+        """Number of stored values, a shared tensor's once."""
+        return sum(prod(shape) for _, shape in self.tensors.values())
+
+    def modules(self) -> list[ModuleSummary]:
+        """Every adapted module, in the base's order."""
+        rows = []
+        for site in self.plan.sites:
+            counts = {True: 0, False: 0}
+            for key, shape in site_tensors(site, self.config).values():
+                counts[key == site.shared_key and self.config.shared_parameters] += prod(shape)
+            rows.append(ModuleSummary(site.path, site.kind, site.size, counts[True], counts[False]))
+        return rows
+
+    def load(self) -> dict[str, torch.Tensor]:
+        """Read all tensors, on the CPU."""
+        with safe_open(self.path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in self.tensors}
+
+
+def write_adapter(
+    directory: Path,
+    tensors: Mapping[str, torch.Tensor],
+    config: HybridAdapterConfig,
+    plan: Plan,
+    base: BaseIdentity,
+) -> None:
+    """Write both files; whenever the process dies, the old adapter or the new one is complete."""
+    header = json.dumps(
+        {
+            "format_version": FORMAT_VERSION,
+            "library_version": __version__,
+            # Which path computes is the machine's choice, not the adapter's.
+            "config": {key: v for key, v in config.to_dict().items() if key != "impl"},
+            "sites": [site.to_dict() for site in plan.sites],
+            "heads": list(plan.heads),
+            "base": base.to_dict(),
+        },
+        indent=2,
+    )
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    if directory.exists() and not directory.is_dir():
+        raise AdapterError(f"{directory}: got a file, allowed: a directory to save the adapter in")
+    directory.mkdir(parents=True, exist_ok=True)
+    _replace(
+        directory,
+        {
+            CONFIG_FILE: lambda path: path.write_text(header + "\n", encoding="utf-8"),
+            PARAMETERS_FILE: lambda path: save_file(contiguous, path, {_METADATA_KEY: header}),
+        },
+    )
+
+
+def read_adapter(path: str | os.PathLike) -> AdapterFile:
+    """Read and check what the adapter at `path` (its directory or its file) holds.
+
+    Raises `FileNotFoundError` where there is none, `AdapterError` where the file is truncated,
+    foreign, of a later format, or does not hold what its header says.
+    """
+    file_path = Path(path)
+    if file_path.is_dir():
+        file_path = file_path / PARAMETERS_FILE
+    if not file_path.is_file():
+        raise FileNotFoundError(f"no hybrid adapter at {path} (looked for {file_path})")
+    try:
+        with safe_open(file_path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
+    except SafetensorError as error:
+        raise AdapterError(f"{file_path}: damaged, or no safetensors file ({error})") from None
+    if _METADATA_KEY not in metadata:
+        raise AdapterError(f"{file_path}: a safetensors file, but not a hybrid adapter's")
+    adapter = _parse(file_path, metadata[_METADATA_KEY], tensors)
+    _check_tensors(adapter)
+    return adapter
+
+
+def _parse(path: Path, text: str, tensors: dict) -> AdapterFile:
+    try:
+        header = json.loads(text)
+        version = header["format_version"]
+        if version != FORMAT_VERSION:
+            raise AdapterError(
+                f"{path}: got format version {version!r}, allowed: {FORMAT_VERSION}; a newer"
+                " artemis wrote it"
+            )
+        return AdapterFile(
+            path=path,
+            library_version=str(header["library_version"]),
+            config=HybridAdapterConfig.from_dict(header["config"]),
+            plan=Plan(
+                tuple(SiteSpec(**_typed(SiteSpec, site)) for site in header["sites"]),
+                tuple(_of_type(head, str) for head in header["heads"]),
+            ),
+            base=BaseIdentity(**_typed(BaseIdentity, header["base"])),
+            tensors=tensors,
+        )
+    except AdapterError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdapterError(f"{path}: its header is damaged ({error!r})") from None
+
+
+def _typed(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Check that `values` holds the fields of `cls`, each of its declared type."""
+    wanted = {entry.name: entry.type for entry in fields(cls)}
+    if values.keys() != wanted.keys():
+        raise ValueError(f"fields {listed(values)} instead of {listed(wanted)}")
+    if "kind" in wanted and values["kind"] not in KINDS:
+        raise ValueError(f"kind {values['kind']!r}")
+    return {
+        name: _of_type(value, wanted[name] if isinstance(wanted[name], type) else str)
+        for name, value in values.items()
+    }
+
+
+def _of_type(value: Any, wanted: type) -> Any:
+    if type(value) is not wanted:
+        raise ValueError(f"{value!r} instead of a {wanted.__name__}")
+    return value
+
+
+def _check_tensors(adapter: AdapterFile) -> None:
+    """Refuse a file whose tensors are not those that its header describes."""
+    expected = {
+        f"{BANK}.{role}.{key}": shape
+        for role, shapes in bank_shapes(adapter.plan.sites, adapter.config).items()
+        for key, shape in shapes.items()
+    }
+    heads = tuple(f"{head}." for head in adapter.plan.heads)
+    found = {
+        name: shape for name, (_, shape) in adapter.tensors.items() if not name.startswith(heads)
+    }
+    if found != expected:
+        wrong = sorted(
+            name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)
+        )
+        raise AdapterError(
+            f"{adapter.path}: tensors differ from the file's own description: {listed(wrong)}"
+        )
+
+
+def _replace(directory: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
+    """Write each file beside its place, then move all into place; the last one commits."""
+    staged: dict[str, Path] = {}
+    try:
+        for name, write in writers.items():
+            staged[name] = directory / f".{name}.{uuid4().hex}.tmp"
+            write(staged[name])
+            _sync(staged[name])
+        for name, path in staged.items():
+            os.replace(path, directory / name)
+        if hasattr(os, "O_DIRECTORY"):  # elsewhere a directory cannot be opened
+            _sync(directory)
+    finally:
+        for path in staged.values():
+            path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

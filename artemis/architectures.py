@@ -1,0 +1,82 @@
+"""What Artemis knows about model architectures: one table, no function per model."""
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+#: Siblings (same parent) that read the same tensor.
+READ_TOGETHER = (
+    ("q_proj", "k_proj", "v_proj"),  # Llama, Mistral, Qwen, Gemma, OPT, BART, Whisper
+    ("query", "key", "value"),  # BERT, RoBERTa, ELECTRA, ViT
+    ("q", "k", "v"),  # T5
+    ("q_lin", "k_lin", "v_lin"),  # DistilBERT
+    ("q_a_proj", "kv_a_proj_with_mqa"),  # DeepSeek
+    ("in_proj_qkvz", "in_proj_ba"),  # Qwen3-Next
+    ("gate_proj", "up_proj"),  # Llama's feed-forward layer
+    ("wi_0", "wi_1"),  # T5 1.1
+)
+#: Names of modules in which the queries come from another tensor than the keys and values.
+CROSS_ATTENTION = ("encoder_attn", "crossattention", "cross_attn", "EncDecAttention")
+#: Endings of the model classes whose head starts untrained.
+CLASSIFIERS = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForMultipleChoice",
+    "ForQuestionAnswering",
+    "ForImageClassification",
+    "ForAudioClassification",
+)
+
+
+def linear_features(module: nn.Module) -> tuple[int, int] | None:
+    """Return (in, out) of a linear layer that can be adapted, or None.
+
+    Exact classes only: a subclass has a forward of its own, which adapting would replace.
+    """
+    if type(module) is nn.Linear:
+        return module.in_features, module.out_features
+    if type(module) is Conv1D:
+        return module.nx, module.nf
+    return None
+
+
+def linear_paths(model: nn.Module) -> list[str]:
+    """Paths of all layers of `model` that `linear_features` knows."""
+    return [path for path, module in model.named_modules() if linear_features(module)]
+
+
+def is_block(module: nn.Module) -> bool:
+    """Whether `module` is a block with linear layers in it, whose output can be adapted."""
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return False
+    return any(linear_features(child) for child in module.modules() if child is not module)
+
+
+def hidden_size(model: nn.Module) -> int | None:
+    """Size of the tensors between the blocks of `model`, where its configuration states one."""
+    config = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    return getattr(config, "hidden_size", None)
+
+
+def input_of(path: str) -> str:
+    """Name the tensor that the module at `path` reads: equal for siblings that share it."""
+    parent, _, name = path.rpartition(".")
+    crossing = any(part in CROSS_ATTENTION for part in parent.split("."))
+    for row in READ_TOGETHER:
+        readers = row[1:] if crossing else row
+        if name in readers:
+            return f"{parent}.[{' '.join(readers)}]"
+    return path
+
+
+def classifier_heads(model: nn.Module) -> tuple[str, ...]:
+    """Paths of the heads of a classification model: what stands beside its base model."""
+    if not type(model).__name__.endswith(CLASSIFIERS):
+        return ()
+    base = getattr(model, "base_model_prefix", "")
+    return tuple(
+        name
+        for name, child in model.named_children()
+        if name != base and next(child.parameters(), None) is not None
+    )

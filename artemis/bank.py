@@ -1,0 +1,129 @@
+"""The bank: every adapter tensor of a model, each exactly once, registered on the model.
+
+Adapted modules hold no tensors; they look theirs up here at each forward. So a shared tensor has
+one entry in `state_dict`, and no name of the base changes.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from .config import HybridAdapterConfig
+from .plan import Plan, SiteSpec
+
+#: Name under which the bank is registered on the model, and prefix of its tensors' names.
+BANK = "hybrid_adapter"
+#: What a tensor is for: one table of the bank each.
+ROLES = ("lora_a", "lora_b", "down", "up", "bias_down", "bias_up", "gain")
+
+
+def site_tensors(
+    site: SiteSpec, config: HybridAdapterConfig
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return role -> (key, shape) of the tensors that `site` uses, as large as it uses them.
+
+    Shared: LoRA's A and the bottleneck's down and up. Own to each module: B, biases and a gain.
+    """
+    own, size = site.own_key, site.size
+    wide = site.shared_key if config.shared_parameters else own
+    if site.kind == "lora":
+        tensors = {
+            "lora_a": (wide, (size, site.in_features)),
+            "lora_b": (own, (site.out_features, size)),
+        }
+    else:
+        tensors = {
+            "down": (wide, (size, site.out_features)),
+            "up": (wide, (site.out_features, size)),
+        }
+        if config.adapter_bias:
+            tensors["bias_down"] = (own, (size,))
+            tensors["bias_up"] = (own, (site.out_features,))
+    if config.shared_parameters:
+        tensors["gain"] = (own, ())
+    return tensors
+
+
+def bank_shapes(
+    sites: Iterable[SiteSpec], config: HybridAdapterConfig
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Return role -> key -> shape of the bank: a shared tensor is as large as its largest use."""
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {role: {} for role in ROLES}
+    for site in sites:
+        for role, (key, shape) in site_tensors(site, config).items():
+            known = shapes[role].get(key, shape)
+            shapes[role][key] = tuple(map(max, known, shape))
+    return shapes
+
+
+def initial(role: str, shape: tuple[int, ...], init: str) -> torch.Tensor:
+    """Return the first value of a tensor: fp32 on the CPU, so the same for a seed on any device."""
+    tensor = torch.zeros(shape)
+    if role == "gain":
+        return tensor.fill_(1.0)
+    if role not in ("lora_a", "down"):
+        return tensor
+    if init == "orthogonal":
+        return nn.init.orthogonal_(tensor)
+    if role == "down":
+        return nn.init.normal_(tensor, std=0.02)
+    if init == "gaussian":
+        return nn.init.normal_(tensor, std=1 / shape[0])
+    return nn.init.kaiming_uniform_(tensor, a=5**0.5)
+
+
+class AdapterBank(nn.Module):
+    """Adapter tensors in tables by role; keys are module paths, or `target/in x out` where shared.
+
+    A module of rank r uses the first r rows of a shared A, whatever the others use; likewise the
+    first units of a shared bottleneck. Tensors start at zero; `reset_parameters` draws them.
+    """
+
+    def __init__(self, config: HybridAdapterConfig, plan: Plan):
+        super().__init__()
+        self.config = config
+        self.heads = plan.heads
+        #: Module path -> its `Site`; filled by injection.
+        self.sites: dict = {}
+        self.enabled = True
+        #: Names of the base's parameters that required a gradient before injection.
+        self.trained_before: tuple[str, ...] = ()
+        for role, shapes in bank_shapes(plan.sites, config).items():
+            table = nn.ParameterDict()
+            for key, shape in shapes.items():
+                table[key] = nn.Parameter(torch.zeros(shape))
+            setattr(self, role, table)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw A and down from torch's CPU generator; B, up and biases are zero, gains one.
+
+        A: Kaiming-uniform with a = √5, or normal of deviation 1/rank ("gaussian"); down: normal of
+        deviation 0.02. "orthogonal": both with orthonormal rows.
+        """
+        for role in ROLES:
+            for tensor in getattr(self, role).values():
+                tensor.copy_(initial(role, tuple(tensor.shape), self.config.init))
+
+    def tensors(self, layout: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, torch.Tensor]:
+        """Return role -> tensor for a site's `site_tensors`, cut to the part that it uses."""
+        return {
+            role: _leading(getattr(self, role)[key], shape) for role, (key, shape) in layout.items()
+        }
+
+    def plan(self) -> Plan:
+        """What is adapted now."""
+        return Plan(tuple(site.spec for site in self.sites.values()), self.heads)
+
+
+def _leading(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    if tensor.shape == shape:
+        return tensor
+    return tensor[tuple(slice(size) for size in shape)]
+
+
+def find_bank(model: nn.Module) -> AdapterBank | None:
+    """The bank of `model`, or None where it has no hybrid adapter."""
+    bank = getattr(model, BANK, None)
+    return bank if isinstance(bank, AdapterBank) else None

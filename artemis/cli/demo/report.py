@@ -1,0 +1,70 @@
+"""The demo's table: one column for each arm, one row for each measure."""
+
+from collections.abc import Mapping
+
+ARMS = {"frozen": "frozen base", "full": "full fine-tuning", "hybrid": "hybrid adapter"}
+LOSSES = ("new_loss", "old_loss")
+NONE = "-"
+MEGA = 10**6
+
+Measures = Mapping[str, Mapping[str, float]]
+
+
+def share_of_improvement(results: Measures) -> float | None:
+    """How much of full fine-tuning's gain on the new text the hybrid reaches.
+
+    None where full fine-tuning gained nothing, so that there is nothing to have a share of.
+    """
+    start = results["frozen"]["new_loss"]
+    gain = start - results["full"]["new_loss"]
+    return (start - results["hybrid"]["new_loss"]) / gain if gain > 0 else None
+
+
+def render(results: Measures) -> str:
+    """The table as text."""
+    share = share_of_improvement(results)
+    shares = [NONE] * 3 if share is None else [NONE, "100.0%", f"{share:.1%}"]
+    change = _changes_from_frozen(results)
+    rows = [
+        ["", *ARMS.values()],
+        _row("trained parameters", results, "trainable_parameters", "{:,}"),
+        _row("training tokens per second", results, "tokens_per_second", "{:,.0f}"),
+        _row("peak memory of the process", results, "peak_memory_bytes", "{:,} MB", MEGA),
+        _row("  of it for model and training", results, "training_memory_bytes", "{:,} MB", MEGA),
+        _row("saved", results, "saved_bytes", "{:,} MB", MEGA),
+        _row("loss on the new text", results, "new_loss", "{:.4f}"),
+        _row("  change", change, "new_loss", "{:+.4f}"),
+        ["  share of full's improvement", *shares],
+        _row("loss on the old text", results, "old_loss", "{:.4f}"),
+        _row("  change (above 0: forgotten)", change, "old_loss", "{:+.4f}"),
+    ]
+    return _align(rows)
+
+
+def _row(label: str, results: Measures, key: str, form: str, unit: int | None = None) -> list[str]:
+    """A label and every arm's cell; `unit` divides, keeping one decimal."""
+    cells = [label]
+    for arm in ARMS:
+        value = results[arm].get(key)
+        if value is not None and unit is not None:
+            value = round(value / unit, 1)
+        cells.append(NONE if value is None else form.format(value))
+    return cells
+
+
+def _changes_from_frozen(results: Measures) -> Measures:
+    start = results["frozen"]
+    return {
+        arm: {} if arm == "frozen" else {key: results[arm][key] - start[key] for key in LOSSES}
+        for arm in ARMS
+    }
+
+
+def _align(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for label, *cells in rows:
+        numbers = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([label.ljust(widths[0]), *numbers]))
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join(lines)

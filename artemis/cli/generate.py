@@ -1,0 +1,83 @@
+"""`artemis generate`: text from a base model, with or without an adapter."""
+
+import argparse
+import json
+import time
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
+
+from ..errors import AdapterError
+from ..hybrid import load_hybrid_adapter
+from ..training import default_device, load_base, resolve_precision
+from ..training.loading import PRECISIONS
+
+NAME = "generate"
+SUMMARY = "continue a prompt with a base model and an adapter"
+EXAMPLE = '  artemis generate artemis-demo/base --adapter artemis-demo/hybrid --prompt "The "'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder or name of the base model")
+    parser.add_argument("--adapter", metavar="PATH", help="folder of a saved hybrid adapter")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="default: 200")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0 (the default) takes the likeliest token; higher samples more freely",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="default: auto")
+    parser.add_argument("--json", action="store_true", help="print the text and its rate as JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.max_new_tokens < 1:
+        raise AdapterError(f"--max-new-tokens: got {args.max_new_tokens}, allowed: from 1")
+    if args.temperature < 0:
+        raise AdapterError(f"--temperature: got {args.temperature}, allowed: from 0")
+    model, tokenizer = load_base(args.model, resolve_precision(args.precision))
+    if args.adapter is not None:
+        load_hybrid_adapter(model, args.adapter)
+    model.to(default_device()).eval()
+    set_seed(args.seed)
+    started = time.perf_counter()
+    streamer = None if args.json else TextStreamer(tokenizer, skip_special_tokens=True)
+    text, count = continue_text(
+        model, tokenizer, args.prompt, args.max_new_tokens, args.temperature, streamer
+    )
+    if args.json:
+        rate = count / (time.perf_counter() - started)
+        print(json.dumps({"text": text, "new_tokens": count, "tokens_per_second": rate}))
+
+
+def continue_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    streamer: TextStreamer | None = None,
+) -> tuple[str, int]:
+    """The prompt with its continuation, and the number of new tokens.
+
+    Raises:
+        AdapterError: the prompt holds no token.
+    """
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    if not inputs["input_ids"].numel():
+        raise AdapterError("the prompt holds no token")
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    with torch.inference_mode():
+        tokens = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+            streamer=streamer,
+            **({"do_sample": False} | sampling),
+        )[0]
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    return text, len(tokens) - inputs["input_ids"].shape[1]

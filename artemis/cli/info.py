@@ -1,0 +1,63 @@
+"""`artemis info`: what a saved adapter holds."""
+
+import argparse
+import json
+from dataclasses import asdict
+
+from ..adapter_file import AdapterFile, read_adapter
+
+NAME = "info"
+SUMMARY = "show what an adapter holds, module by module"
+EXAMPLE = "  artemis info artemis-demo/hybrid"
+SIZES = {"lora": "rank", "bottleneck": "width", "block": "width"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="PATH", help="folder or file of a saved adapter")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    adapter = read_adapter(args.path)
+    print(json.dumps(describe(adapter), indent=2) if args.json else render(adapter))
+
+
+def describe(adapter: AdapterFile) -> dict:
+    """Everything that the file says, as plain values."""
+    return {
+        "path": str(adapter.path),
+        "library_version": adapter.library_version,
+        "parameters": adapter.parameters,
+        "base": adapter.base.to_dict(),
+        "config": adapter.config.to_dict(),
+        "heads": list(adapter.plan.heads),
+        "modules": [asdict(module) for module in adapter.modules()],
+    }
+
+
+def render(adapter: AdapterFile) -> str:
+    """A table with one line for each adapted module."""
+    base, modules = adapter.base, adapter.modules()
+    name = f" {base.name}" if base.name else ""
+    rows = [("module", "kind", "size", "shared", "own")]
+    for module in modules:
+        size = f"{SIZES[module.kind]} {module.size}"
+        rows.append((module.path, module.kind, size, f"{module.shared:,}", f"{module.own:,}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        f"{adapter.path}: hybrid adapter, written by artemis {adapter.library_version}",
+        f"base: {base.class_name}{name}, {base.parameters:,} parameters",
+        "",
+    ]
+    for path, kind, size, shared, own in rows:
+        cells = [path.ljust(widths[0]), kind.ljust(widths[1]), size.ljust(widths[2])]
+        cells += [shared.rjust(widths[3]), own.rjust(widths[4])]
+        lines.append("  ".join(cells))
+    for head in adapter.plan.heads:
+        lines.append(f"{head}  trained head, saved whole")
+    lines += [
+        "",
+        f"{len(modules)} modules, {adapter.parameters:,} parameters stored"
+        " (shared: used by several modules and stored once)",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,234 @@
+"""`HybridAdapterConfig`: what the hybrid adapter is, from keyword arguments or YAML."""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import AdapterError, listed, nearest
+
+SECTION = "hybrid_adapter"
+DEFAULT_TARGETS = (
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+)  # fmt: skip
+DEFAULT_LORA = ("q_proj", "k_proj", "v_proj", "o_proj")
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "identity")
+IMPLEMENTATIONS = ("triton", "eager", "reference")
+
+Names = tuple[str, ...] | str
+
+
+def _rule(check: Callable[[Any], bool], allowed: str, default: Any) -> Any:
+    """A field with the test that its value must pass, and the words for what passes."""
+    return field(default=default, metadata={"check": check, "allowed": allowed})
+
+
+def _choice(*options: Any, default: Any) -> Any:
+    allowed = f"one of {', '.join(map(str, options))}"
+    return _rule(lambda value: any(value is o or value == o for o in options), allowed, default)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_list_of(check: Callable[[Any], bool], value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(map(check, value))
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value.strip() != ""
+
+
+def _is_names(value: Any) -> bool:
+    return _is_pattern(value) if isinstance(value, str) else _is_list_of(_is_name, value)
+
+
+def _is_pattern(value: str) -> bool:
+    try:
+        re.compile(value)
+    except re.error:
+        return False
+    return value != ""
+
+
+def _flag(default: bool) -> Any:
+    return _rule(lambda value: isinstance(value, bool), "true or false", default)
+
+
+def _size(default: int) -> Any:
+    return _rule(lambda value: _is_integer(value) and value >= 1, "an integer from 1", default)
+
+
+def _factor(default: float) -> Any:
+    return _rule(lambda value: _is_number(value) and value > 0, "a number above 0", default)
+
+
+def _probability(default: float) -> Any:
+    return _rule(lambda value: _is_number(value) and 0 <= value < 1, "a number in [0, 1)", default)
+
+
+_NAMES = "a list of module names or one regular expression for whole paths"
+
+
+@dataclass
+class HybridAdapterConfig:
+    """LoRA on some modules, bottlenecks on the others; every field has the user's default.
+
+    A name in a list matches a module whose path is that name or ends in it; a string is a regular
+    expression that must match the whole path. Raises `AdapterError` naming the field, what was
+    given and what is allowed.
+    """
+
+    enabled: bool = _flag(True)
+    #: rows of LoRA's A
+    lora_rank: int = _size(8)
+    #: units of a bottleneck
+    adapter_size: int = _size(64)
+    #: dropout on a bottleneck's units
+    adapter_dropout: float = _probability(0.1)
+    #: one A, down and up for all layers that agree in target name and shape
+    shared_parameters: bool = _flag(True)
+    target_modules: Names = _rule(
+        lambda value: _is_names(value) and len(value) > 0, _NAMES, DEFAULT_TARGETS
+    )
+    #: targets that get LoRA (the others get a bottleneck); None: what the default names of them
+    apply_lora_to: Names | None = _rule(
+        lambda value: value is None or _is_names(value), _NAMES, None
+    )
+    #: LoRA's factor itself, not alpha / rank
+    scaling_factor: float = _factor(0.5)
+    #: dropout on LoRA's input
+    lora_dropout: float = _probability(0.0)
+    activation: str = _choice(*ACTIVATIONS, default="gelu")
+    #: a bottleneck's factor
+    adapter_scale: float = _factor(1.0)
+    #: biases in the bottlenecks, own to each layer
+    adapter_bias: bool = _flag(True)
+    init: str = _choice("default", "gaussian", "orthogonal", default="default")
+    orthogonality_weight: float = _rule(
+        lambda value: _is_number(value) and value >= 0, "a number from 0", 0.0
+    )
+    orthogonality_form: str = _choice("cosine", "frobenius", default="cosine")
+    #: modules that stay as they are although they match
+    exclude_modules: Names = _rule(_is_names, _NAMES, ())
+    #: numbers of the layers to adapt; None: all
+    layers: tuple[int, ...] | None = _rule(
+        lambda value: (
+            value is None
+            or (_is_list_of(lambda n: _is_integer(n) and n >= 0, value) and len(value) > 0)
+        ),
+        "a list of layer numbers from 0, or null",
+        None,
+    )
+    #: dtype of new parameters: float32, or that of the model's weights
+    adapter_dtype: str = _choice("float32", "model", default="float32")
+    #: whether modules that read the same tensor share one dropout mask
+    dropout_mask_sharing: str = _choice("input", "module", default="input")
+    #: heads to train and save as they are; None: those of a classification model
+    modules_to_save: tuple[str, ...] | None = _rule(
+        lambda value: value is None or _is_list_of(_is_name, value),
+        "a list of module names, or null",
+        None,
+    )
+    #: path of the operations; None: the best that applies
+    impl: str | None = _choice(None, *IMPLEMENTATIONS, default=None)
+
+    def __post_init__(self) -> None:
+        self.validate()
+        if self.apply_lora_to is None:
+            self.apply_lora_to = self._default_lora()
+
+    def validate(self) -> None:
+        """Check every field and how they fit together; lists become tuples."""
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if not entry.metadata["check"](value):
+                allowed = entry.metadata["allowed"]
+                raise AdapterError(f"{SECTION}.{entry.name}: got {value!r}, allowed: {allowed}")
+            if isinstance(value, list):
+                setattr(self, entry.name, tuple(value))
+        self._check_lora_within_targets()
+        if self.orthogonality_weight > 0 and self.apply_lora_to == ():
+            raise AdapterError(
+                f"{SECTION}.orthogonality_weight: got {self.orthogonality_weight}, allowed: 0 where"
+                " apply_lora_to is empty (the penalty is on LoRA's matrices)"
+            )
+
+    def _check_lora_within_targets(self) -> None:
+        if isinstance(self.target_modules, str) or not isinstance(self.apply_lora_to, tuple):
+            return
+        outside = [name for name in self.apply_lora_to if name not in self.target_modules]
+        if outside:
+            raise AdapterError(
+                f"{SECTION}.apply_lora_to: got {listed(map(repr, outside))}, allowed: names in"
+                f" target_modules ({listed(self.target_modules)})"
+            )
+
+    def _default_lora(self) -> tuple[str, ...]:
+        if isinstance(self.target_modules, str):
+            return DEFAULT_LORA
+        names = tuple(n for n in self.target_modules if n.rpartition(".")[2] in DEFAULT_LORA)
+        if not names:
+            raise AdapterError(
+                f"{SECTION}.apply_lora_to: not given, and the default ({listed(DEFAULT_LORA)})"
+                f" names none of target_modules ({listed(self.target_modules)}); say which get LoRA"
+                " ([] for bottlenecks only)"
+            )
+        return names
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "HybridAdapterConfig":
+        """Build from a mapping such as YAML gives; `"1e-4"` is a number where one is wanted."""
+        if not isinstance(values, Mapping):
+            raise AdapterError(f"{SECTION}: got {values!r}, allowed: a mapping of settings")
+        declared = {entry.name: entry.type for entry in fields(cls)}
+        for key in values:
+            if key not in declared:
+                hint = nearest(str(key), declared) or f"; allowed: {', '.join(declared)}"
+                raise AdapterError(f"{SECTION}: unknown key {key!r}{hint}")
+        return cls(
+            **{
+                key: _as_float(value) if declared[key] is float else value
+                for key, value in values.items()
+            }
+        )
+
+    @classmethod
+    def from_yaml(cls, path: str | PathLike) -> "HybridAdapterConfig":
+        """Read the `hybrid_adapter:` section of a YAML file; other sections do not count."""
+        text = Path(path).read_text(encoding="utf-8")
+        try:
+            content = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise AdapterError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(content, dict) or SECTION not in content:
+            found = listed(content) if isinstance(content, dict) else type(content).__name__
+            raise AdapterError(f"{path}: got {found}, allowed: a file with a `{SECTION}:` section")
+        return cls.from_dict({} if content[SECTION] is None else content[SECTION])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values that JSON and YAML can hold; `from_dict` reads them back."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(self).items()
+        }
+
+
+def _as_float(value: Any) -> Any:
+    """YAML 1.1 reads `1e-4` as a string: return its number, or the value as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value

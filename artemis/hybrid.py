@@ -1,0 +1,127 @@
+"""The verbs on a model: add the hybrid adapter, load it, switch it off, take it out."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .adapter_file import read_adapter
+from .bank import find_bank
+from .checkpoint import (
+    check_for_base,
+    copy_tensors,
+    load_adapter_parameters,
+    save_adapter_parameters,
+)
+from .config import HybridAdapterConfig
+from .errors import AdapterError
+from .injection import eject, inject
+from .merging import is_merged, merge_adapter, unmerge_adapter
+from .report import print_trainable_parameters
+from .targets import make_plan
+
+
+def add_hybrid_adapter_to_model(model: nn.Module, config: HybridAdapterConfig) -> nn.Module:
+    """Add the adapter that `config` describes to `model`, in place, and return the model.
+
+    The base is frozen; the adapter, and the heads of a classification model, train. The model
+    computes what it did before, until it is trained. It gains the methods save_adapter_parameters,
+    load_adapter_parameters, merge_adapter, unmerge_adapter, disable_adapter, remove_adapter and
+    print_trainable_parameters. With `enabled: false` the model is returned as it is. Parameters are
+    drawn from torch's generator.
+
+    Raises `AdapterError` before anything is changed: nothing matches, a target is no linear layer,
+    the model has an adapter already, ...
+    """
+    if not isinstance(model, nn.Module) or isinstance(model, DistributedDataParallel):
+        raise AdapterError(
+            f"got a {type(model).__name__}, allowed: a torch.nn.Module that is not wrapped for"
+            " several processes yet"
+        )
+    if not isinstance(config, HybridAdapterConfig):
+        raise AdapterError(
+            f"got {config!r} as config, allowed: a HybridAdapterConfig (from_yaml, from_dict)"
+        )
+    config = HybridAdapterConfig.from_dict(config.to_dict())  # checked, and the model's own copy
+    if not config.enabled:
+        return model
+    _check_free(model)
+    inject(model, config, make_plan(model, config)).reset_parameters()
+    _attach(model)
+    return model
+
+
+def load_hybrid_adapter(
+    base_model: nn.Module, path: str | os.PathLike, *, strict: bool = False
+) -> nn.Module:
+    """Add the adapter saved at `path`, configuration and parameters; return the model.
+
+    Raises `FileNotFoundError` or `AdapterError` (a damaged file, another class or size of base...)
+    and changes nothing then. Another name or other weights of the base give one warning, or with
+    `strict` an error.
+    """
+    _check_free(base_model)
+    file = read_adapter(path)
+    tensors = check_for_base(base_model, file, strict)
+    inject(base_model, file.config, file.plan)
+    copy_tensors(base_model, file.plan.heads, tensors)
+    _attach(base_model)
+    return base_model
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """Within it, the model computes as its base does (heads keep what they learned)."""
+    bank = find_bank(model)
+    if is_merged(model):
+        raise AdapterError("the adapter is merged into the base; call unmerge_adapter() first")
+    before, bank.enabled = bank.enabled, False
+    try:
+        yield
+    finally:
+        bank.enabled = before
+
+
+def remove_adapter(model: nn.Module) -> None:
+    """Take the adapter out: classes, weights and `requires_grad` of the base are as before.
+
+    A merged adapter is unmerged first. Heads keep what they learned: they were trained in place.
+    """
+    unmerge_adapter(model)
+    eject(model)
+    for name in _METHODS:
+        delattr(model, name)
+
+
+_METHODS = {
+    function.__name__: function
+    for function in (
+        save_adapter_parameters,
+        load_adapter_parameters,
+        merge_adapter,
+        unmerge_adapter,
+        disable_adapter,
+        remove_adapter,
+        print_trainable_parameters,
+    )
+}
+
+
+def _attach(model: nn.Module) -> None:
+    """Give `model` the adapter's methods.
+
+    As partials in the instance: its class stays the very class that transformers looks up by name
+    and identity, and, unlike bound methods, partials pickle and follow a deepcopy to the copy.
+    """
+    for name, function in _METHODS.items():
+        setattr(model, name, partial(function, model))
+
+
+def _check_free(model: nn.Module) -> None:
+    if find_bank(model) is not None:
+        raise AdapterError(
+            f"{type(model).__name__} has a hybrid adapter already; remove_adapter() takes it out"
+        )

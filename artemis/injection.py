@@ -1,0 +1,118 @@
+"""Putting the adapter into a model and taking it out again, by class and in place."""
+
+import torch
+from torch import nn
+
+from . import architectures
+from .bank import BANK, AdapterBank, find_bank
+from .config import HybridAdapterConfig
+from .errors import AdapterError
+from .layers import adapt, restore
+from .plan import Plan, SiteSpec
+from .sites import SITES, SharedSeed
+
+
+def inject(model: nn.Module, config: HybridAdapterConfig, plan: Plan) -> AdapterBank:
+    """Adapt the modules of `plan`, freeze the base, and return the bank, its tensors still zero.
+
+    Every check comes first: on `AdapterError` the model is as it was.
+    """
+    check_injection(model, plan)
+    bank = AdapterBank(config, plan)
+    weight = _first_weight(model, plan)
+    bank.to(weight.device, weight.dtype if config.adapter_dtype == "model" else torch.float32)
+    seeds = _seeds(config, plan)
+    for spec in plan.sites:
+        site = SITES[spec.kind](spec, bank, seeds[spec.path])
+        bank.sites[spec.path] = site
+        module = model.get_submodule(spec.path)
+        if spec.kind == "block":
+            site.hook = module.register_forward_hook(site)
+        else:
+            adapt(module, site)
+    _freeze(model, bank)
+    model.add_module(BANK, bank)
+    return bank
+
+
+def eject(model: nn.Module) -> None:
+    """Undo `inject`: classes, hooks and `requires_grad` as before; heads keep what they learned."""
+    bank = find_bank(model)
+    for path, site in bank.sites.items():
+        if site.spec.kind == "block":
+            site.hook.remove()
+        else:
+            restore(model.get_submodule(path))
+    delattr(model, BANK)
+    trained = set(bank.trained_before)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+
+
+def check_injection(model: nn.Module, plan: Plan) -> None:
+    """Raise `AdapterError` where the modules of `plan` cannot be adapted as they stand."""
+    if hasattr(model, BANK):
+        raise AdapterError(
+            f"{type(model).__name__} has a hybrid adapter already; remove_adapter() takes it out"
+        )
+    for spec in plan.sites:
+        module = model.get_submodule(spec.path)
+        if "forward" in vars(module):
+            raise AdapterError(
+                f"{spec.path} carries a forward of its own (as accelerate's device map sets it),"
+                " which would bypass the adapter; add the adapter before that"
+            )
+    devices = {p.device for spec in plan.sites for p in _weights(model, spec)}
+    if len(devices) > 1:
+        raise AdapterError(
+            f"the adapted modules lie on several devices ({', '.join(map(str, devices))}); allowed:"
+            " one, since the bank that they share is on one"
+        )
+    for head in plan.heads:
+        _check_head(model, head)
+
+
+def _check_head(model: nn.Module, head: str) -> None:
+    module = model.get_submodule(head)
+    own = {id(p) for p in module.parameters()}
+    if not own:
+        raise AdapterError(f"modules_to_save: {head} has no parameters to train")
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in own and not name.startswith(f"{head}."):
+            raise AdapterError(
+                f"modules_to_save: {head} shares a tensor with the base ({name}), which must not"
+                " change; untie them, or leave it out"
+            )
+
+
+def _weights(model: nn.Module, spec: SiteSpec) -> list[nn.Parameter]:
+    """The weights that `spec` adapts: the layer's own, or those of the block's linear layers."""
+    module = model.get_submodule(spec.path)
+    layers = [m for m in module.modules() if architectures.linear_features(m)]
+    return [layer.weight for layer in layers]
+
+
+def _first_weight(model: nn.Module, plan: Plan) -> torch.Tensor:
+    return _weights(model, plan.sites[0])[0]
+
+
+def _seeds(config: HybridAdapterConfig, plan: Plan) -> dict[str, SharedSeed]:
+    """Module path -> seed: one for all that read the same tensor with the same kind of adapter."""
+    if config.dropout_mask_sharing == "module":
+        return {spec.path: SharedSeed() for spec in plan.sites}
+    groups: dict[tuple[str, str], SharedSeed] = {}
+    return {
+        spec.path: groups.setdefault((architectures.input_of(spec.path), spec.kind), SharedSeed())
+        for spec in plan.sites
+    }
+
+
+def _freeze(model: nn.Module, bank: AdapterBank) -> None:
+    """Let heads train and nothing else of the base; remember what did before."""
+    named = list(model.named_parameters())
+    bank.trained_before = tuple(name for name, parameter in named if parameter.requires_grad)
+    for _, parameter in named:
+        parameter.requires_grad_(False)
+    for head in bank.heads:
+        for parameter in model.get_submodule(head).parameters():
+            parameter.requires_grad_(True)

@@ -1,0 +1,113 @@
+"""Folding the adapter into the base's weights, and the way back, bit for bit."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .bank import find_bank
+from .layers import weight_of
+from .sites import Site
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What `merge_adapter` did: paths now folded into weights, and path -> why it stays active."""
+
+    merged: tuple[str, ...]
+    active: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.merged)} modules folded into the base, {len(self.active)} still active"
+        ]
+        lines += [f"  {path}: {reason}" for path, reason in self.active.items()]
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def merge_adapter(model: nn.Module) -> MergeReport:
+    """Fold into the base's weights what can be folded; the rest stays active.
+
+    LoRA folds into any weight that is the layer's alone; a bottleneck only with the identity as its
+    activation, and, if it has biases, on a layer that has one. The originals are kept on the CPU
+    for `unmerge_adapter`. Sums are formed in at least fp32 and rounded once. Merging what is merged
+    changes nothing.
+    """
+    bank = find_bank(model)
+    active = {}
+    for path, site in bank.sites.items():
+        reason = _why_not(model, site)
+        if reason:
+            active[path] = reason
+        elif site.original is None:
+            _fold(model.get_submodule(path), site)
+    return MergeReport(tuple(path for path in bank.sites if path not in active), active)
+
+
+@torch.no_grad()
+def unmerge_adapter(model: nn.Module) -> None:
+    """Put the base's own weights back, bit for bit; the adapter is active again."""
+    for path, site in find_bank(model).sites.items():
+        if site.original:
+            module = model.get_submodule(path)
+            for name, tensor in site.original.items():
+                getattr(module, name).copy_(tensor)
+            site.original = None
+
+
+def is_merged(model: nn.Module) -> bool:
+    """Whether any module's weight holds its adapter now."""
+    return any(site.original for site in find_bank(model).sites.values())
+
+
+def _why_not(model: nn.Module, site: Site) -> str | None:
+    if site.spec.kind == "block":
+        return "it acts on the output of a whole block"
+    module = model.get_submodule(site.spec.path)
+    if not module.weight.is_floating_point():
+        return f"the weight is {module.weight.dtype}"
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter is module.weight and name != f"{site.spec.path}.weight":
+            return f"the weight is tied to {name}"
+    if site.spec.kind == "bottleneck":
+        config = site.bank.config
+        if config.activation != "identity":
+            return f"a bottleneck with {config.activation} is not linear"
+        if config.adapter_bias and module.bias is None:
+            return "the bottleneck has biases and the layer has none to take them"
+    return None
+
+
+def _fold(module: nn.Module, site: Site) -> None:
+    weight = weight_of(module)
+    new_weight, new_bias = _folded(site, weight, module.bias)
+    # Cloned: `.cpu()` of a tensor on the CPU is that tensor.
+    site.original = {n: p.detach().cpu().clone() for n, p in module.named_parameters()}
+    weight.copy_(new_weight)
+    if new_bias is not None:
+        module.bias.copy_(new_bias)
+
+
+def _folded(
+    site: Site, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight (out, in) and bias that compute, alone, what the site does."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    tensors = {role: t.to(wide) for role, t in site.bank.tensors(site.layout).items()}
+    gain, config = tensors.get("gain", 1.0), site.bank.config
+    w = weight.to(wide)
+    if site.spec.kind == "lora":
+        return w + config.scaling_factor * gain * (tensors["lora_b"] @ tensors["lora_a"]), None
+    scale = config.adapter_scale * gain
+    down, up = tensors["down"], tensors["up"]
+    # y = y0 + s·(U (D y0 + b_d) + b_u), where y0 = W x + b
+    w = w + scale * (up @ (down @ w))
+    if bias is None:
+        return w, None
+    b = bias.to(wide)
+    hidden = down @ b
+    shift = up @ hidden
+    if config.adapter_bias:
+        shift = up @ (hidden + tensors["bias_down"]) + tensors["bias_up"]
+    return w, b + scale * shift

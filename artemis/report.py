@@ -1,0 +1,36 @@
+"""How many parameters train, in words."""
+
+from torch import nn
+
+from .bank import find_bank
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Count parameters: trainable, all, and those of LoRA, bottlenecks, gains and heads."""
+    bank = find_bank(model)
+
+    def count(*tables: str) -> int:
+        return sum(t.numel() for table in tables for t in getattr(bank, table).values())
+
+    heads = (p for head in bank.heads for p in model.get_submodule(head).parameters())
+    return {
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "all": sum(p.numel() for p in model.parameters()),
+        "lora": count("lora_a", "lora_b"),
+        "bottleneck": count("down", "up", "bias_down", "bias_up"),
+        "gains": count("gain"),
+        "heads": sum(p.numel() for p in heads),
+    }
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print how many parameters train, of how many, and what they belong to."""
+    counts = count_parameters(model)
+    share = 100 * counts["trainable"] / counts["all"]
+    parts = ", ".join(
+        f"{name} {counts[name]:,}" for name in ("lora", "bottleneck", "gains", "heads")
+    )
+    print(
+        f"trainable parameters: {counts['trainable']:,} of {counts['all']:,} ({share:.4f} %)"
+        f"; {parts}"
+    )

@@ -1,0 +1,157 @@
+"""A site: the state of one adapted module, and the operation that it runs.
+
+Sites are plain objects, not modules: they refer to the bank without registering it a second time,
+and `deepcopy` and pickle follow that reference like any other.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from artemis_kernels import adapter_linear, bottleneck_adapter, lora_linear, new_seed
+
+from .bank import AdapterBank, site_tensors
+from .plan import SiteSpec
+
+
+@dataclass(eq=False)
+class SharedSeed:
+    """One dropout seed for all modules that read the same tensor.
+
+    A member that still owes a use of the current seed takes it; any other draws a new one, which
+    the rest then owe. So a forward draws once a group; activation checkpointing, which restores the
+    generator, draws the same again; and order, exceptions and skipped members do no harm.
+    """
+
+    size: int = 0
+    #: Bit i is set while member i may still take `seed`.
+    pending: int = 0
+    seed: torch.Tensor | None = None
+
+    def join(self) -> int:
+        """Add a member; return the bit that stands for it."""
+        self.size += 1
+        return 1 << (self.size - 1)
+
+    def take(self, member: int, device: torch.device) -> torch.Tensor:
+        """Return the seed for `member`: one int64 element on `device`."""
+        if self.pending & member:
+            self.pending &= ~member
+        else:
+            self.seed = new_seed(device)
+            self.pending = ((1 << self.size) - 1) & ~member
+        return self.seed
+
+
+@dataclass(eq=False)
+class Site:
+    """What an adapted module knows: what it is, where its tensors are, which mask it shares."""
+
+    spec: SiteSpec
+    bank: AdapterBank = field(repr=False)
+    seeds: SharedSeed = field(repr=False)
+    #: The unmerged parameters, on the CPU, while the adapter is folded into the module's weight.
+    original: dict[str, torch.Tensor] | None = field(default=None, repr=False)
+    member: int = field(init=False, repr=False)
+    #: `site_tensors` of this site: worked out once, not at each forward.
+    layout: dict[str, tuple[str, tuple[int, ...]]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.member = self.seeds.join()
+        self.layout = site_tensors(self.spec, self.bank.config)
+
+    @property
+    def active(self) -> bool:
+        """Whether the module must add its adapter to what the base computes."""
+        return self.original is None and self.bank.enabled
+
+    def _factor(self, factor: float, gain: torch.Tensor | None) -> float | torch.Tensor:
+        return factor if gain is None else factor * gain
+
+    def _mask(self, p: float, training: bool, x: torch.Tensor) -> dict:
+        """Arguments for dropout: none outside training."""
+        if not training or p == 0.0:
+            return {}
+        return {"dropout_p": p, "seed": self.seeds.take(self.member, x.device)}
+
+
+class LoRASite(Site):
+    """LoRA on a linear layer."""
+
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, training: bool
+    ) -> torch.Tensor:
+        """x [..., in] -> [..., out], for weight (out, in) of any strides."""
+        config, tensors = self.bank.config, self.bank.tensors(self.layout)
+        return lora_linear(
+            x,
+            weight,
+            tensors["lora_a"],
+            tensors["lora_b"],
+            self._factor(config.scaling_factor, tensors.get("gain")),
+            bias=bias,
+            impl=config.impl,
+            **self._mask(config.lora_dropout, training, x),
+        )
+
+
+class BottleneckSite(Site):
+    """A bottleneck on the output of a linear layer."""
+
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, training: bool
+    ) -> torch.Tensor:
+        """x [..., in] -> [..., out], for weight (out, in) of any strides."""
+        config, tensors = self.bank.config, self.bank.tensors(self.layout)
+        return adapter_linear(
+            x,
+            weight,
+            tensors["down"],
+            tensors["up"],
+            bias=bias,
+            bias_down=tensors.get("bias_down"),
+            bias_up=tensors.get("bias_up"),
+            activation=config.activation,
+            scale=self._factor(config.adapter_scale, tensors.get("gain")),
+            impl=config.impl,
+            **self._mask(config.adapter_dropout, training, x),
+        )
+
+
+class BlockSite(Site):
+    """A bottleneck on the output of a block, as the block's forward hook."""
+
+    #: Takes the hook out again.
+    hook: RemovableHandle | None = None
+
+    def __call__(self, module: nn.Module, args: tuple, output):
+        """Adapt `output`: a tensor [..., hidden], or a tuple that starts with one."""
+        if not self.active:
+            return output
+        if isinstance(output, tuple) and output and isinstance(output[0], torch.Tensor):
+            return (self._adapt(output[0], module.training), *output[1:])
+        if isinstance(output, torch.Tensor):
+            return self._adapt(output, module.training)
+        raise TypeError(
+            f"{self.spec.path} returned a {type(output).__name__}; a bottleneck on a block needs a"
+            " tensor or a tuple that starts with one"
+        )
+
+    def _adapt(self, x: torch.Tensor, training: bool) -> torch.Tensor:
+        config, tensors = self.bank.config, self.bank.tensors(self.layout)
+        return bottleneck_adapter(
+            x,
+            tensors["down"],
+            tensors["up"],
+            bias_down=tensors.get("bias_down"),
+            bias_up=tensors.get("bias_up"),
+            activation=config.activation,
+            scale=self._factor(config.adapter_scale, tensors.get("gain")),
+            impl=config.impl,
+            **self._mask(config.adapter_dropout, training, x),
+        )
+
+
+SITES = {"lora": LoRASite, "bottleneck": BottleneckSite, "block": BlockSite}

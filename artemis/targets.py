@@ -1,0 +1,157 @@
+"""Which modules a configuration means: names and patterns in, a checked `Plan` out."""
+
+import re
+import warnings
+from collections.abc import Iterable
+
+from torch import nn
+
+from . import architectures
+from .config import DEFAULT_LORA, DEFAULT_TARGETS, HybridAdapterConfig, Names
+from .errors import AdapterError, listed, nearest
+from .plan import Plan, SiteSpec
+
+
+def matching(names: Names, path: str) -> str | None:
+    """Return the entry of `names` that `path` matches, or None.
+
+    A list entry equals the path or its last parts; a string is a regular expression for the whole
+    path, and then the module's own name stands for the entry.
+    """
+    if isinstance(names, str):
+        return path.rpartition(".")[2] if re.fullmatch(names, path) else None
+    return next((name for name in names if path == name or path.endswith(f".{name}")), None)
+
+
+def layer_number(path: str) -> int | None:
+    """The first numbered part of `path` (later ones are experts and the like)."""
+    return next((int(part) for part in path.split(".") if part.isdecimal()), None)
+
+
+def make_plan(model: nn.Module, config: HybridAdapterConfig) -> Plan:
+    """Find what `config` means in `model`; raise `AdapterError` where it means nothing.
+
+    Nothing is changed. Targets within a head are left out: a head trains as it is.
+    """
+    paths = [path for path, _ in model.named_modules() if path]
+    matched = {path: entry for path in paths if (entry := matching(config.target_modules, path))}
+    if not matched:
+        raise AdapterError(_nothing_matches(model, config))
+    _check_entries("target_modules", config.target_modules, paths, DEFAULT_TARGETS)
+    _check_entries("exclude_modules", config.exclude_modules, paths)
+    heads = find_heads(model, config, paths)
+    chosen = {
+        path: entry
+        for path, entry in matched.items()
+        if not _within(path, heads)
+        and matching(config.exclude_modules, path) is None
+        and (config.layers is None or layer_number(path) in config.layers)
+    }
+    _check_layers(config, matched)
+    if not chosen:
+        raise AdapterError(
+            f"hybrid_adapter: all {len(matched)} matching modules are left out by exclude_modules,"
+            " layers or modules_to_save"
+        )
+    _check_lora_entries(config, chosen)
+    sites = tuple(_site(model, config, path, entry) for path, entry in chosen.items())
+    return Plan(sites, heads)
+
+
+def find_heads(
+    model: nn.Module, config: HybridAdapterConfig, paths: Iterable[str]
+) -> tuple[str, ...]:
+    """Paths of the modules to train and save as they are; those inside another are left out."""
+    if config.modules_to_save is None:
+        return architectures.classifier_heads(model)
+    _check_entries("modules_to_save", config.modules_to_save, paths)
+    heads = tuple(path for path in paths if matching(config.modules_to_save, path))
+    return tuple(path for path in heads if not _within(path, [h for h in heads if h != path]))
+
+
+def _site(model: nn.Module, config: HybridAdapterConfig, path: str, target: str) -> SiteSpec:
+    module = model.get_submodule(path)
+    wants_lora = matching(config.apply_lora_to, path) is not None
+    features = architectures.linear_features(module)
+    if features:
+        kind = "lora" if wants_lora else "bottleneck"
+    elif wants_lora or not architectures.is_block(module):
+        raise AdapterError(
+            f"hybrid_adapter.target_modules: {path} is a {type(module).__name__}; allowed:"
+            " torch.nn.Linear or transformers' Conv1D, or, without LoRA, a block that contains them"
+        )
+    else:
+        kind, features = "block", _block_features(model, path)
+    size = config.lora_rank if kind == "lora" else config.adapter_size
+    return SiteSpec(path, kind, target, *features, size)
+
+
+def _block_features(model: nn.Module, path: str) -> tuple[int, int]:
+    hidden = architectures.hidden_size(model)
+    if hidden is None:
+        raise AdapterError(
+            f"hybrid_adapter.target_modules: {path} is a block, and the model has no"
+            " config.hidden_size that tells the size of its output; name its linear layers instead"
+        )
+    return hidden, hidden
+
+
+def _within(path: str, roots: Iterable[str]) -> bool:
+    return any(path == root or path.startswith(f"{root}.") for root in roots)
+
+
+def _check_entries(
+    field: str, names: Names, paths: Iterable[str], defaults: tuple[str, ...] = ()
+) -> None:
+    """Refuse an entry of `names` that matches no path; those from the default only warn."""
+    paths = list(paths)
+    entries = [names] if isinstance(names, str) else names
+    for entry in entries:
+        one = entry if isinstance(names, str) else (entry,)
+        if any(matching(one, path) for path in paths):
+            continue
+        message = f"hybrid_adapter.{field}: {entry!r} matches no module{_closest(entry, paths)}"
+        if tuple(entries) != defaults:
+            raise AdapterError(message)
+        warnings.warn(message, stacklevel=4)
+
+
+def _closest(entry: str, paths: Iterable[str]) -> str:
+    parts = entry.count(".") + 1
+    return nearest(entry, {".".join(path.split(".")[-parts:]) for path in paths})
+
+
+def _check_lora_entries(config: HybridAdapterConfig, chosen: Iterable[str]) -> None:
+    """Entries that repeat `target_modules` were checked there; others must match a target."""
+    names, targets = config.apply_lora_to, config.target_modules
+    if isinstance(names, tuple) and not isinstance(targets, str):
+        return
+    if names == DEFAULT_LORA and any(matching(names, path) for path in chosen):
+        return
+    _check_entries("apply_lora_to", names, chosen)
+
+
+def _check_layers(config: HybridAdapterConfig, matched: Iterable[str]) -> None:
+    if config.layers is None:
+        return
+    numbers = {layer_number(path) for path in matched} - {None}
+    missing = [number for number in config.layers if number not in numbers]
+    if missing:
+        raise AdapterError(
+            f"hybrid_adapter.layers: got {listed(missing)}, allowed: the numbers of layers with"
+            f" targets ({listed(sorted(numbers), limit=100) or 'none'})"
+        )
+
+
+def _nothing_matches(model: nn.Module, config: HybridAdapterConfig) -> str:
+    suffixes = dict.fromkeys(path.rpartition(".")[2] for path in architectures.linear_paths(model))
+    targets = config.target_modules
+    if isinstance(targets, str):
+        targets = f"{targets!r}, a regular expression for whole paths (names go in a list),"
+    else:
+        targets = listed(map(repr, targets))
+    return (
+        f"hybrid_adapter.target_modules: {targets} matches no module of"
+        f" {type(model).__name__}; its linear layers are called"
+        f" {listed(suffixes, limit=40) or '(it has none)'}"
+    )

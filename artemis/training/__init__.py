@@ -1,0 +1,25 @@
+"""Training on transformers' Trainer: `Trainer`, the training file, text data."""
+
+from .config import DataConfig, RunConfig, TrainingConfig
+from .data import TokenBlocks, cut_blocks, load_blocks
+from .loading import default_device, load_base, resolve_precision
+from .progress import show_progress
+from .run import count_parameters, run_training, tokens_per_second
+from .trainer import Trainer
+
+__all__ = [
+    "DataConfig",
+    "RunConfig",
+    "TokenBlocks",
+    "Trainer",
+    "TrainingConfig",
+    "count_parameters",
+    "cut_blocks",
+    "default_device",
+    "load_base",
+    "load_blocks",
+    "resolve_precision",
+    "run_training",
+    "show_progress",
+    "tokens_per_second",
+]

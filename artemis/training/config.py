@@ -1,0 +1,188 @@
+"""The training file: model, data, adapter and training settings in one YAML document.
+
+```yaml
+model: path/or/name           # a causal language model for transformers
+data:                         # DataConfig
+  train: [train.jsonl]
+hybrid_adapter:               # HybridAdapterConfig; without this section the whole model is trained
+  lora_rank: 8
+training:                     # TrainingConfig
+  learning_rate: 1e-3
+```
+
+`examples/train.yaml` holds every key.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+from transformers import TrainingArguments
+
+from ..config import HybridAdapterConfig
+from ..errors import AdapterError
+from . import schema
+from .loading import PRECISIONS, default_device
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What a causal language model is trained on.
+
+    Attributes:
+        train: text files (one document each) or `.jsonl` files (one document a line).
+        eval: files of the same kinds that are held out; none means no evaluation.
+        text_column: the column of a `.jsonl` file that holds the text.
+        sequence_length: tokens per example.
+    """
+
+    SECTION: ClassVar[str] = "data"
+
+    train: list[str] = schema.texts(1)
+    eval: list[str] = schema.texts(0, default_factory=list)
+    text_column: str = schema.text(default="text")
+    sequence_length: int = schema.integer(2, 512)
+
+    def __post_init__(self):
+        schema.check_fields(self)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a model is trained.
+
+    The defaults suit an adapter; a whole model wants a learning rate 5 to 20 times smaller.
+
+    Attributes:
+        output_dir: where the adapter (or the whole model) and the checkpoints go.
+        batch_size: examples per device and forward pass.
+        accumulation: forward passes per optimizer step.
+        learning_rate: the highest of the schedule.
+        schedule: how the learning rate goes on after warming up.
+        warmup: share of all steps in which the learning rate rises from 0.
+        epochs: passes over the data, unless `max_steps` is given.
+        max_steps: optimizer steps.
+        weight_decay: AdamW's, on matrices only.
+        max_grad_norm: gradients are clipped to this norm; 0 means never.
+        precision: see `artemis.training.loading.resolve_precision`.
+        checkpointing: recompute activations in the backward pass, for less memory.
+        seed: of the adapter's start, the order of the data and dropout.
+        logging_steps: optimizer steps between two reports of the loss.
+        eval_steps: optimizer steps between two evaluations; None evaluates at the end only.
+        save_steps: optimizer steps between two checkpoints; None saves the result only.
+        save_total_limit: checkpoints that are kept; None keeps all.
+    """
+
+    SECTION: ClassVar[str] = "training"
+
+    output_dir: str = schema.text(default="artemis-output")
+    batch_size: int = schema.integer(1, 8)
+    accumulation: int = schema.integer(1, 1)
+    learning_rate: float = schema.number(lambda rate: rate > 0, "a number above 0", 5e-4)
+    schedule: str = schema.choice("cosine", "linear", "constant", default="cosine")
+    warmup: float = schema.number(lambda share: 0 <= share < 1, "a number in [0, 1)", 0.03)
+    epochs: float = schema.number(lambda passes: passes > 0, "a number above 0", 1.0)
+    max_steps: int | None = schema.optional_integer(1)
+    weight_decay: float = schema.number(lambda decay: decay >= 0, "a number from 0", 0.0)
+    max_grad_norm: float = schema.number(lambda norm: norm >= 0, "a number from 0", 1.0)
+    precision: str = schema.choice(*PRECISIONS, default="auto")
+    checkpointing: bool = schema.flag(False)
+    seed: int = schema.integer(0, 0)
+    logging_steps: int = schema.integer(1, 10)
+    eval_steps: int | None = schema.optional_integer(1)
+    save_steps: int | None = schema.optional_integer(1)
+    save_total_limit: int | None = schema.optional_integer(1, 2)
+
+    def __post_init__(self):
+        schema.check_fields(self)
+
+    def arguments(self, autocast: bool = False) -> TrainingArguments:
+        """The same settings for transformers' Trainer.
+
+        Args:
+            autocast: run products in bfloat16 over float32 weights, as training a whole model in
+                bf16 needs it. A frozen base is loaded in bfloat16 instead.
+        """
+        # transformers 5.23 renamed gradient checkpointing and warns about the old name.
+        names = {item.name for item in dataclasses.fields(TrainingArguments)}
+        prefix = "activation" if "activation_checkpointing" in names else "gradient"
+        checkpointing = {
+            f"{prefix}_checkpointing": self.checkpointing,
+            f"{prefix}_checkpointing_kwargs": {"use_reentrant": False},
+        }
+        schedule = "constant_with_warmup" if self.schedule == "constant" else self.schedule
+        return TrainingArguments(
+            output_dir=self.output_dir,
+            per_device_train_batch_size=self.batch_size,
+            per_device_eval_batch_size=self.batch_size,
+            gradient_accumulation_steps=self.accumulation,
+            learning_rate=self.learning_rate,
+            lr_scheduler_type=schedule,
+            warmup_steps=self.warmup,
+            num_train_epochs=self.epochs,
+            max_steps=self.max_steps or -1,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+            bf16=autocast,
+            use_cpu=default_device().type == "cpu",
+            seed=self.seed,
+            logging_steps=self.logging_steps,
+            eval_strategy="steps" if self.eval_steps else "no",
+            eval_steps=self.eval_steps,
+            save_strategy="steps" if self.save_steps else "no",
+            save_steps=self.save_steps or 500,
+            save_total_limit=self.save_total_limit,
+            report_to="none",
+            **checkpointing,
+        )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole training file."""
+
+    model: str
+    data: DataConfig
+    hybrid_adapter: HybridAdapterConfig | None
+    training: TrainingConfig
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "RunConfig":
+        """Read a training file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            AdapterError: it is not YAML, or a key or a value is not allowed; names the section and
+                the key, what was given and what is allowed.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"training file {str(path)!r} does not exist")
+        try:
+            return cls.from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+        except yaml.YAMLError as error:
+            raise AdapterError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        except ValueError as error:
+            raise AdapterError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "RunConfig":
+        """Read the parsed training file; errors as in `from_yaml`."""
+        sections = [item.name for item in dataclasses.fields(cls)]
+        if not isinstance(values, dict):
+            raise AdapterError(f"got {values!r}, allowed: the sections {', '.join(sections)}")
+        schema.refuse_unknown_keys(values, sections)
+        model = values.get("model")
+        if not isinstance(model, str) or not model:
+            raise AdapterError(f"model: got {model!r}, allowed: a local path or a name")
+        if "data" not in values:
+            raise AdapterError("data: not given, allowed: a mapping with `train` files")
+        adapter = values.get("hybrid_adapter")
+        return cls(
+            model=model,
+            data=schema.from_mapping(DataConfig, values["data"]),
+            hybrid_adapter=None if adapter is None else HybridAdapterConfig.from_dict(adapter),
+            training=schema.from_mapping(TrainingConfig, values.get("training")),
+        )

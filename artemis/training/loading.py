@@ -1,0 +1,50 @@
+"""A model with its tokenizer, in the precision that suits the device."""
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+import artemis_kernels
+
+from ..errors import AdapterError
+
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+def default_device() -> torch.device:
+    """The first GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def resolve_precision(precision: str, device: torch.device | None = None) -> torch.dtype:
+    """The dtype that matrix products run in.
+
+    `auto` is bfloat16 where the device multiplies it faster than float32 (GPUs; CPUs with bf16 dot
+    products), else float32. A frozen base is held in this dtype and its adapter in float32; a model
+    that is trained whole keeps float32 weights and runs under autocast.
+    """
+    if precision == "auto":
+        fast = artemis_kernels.has_fast_bf16(device or default_device())
+        return torch.bfloat16 if fast else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+def load_base(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer, from a folder or by name.
+
+    Raises:
+        AdapterError: there is no such model, or it is not a causal language model.
+    """
+    # from_pretrained reports a missing model as OSError, an unsuitable one as ValueError, and both
+    # in several lines, of which the first says what is wrong.
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise AdapterError(f"cannot load the model {name!r}: {reason}") from error
+    return model, tokenizer

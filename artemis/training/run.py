@@ -1,0 +1,78 @@
+"""The job that a training file describes."""
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from ..hybrid import add_hybrid_adapter_to_model
+from .config import DataConfig, RunConfig
+from .data import TokenBlocks, load_blocks
+from .loading import load_base, resolve_precision
+from .progress import show_progress
+from .trainer import Trainer
+
+
+def run_training(config: RunConfig, resume: bool = False) -> dict[str, float | int | str | None]:
+    """Train, save into `training.output_dir`, and evaluate where there is held-out data.
+
+    Args:
+        config: the training file.
+        resume: go on from the last complete checkpoint of an interrupted run.
+
+    Returns:
+        What `artemis train --json` prints. Losses are means over tokens, in nats; `eval_loss` is
+        None without held-out data.
+
+    Raises:
+        AdapterError: the model, the data or the configuration cannot be used.
+    """
+    settings = config.training
+    hybrid = config.hybrid_adapter is not None and config.hybrid_adapter.enabled
+    dtype = resolve_precision(settings.precision)
+    # A frozen base may be held in bf16; weights that are trained need float32's small steps.
+    model, tokenizer = load_base(config.model, dtype if hybrid else torch.float32)
+    train_data, eval_data = _load_data(config.data, tokenizer)
+    if hybrid:
+        set_seed(settings.seed)
+        add_hybrid_adapter_to_model(model, config.hybrid_adapter)
+
+    trainer = Trainer(
+        model,
+        settings.arguments(autocast=dtype == torch.bfloat16 and not hybrid),
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        processing_class=tokenizer,
+    )
+    show_progress(trainer, "training")
+    outcome = trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    return {
+        "output_dir": settings.output_dir,
+        "steps": outcome.global_step,
+        "train_loss": outcome.training_loss,
+        "eval_loss": trainer.evaluate()["eval_loss"] if eval_data else None,
+        "tokens_per_second": tokens_per_second(outcome.metrics, config.data.sequence_length),
+        **count_parameters(model),
+    }
+
+
+def _load_data(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[TokenBlocks, TokenBlocks | None]:
+    length, column = config.sequence_length, config.text_column
+    train_data = load_blocks(config.train, tokenizer, length, column)
+    eval_data = load_blocks(config.eval, tokenizer, length, column) if config.eval else None
+    return train_data, eval_data
+
+
+def tokens_per_second(metrics: dict[str, float], sequence_length: int) -> float:
+    """Throughput of training, from the metrics of `Trainer.train`."""
+    return metrics["train_samples_per_second"] * sequence_length
+
+
+def count_parameters(model: PreTrainedModel) -> dict[str, int]:
+    """Numbers in the model, and those of them that are trained."""
+    parameters = list(model.parameters())
+    return {
+        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "total_parameters": sum(p.numel() for p in parameters),
+    }

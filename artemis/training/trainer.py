@@ -1,0 +1,236 @@
+"""transformers' Trainer for models with a hybrid adapter.
+
+What differs from the parent:
+- the model may come late: `Trainer(args=..., train_dataset=...)`, then `trainer.train(model)`;
+- a checkpoint holds the adapter, the optimizer, the scheduler, the random states and the trainer's
+  state, never the base; resuming from it continues the run bit for bit on a CPU;
+- the orthogonality penalty is added once per optimizer step, whatever the accumulation;
+- gains and biases of the adapter are not decayed;
+- one process drives one GPU (several: `torchrun`), never `torch.nn.DataParallel`.
+
+A model without an adapter is trained and saved as transformers does it, so that full fine-tuning
+and the hybrid can be compared under the same trainer.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
+
+from ..bank import find_bank
+from ..errors import AdapterError
+from ..orthogonality import orthogonality_penalty
+from .config import TrainingConfig
+
+
+class Trainer(transformers.Trainer):
+    """transformers' Trainer; `model` is optional, and `args` defaults to `TrainingConfig`'s.
+
+    Everything else is as in the parent, and is passed by keyword.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *,
+        model_init=None,
+        **kwargs: Any,
+    ):
+        if args is None:
+            args = TrainingConfig().arguments()
+        if args.n_gpu > 1:
+            # The parent would wrap the model in DataParallel, whose replicas cannot share one bank.
+            args._n_gpu = 1
+        if model is None and model_init is None:
+            model = _NoModel()
+        super().__init__(model, args, model_init=model_init, **kwargs)
+
+    def train(
+        self, model_or_checkpoint: nn.Module | str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """Train a model, or the model that the trainer already has.
+
+        Args:
+            model_or_checkpoint: a module becomes the trainer's model. A path resumes from that
+                checkpoint, True from the last complete one under `args.output_dir`.
+            args, kwargs: as in the parent's `train`; `resume_from_checkpoint` may stand here
+                beside a model.
+
+        Raises:
+            AdapterError: there is no model; the checkpoint is missing or incomplete; or an adapter
+                would be sharded (FSDP, DeepSpeed).
+        """
+        checkpoint = kwargs.pop("resume_from_checkpoint", None)
+        if isinstance(model_or_checkpoint, nn.Module):
+            self._adopt(model_or_checkpoint)
+        elif model_or_checkpoint is not None:
+            checkpoint = model_or_checkpoint
+        self._require_model()
+        if _hybrid(self.model) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise AdapterError("a hybrid adapter cannot be sharded by FSDP or DeepSpeed; use DDP")
+        if checkpoint:
+            checkpoint = _complete_checkpoint(checkpoint, self.args.output_dir)
+        return super().train(checkpoint or None, *args, **kwargs)
+
+    def _adopt(self, model: nn.Module) -> None:
+        """Make `model` the trainer's model, keeping everything else that the user has set."""
+        if model is self.model:
+            return
+        first = isinstance(self.model, _NoModel)
+        callbacks = self.callback_handler.callbacks
+        # The parent reads signature, labels, loss and device from the model in its constructor, and
+        # offers no other way to set one.
+        super().__init__(
+            model,
+            self.args,
+            data_collator=self.data_collator,
+            train_dataset=self.train_dataset,
+            eval_dataset=self.eval_dataset,
+            processing_class=self.processing_class,
+            compute_loss_func=self.compute_loss_func,
+            compute_metrics=self.compute_metrics,
+            optimizers=(self.optimizer, self.lr_scheduler) if first else (None, None),
+            optimizer_cls_and_kwargs=self.optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=self.preprocess_logits_for_metrics,
+        )
+        self.callback_handler.callbacks = callbacks
+
+    def _require_model(self) -> None:
+        if isinstance(self.model, _NoModel):
+            raise AdapterError(
+                "the trainer has no model yet: pass one to Trainer(model=...) or to train(model)"
+            )
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        self._require_model()
+        return super().evaluation_loop(*args, **kwargs)
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self._add_orthogonality_gradient()
+        return loss
+
+    def _add_orthogonality_gradient(self) -> None:
+        """Add the penalty's gradient to the accumulated ones, before clipping.
+
+        `autograd.grad` runs no hooks, so under DDP the term is added after the gradients have been
+        averaged, alike in every process. The reported loss stays the task's own.
+        """
+        weight = self._orthogonality_weight()
+        if not weight:
+            return
+        parameters = [p for p in find_bank(self.model).parameters() if p.requires_grad]
+        penalty = weight * orthogonality_penalty(self.model)
+        if not penalty.requires_grad:
+            return
+        if self.accelerator.scaler is not None:
+            # fp16: the accumulated gradients carry the scaler's factor until the optimizer steps.
+            penalty = penalty * self.accelerator.scaler.get_scale()
+        gradients = torch.autograd.grad(penalty, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is None:
+                continue
+            if parameter.grad is None:
+                parameter.grad = gradient.clone()
+            else:
+                parameter.grad.add_(gradient)
+
+    def _orthogonality_weight(self) -> float:
+        bank = find_bank(self.model)
+        return 0.0 if bank is None else bank.config.orthogonality_weight
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self._orthogonality_weight():
+            with torch.no_grad():
+                logs["orthogonality_penalty"] = orthogonality_penalty(self.model).item()
+        super().log(logs, *args, **kwargs)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        names = super().get_decay_parameter_names(model)
+        if not _hybrid(self.model):
+            return names
+        # A gain rests at 1, not at 0, and the parent knows no names but "bias" and "norm".
+        return [name for name in names if model.get_parameter(name).ndim > 1]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not _hybrid(self.model):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            self.model.save_adapter_parameters(output_dir or self.args.output_dir)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        # The state is written last and marks a checkpoint complete. One left from an earlier run in
+        # the same place must not vouch for this save if it is cut short.
+        if self.args.should_save:
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            state = Path(self._get_output_dir(trial), folder, TRAINER_STATE_NAME)
+            state.unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        model = self.model if model is None else model
+        if _hybrid(model):
+            model.load_adapter_parameters(resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if _hybrid(self.model):
+            self.model.load_adapter_parameters(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+
+class _NoModel(nn.Module):
+    """Stands in until `train(model)` brings the model; the parent's constructor demands one."""
+
+    config = None
+
+
+def _hybrid(model: nn.Module) -> bool:
+    return find_bank(model) is not None
+
+
+def _complete_checkpoint(checkpoint: str | bool, output_dir: str) -> str:
+    """The path of the checkpoint to resume from; True stands for the last complete one.
+
+    Raises:
+        AdapterError: it does not exist, or its saving was cut short.
+    """
+    if checkpoint is True:
+        found = [path for path in _checkpoints(Path(output_dir)) if _is_complete(path)]
+        if not found:
+            raise AdapterError(f"no complete checkpoint under {output_dir!r} to resume from")
+        return str(found[-1])
+    if not _is_complete(Path(checkpoint)):
+        raise AdapterError(
+            f"{str(checkpoint)!r} is not a complete checkpoint: {TRAINER_STATE_NAME}, which is "
+            "written last, is missing or cut short"
+        )
+    return str(checkpoint)
+
+
+def _checkpoints(directory: Path) -> list[Path]:
+    """Checkpoint folders in a directory, in the order of their steps."""
+    numbered = {}
+    for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        if step.isdecimal():
+            numbered[int(step)] = path
+    return [numbered[step] for step in sorted(numbered)]
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    except (OSError, ValueError):
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""The import paths of the user guide; everything here is defined elsewhere."""

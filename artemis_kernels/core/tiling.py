@@ -1,0 +1,217 @@
+"""Tile sizes of each kernel for a shape on a chip: deterministic, without a measurement.
+
+A heuristic fills the chip, keeps accumulators in registers and stages in shared memory; tests/aot
+holds every choice to that for the chips that matter. A measured table (`core.tuning`) may
+override any of them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from .device import INTERPRETER, Chip
+
+MAX_ONE_PASS_RANK = 64
+MAX_ONE_READ_RANK = 64
+FEW_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes of one launch; a size is 0 where the kernel does not tile that dimension.
+
+    `block_m` rows, `block_n` and `block_k` columns (outputs, inputs), `block_r` rank or width (0
+    also where it is taken whole); `split` is the number of parts that the reduction is cut into.
+    """
+
+    block_m: int
+    block_n: int = 0
+    block_k: int = 0
+    block_r: int = 0
+    split: int = 1
+    warps: int = 4
+    stages: int = 3
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a configuration may depend on.
+
+    Sizes (0 where a kernel has no such dimension), the dtype of x, and whether a dropout mask is
+    drawn for a matrix of full width inside.
+    """
+
+    m: int
+    n: int = 0
+    k: int = 0
+    r: int = 0
+    dtype: torch.dtype = torch.bfloat16
+    masked: bool = False
+
+    @property
+    def bucket(self) -> "Shape":
+        """The same with M rounded up to a power of two: what tables and heuristics see."""
+        return replace(self, m=next_power_of_2(max(1, self.m)))
+
+    @property
+    def key(self) -> str:
+        """The name of this shape in a table."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.m} {self.n} {self.k} {self.r} {dtype}" + " masked" * self.masked
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def whole_rank(r: int) -> int:
+    """A tile that covers the rank: a dot needs 16, so rank 8 is padded inside the kernel."""
+    return max(16, next_power_of_2(r))
+
+
+def rank_block(r: int, limit: int) -> int:
+    """A tile along the rank, where a kernel takes it in steps of at most `limit`."""
+    return min(limit, whole_rank(r))
+
+
+def max_row_block_width(chip: Chip) -> int:
+    """The widest bottleneck whose hidden tile a row block keeps in registers."""
+    return 64 if chip.backend == "hip" else 256
+
+
+def heuristic(kernel: str, shape: Shape, chip: Chip) -> Config:
+    """The configuration of `kernel` (a key of `HEURISTICS`) where nothing was measured."""
+    if chip.name == INTERPRETER:
+        return _interpreted(shape)
+    return HEURISTICS[kernel](shape, chip)
+
+
+def _interpreted(shape: Shape) -> Config:
+    """Small tiles, so that tests on small matrices meet several of them, and split sums too."""
+    reduced = max(shape.n, shape.k)
+    return Config(32, 32, 32, rank_block(shape.r, 32), split=2 if reduced > 32 else 1)
+
+
+def _shrink(shape: Shape, chip: Chip) -> Config:
+    fp32 = shape.dtype == torch.float32
+    block_m = min(64, max(16, shape.m))
+    block_r = rank_block(shape.r, 32 if fp32 else 128)
+    # F arrives in fp32, twice the bytes of x: beside a wide one the step along k is halved.
+    block_k = 32 if fp32 else 128 if block_r <= 32 else 64
+    split = _parts_to_fill(
+        chip, _tiles(shape.m, block_m) * _tiles(shape.r, block_r), shape.k // block_k
+    )
+    stages = _stages(chip, 3, block_k * (block_m * shape.dtype.itemsize + block_r * 4))
+    return Config(block_m, block_k=block_k, block_r=block_r, split=split, stages=stages)
+
+
+def _product(shape: Shape, chip: Chip) -> Config:
+    """Tile of a base product [m, k] x [k, n]."""
+    if shape.dtype == torch.float32:
+        tile = Config(64, 64, 16)
+    elif shape.m <= FEW_ROWS:
+        # The weight streams past: many small column tiles, deep along k.
+        tile = Config(max(16, shape.m), 32, 128, stages=5)
+    elif shape.k % 16 or shape.n % 16:
+        # Unaligned rows: no vector loads, and copies through registers, which a large tile spills.
+        tile = Config(64, 64, 32, stages=2)
+    elif chip.backend == "hip":
+        tile = Config(128, 128, 32, warps=8)
+    elif chip.generation < 90 or chip.generation >= 120:
+        tile = Config(128, 128, 32, warps=4 if shape.r <= 16 else 8, stages=4)
+    elif shape.masked or shape.r > 64 or chip.generation >= 100:
+        # Two programs a processor: one draws its mask, or stores, while the other multiplies.
+        tile = Config(128, 128, 64, warps=8)
+    elif _tiles(shape.m, 128) * _tiles(shape.n, 256) < chip.processors:
+        tile = Config(128, 128, 64, warps=8, stages=4)
+    else:
+        tile = Config(128, 256, 64, warps=8)
+    stage = (tile.block_m + tile.block_n) * tile.block_k * shape.dtype.itemsize
+    return replace(tile, stages=_stages(chip, tile.stages, stage))
+
+
+def _expand(shape: Shape, chip: Chip) -> Config:
+    # The low-rank product fills the accumulator's registers first: small steps, or it spills.
+    return replace(_product(shape, chip), block_r=rank_block(shape.r, 32))
+
+
+def _one_pass(shape: Shape, chip: Chip) -> Config:
+    tile = _product(shape, chip)
+    # Two accumulators and their product live at once.
+    tile = replace(tile, block_n=min(tile.block_n, 128))
+    if shape.m > FEW_ROWS:
+        tile = replace(tile, warps=8)
+    columns = (tile.block_m + tile.block_n) * shape.dtype.itemsize + whole_rank(shape.r) * 4
+    return replace(tile, stages=_stages(chip, tile.stages, columns * tile.block_k))
+
+
+def _update(shape: Shape, chip: Chip) -> Config:
+    if shape.dtype == torch.float32:
+        return Config(32, 64, block_r=rank_block(shape.r, 32), stages=1)
+    return Config(min(64, max(16, shape.m)), 128, block_r=rank_block(shape.r, 64), stages=1)
+
+
+def _expand_backward(shape: Shape, chip: Chip) -> Config:
+    fp32 = shape.dtype == torch.float32
+    block_m, block_n = min(64 if fp32 else 128, max(16, shape.m)), 32 if fp32 else 64
+    split = _parts_to_fill(chip, _tiles(shape.m, block_m), shape.n // block_n)
+    columns = block_m * shape.dtype.itemsize + whole_rank(shape.r) * 4
+    stages = _stages(chip, 3, block_n * columns)
+    warps = 8 if block_m == 128 else 4
+    return Config(block_m, block_n, split=split, warps=warps, stages=stages)
+
+
+def _shrink_backward(shape: Shape, chip: Chip) -> Config:
+    fp32 = shape.dtype == torch.float32
+    block_m = min(32 if fp32 else 64, max(16, shape.m))
+    block_r = rank_block(shape.r, 32 if fp32 else 128)
+    block_k = 64 if fp32 or block_r > 64 else 128
+    split = _parts_to_fill(
+        chip, _tiles(shape.k, block_k) * _tiles(shape.r, block_r), shape.m // block_m
+    )
+    stages = _stages(chip, 3, block_m * (block_k * shape.dtype.itemsize + block_r * 4))
+    return Config(block_m, block_k=block_k, block_r=block_r, split=split, stages=stages)
+
+
+def _row_block(shape: Shape, chip: Chip) -> Config:
+    block_r = whole_rank(shape.r)
+    block_k = 64 if block_r <= 64 else 32
+    if shape.dtype == torch.float32:
+        block_m, block_k = 16, 32
+    else:
+        block_m = 32 if _tiles(shape.m, 64) < 2 * chip.processors else 64
+    stages = _stages(chip, 3, block_k * (block_m * shape.dtype.itemsize + block_r * 4))
+    warps = 8 if block_r > 64 else 4
+    return Config(block_m, block_k=block_k, warps=warps, stages=stages)
+
+
+HEURISTICS: dict[str, Callable[[Shape, Chip], Config]] = {
+    "shrink": _shrink,
+    "expand": _expand,
+    "one_pass": _one_pass,
+    "update": _update,
+    "expand_backward": _expand_backward,
+    "shrink_backward": _shrink_backward,
+    "row_block": _row_block,
+}
+
+
+def _tiles(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def _parts_to_fill(chip: Chip, programs: int, steps: int) -> int:
+    """Power of two, at most 64, that makes about two programs a processor of `programs`.
+
+    A part keeps at least 4 of the `steps` along the reduction.
+    """
+    wanted = 2 * chip.processors // max(1, programs)
+    parts = min(wanted, steps // 4, 64)
+    return 1 << (parts.bit_length() - 1) if parts > 1 else 1
+
+
+def _stages(chip: Chip, wanted: int, stage_bytes: int) -> int:
+    """Stages of a pipelined loop that fit: AMD keeps one in registers and needs no more than 2."""
+    fitting = max(1, int(0.95 * chip.shared_bytes) // stage_bytes)
+    return min(wanted, fitting, 2 if chip.backend == "hip" else wanted)

@@ -1,0 +1,87 @@
+"""What is trained in a training-step benchmark: model sizes, random weights, random tokens."""
+
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+HEAD_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of a Llama and of its batch: `batch` sequences of `sequence` tokens a step."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    vocabulary: int = 4096
+    batch: int = 8
+    sequence: int = 128
+
+    @property
+    def name(self) -> str:
+        return f"{self.hidden}x{self.layers}"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens a training step sees."""
+        return self.batch * self.sequence
+
+    def resized(self, hidden: int | None, layers: int | None, tokens: int | None) -> "Case":
+        """The case with some sizes replaced; tokens change the number of sequences.
+
+        Raises ValueError where tokens do not fill whole sequences or hidden whole heads.
+        """
+        case = self
+        if hidden is not None:
+            if hidden < HEAD_SIZE or hidden % HEAD_SIZE:
+                raise ValueError(f"hidden: got {hidden}, allowed: multiples of {HEAD_SIZE}")
+            case = replace(case, hidden=hidden, intermediate=-(-hidden * 8 // 3 // 32) * 32)
+        if layers is not None:
+            if layers < 1:
+                raise ValueError(f"layers: got {layers}, allowed: an integer from 1")
+            case = replace(case, layers=layers)
+        if tokens is not None:
+            if tokens < self.sequence or tokens % self.sequence:
+                raise ValueError(f"tokens: got {tokens}, allowed: multiples of {self.sequence}")
+            case = replace(case, batch=tokens // self.sequence)
+        return case
+
+    def to_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+#: 4096x1 is one layer as wide as those of Llama-2-7B.
+PRESETS = {
+    case.name: case
+    for case in (
+        Case(512, 1376, 8),
+        Case(1024, 2816, 6),
+        Case(2048, 5504, 2),
+        Case(4096, 11008, 1),
+    )
+}
+
+
+def llama(case: Case, dtype: torch.dtype) -> PreTrainedModel:
+    """A Llama of random weights in `dtype`, the same at each call, in training mode."""
+    config = LlamaConfig(
+        hidden_size=case.hidden,
+        intermediate_size=case.intermediate,
+        num_hidden_layers=case.layers,
+        num_attention_heads=case.hidden // HEAD_SIZE,
+        num_key_value_heads=case.hidden // HEAD_SIZE,
+        vocab_size=case.vocabulary,
+        max_position_embeddings=case.sequence,
+        use_cache=False,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    return model.train()
+
+
+def tokens(case: Case) -> torch.Tensor:
+    """Random tokens [batch, sequence], int64, the same at each call."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(case.vocabulary, (case.batch, case.sequence), generator=generator)

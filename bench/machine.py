@@ -1,0 +1,71 @@
+"""What a measurement depends on: the processor, the versions, the state of the source."""
+
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+_PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "numpy")
+_DECISIVE_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
+
+
+def facts() -> dict[str, Any]:
+    """Machine, versions and commit, as plain values for a JSON line."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "versions": versions(),
+        **source(),
+    }
+
+
+def processor() -> dict[str, Any]:
+    """Its name and those of its instruction sets that matrix products use."""
+    information = Path("/proc/cpuinfo")
+    if not information.exists():
+        return {"name": platform.processor() or platform.machine(), "flags": []}
+    fields = {}
+    for line in information.read_text().splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    present = set(fields.get("flags", "").split())
+    return {
+        "name": fields.get("model name", platform.machine()),
+        "flags": [flag for flag in _DECISIVE_FLAGS if flag in present],
+    }
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that take part."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def source() -> dict[str, Any]:
+    """Commit, and whether any tracked or new file but a result differs from it."""
+    changed = _git("status", "--porcelain", "--", ".", ":!bench/results", ":!docs")
+    return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(changed)}
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        finished = subprocess.run(
+            ("git", *arguments), cwd=ROOT, check=True, capture_output=True, text=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return finished.stdout.strip()

@@ -1,0 +1,187 @@
+"""Write the measured tables of the documents from `bench/results/*.jsonl`.
+
+    python -m bench.report            # fill every `<!-- begin: NAME -->` ... `<!-- end: NAME -->`
+    python -m bench.report --check    # change nothing; exit status 1 where a document is behind
+
+NAME is `training-step`, `training-step-ratios` or `training-step-profile`. Of several runs of one
+size and precision on one machine, the last counts.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from .machine import ROOT
+from .profile_step import GROUPS
+from .runner import read
+
+RESULTS = ROOT / "bench" / "results"
+Record = dict[str, Any]
+_SECTION = re.compile(r"<!-- begin: ([\w-]+) -->\n.*?<!-- end: \1 -->", re.DOTALL)
+_NOTHING = "*Not measured yet.*\n"
+_STEP_HEADER = [
+    "| arm | ms a step | p20–p80 | tokens/s | trained parameters |",
+    "| --- | ---: | ---: | ---: | ---: |",
+]
+_RATIO_HEADER = [
+    "| hidden × layers | ratio | measured | p20–p80 | target | |",
+    "| --- | --- | ---: | ---: | ---: | --- |",
+]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--check", action="store_true", help="only say which documents are behind")
+    check = parser.parse_args(arguments).check
+    records = [record for path in sorted(RESULTS.glob("*.jsonl")) for record in read(path)]
+    behind = []
+    for path in sorted((*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))):
+        old = path.read_text(encoding="utf-8")
+        new = filled(old, records)
+        if new != old:
+            behind.append(path)
+            if not check:
+                path.write_text(new, encoding="utf-8")
+    for path in behind:
+        print(f"{path.relative_to(ROOT)}: {'behind its results' if check else 'written'}")
+    return 1 if check and behind else 0
+
+
+def filled(document: str, records: list[Record]) -> str:
+    """The document with its marked sections made anew; raises KeyError for an unknown name."""
+
+    def section(match: re.Match) -> str:
+        name = match[1]
+        body = SECTIONS[name](records) or _NOTHING
+        return f"<!-- begin: {name} -->\n{body}<!-- end: {name} -->"
+
+    return _SECTION.sub(section, document)
+
+
+class Measured:
+    """One precision of one run: its head, arms and ratios."""
+
+    def __init__(self, head: Record, precision: str):
+        self.head, self.precision = head, precision
+        self.arms: list[Record] = []
+        self.ratios: list[Record] = []
+
+    @property
+    def what(self) -> tuple[str, ...]:
+        """Equal for runs of which only the last counts."""
+        case = self.head["case"]
+        return self.head["processor"]["name"], str(self.head["threads"]), str(case), self.precision
+
+    @property
+    def title(self) -> str:
+        return f"{case_title(self.head['case'])}, {self.precision}"
+
+
+def case_title(case: Record) -> str:
+    """The case in words."""
+    layers = "1 layer" if case["layers"] == 1 else f"{case['layers']} layers"
+    count = case["batch"] * case["sequence"]
+    return f"hidden {case['hidden']:,}, {layers}, {count:,} tokens a step"
+
+
+def measured(records: list[Record]) -> list[Measured]:
+    """The last run of every machine, size and precision, smallest size first."""
+    runs: dict[tuple[str, str], Measured] = {}
+    heads = {record["run"]: record for record in records if record["kind"] == "run"}
+    for record in records:
+        if record["kind"] not in ("arm", "ratio"):
+            continue
+        name = record["arm" if record["kind"] == "arm" else "name"]
+        precision = re.split("[/:]", name)[0]
+        run = runs.setdefault((record["run"], precision), Measured(heads[record["run"]], precision))
+        (run.arms if record["kind"] == "arm" else run.ratios).append(record)
+    last = {run.what: run for run in runs.values()}
+    return sorted(last.values(), key=lambda run: (run.head["case"]["hidden"], run.title))
+
+
+def training_step(records: list[Record]) -> str:
+    """Times of all arms, a table a run."""
+    tables = []
+    for run in measured(records):
+        rows = [_step_row(arm, run.head["case"]["tokens"]) for arm in run.arms if "ms" in arm]
+        table = "\n".join(_STEP_HEADER + rows)
+        tables.append(f"### {run.title}\n\n{table}\n\n{origin(run.head)}\n")
+    return "\n".join(tables)
+
+
+def _step_row(arm: Record, tokens: int) -> str:
+    ms = arm["ms"]
+    cells = [arm["what"], f"{ms['p50']:,.0f}", f"{ms['p20']:,.0f}–{ms['p80']:,.0f}", "", ""]
+    if "trained_parameters" in arm:  # else it is no whole step
+        cells[3:] = f"{tokens / ms['p50'] * 1e3:,.0f}", f"{arm['trained_parameters']:,}"
+    return f"| {' | '.join(cells)} |"
+
+
+def training_step_ratios(records: list[Record]) -> str:
+    """The ratios, all runs in one table."""
+    rows = [
+        f"| {run.head['case']['hidden']:,} × {run.head['case']['layers']} | {ratio['name']} |"
+        f" {ratio['p50']:.2f} | {ratio['p20']:.2f}–{ratio['p80']:.2f} | {ratio['target']} |"
+        f" {({True: 'met', False: 'missed', None: ''})[ratio['met']]} |"
+        for run in measured(records)
+        for ratio in run.ratios
+    ]
+    return "\n".join(_RATIO_HEADER + rows) + "\n" if rows else ""
+
+
+def training_step_profile(records: list[Record]) -> str:
+    """Where the milliseconds of a step go, a table a size and precision."""
+    last: dict[tuple[str, ...], Record] = {}
+    for record in records:
+        if record["kind"] == "profile":
+            arms = tuple(record["arms"])
+            last[record["processor"]["name"], str(record["case"]), *arms] = record
+    tables = []
+    for record in last.values():
+        arms = record["arms"]
+        rows = [f"| ms a step | {' | '.join(arms)} |", "| --- |" + " ---: |" * len(arms)]
+        rows += [
+            f"| {group} | {' | '.join(f'{column[group]:.0f}' for column in arms.values())} |"
+            for group in GROUPS
+        ]
+        title = f"### Profile: {case_title(record['case'])}"
+        tables.append(f"{title}\n\n" + "\n".join(rows) + f"\n\n{origin(record)}\n")
+    return "\n".join(tables)
+
+
+def origin(head: Record) -> str:
+    """Where and with what a run was made."""
+    flags = ", ".join(head["processor"]["flags"])
+    versions = ", ".join(
+        f"{name} {version}"
+        for name, version in head["versions"].items()
+        if name in ("python", "torch", "transformers", "peft")
+    )
+    peaks = head.get("peaks")
+    rates = "" if peaks is None else (
+        f" Peaks in the same run: {peaks['gemm_fp32_gflops']:.0f} (fp32) and"
+        f" {peaks['gemm_bf16_gflops']:.0f} (bf16) GFLOP/s, copy {peaks['copy_gbs']:.0f} GB/s."
+    )  # fmt: skip
+    rounds = f", {head['rounds']} rounds" if "rounds" in head else ""
+    state = " with uncommitted changes" if head["dirty"] else ""
+    return (
+        f"{head['processor']['name']} ({flags}), {head['threads']} threads{rounds}; {versions};"
+        f" commit `{(head['commit'] or 'unknown')[:12]}`{state}, {head['time'][:10]}.{rates}"
+    )
+
+
+SECTIONS: dict[str, Callable[[list[Record]], str]] = {
+    "training-step": training_step,
+    "training-step-ratios": training_step_ratios,
+    "training-step-profile": training_step_profile,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""Timing several providers side by side, and what is kept of it."""
+
+import gc
+import json
+import random
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy
+from tqdm import tqdm
+
+Provider = Callable[[], object]
+
+
+class Spread(NamedTuple):
+    """Median and the 20th and 80th percentile."""
+
+    p50: float
+    p20: float
+    p80: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> "Spread":
+        p20, p50, p80 = numpy.percentile(values, (20, 50, 80))
+        return cls(float(p50), float(p20), float(p80))
+
+    def to_dict(self, digits: int = 4) -> dict[str, float]:
+        return {name: round(value, digits) for name, value in self._asdict().items()}
+
+
+def interleaved(
+    providers: Mapping[str, Provider], rounds: int, warmup: int = 2
+) -> dict[str, list[float]]:
+    """Milliseconds of each provider in each round.
+
+    A round runs every provider once, in an order of its own, so that a drift of the clock or a
+    neighbour's burst meets all of them and nobody always follows the same one.
+    """
+    times: dict[str, list[float]] = {name: [] for name in providers}
+    order = list(providers)
+    shuffle = random.Random(0).shuffle
+    for number in tqdm(range(warmup + rounds), "rounds", disable=None, leave=False):
+        shuffle(order)
+        for name in order:
+            milliseconds = _milliseconds(providers[name])
+            if number >= warmup:
+                times[name].append(milliseconds)
+    return times
+
+
+def _milliseconds(provider: Provider) -> float:
+    gc.collect()
+    gc.disable()
+    start = time.perf_counter()
+    provider()
+    elapsed = time.perf_counter() - start
+    gc.enable()
+    return elapsed * 1e3
+
+
+def best(function: Callable[[], object], repeats: int = 7) -> float:
+    """Seconds of the fastest of several calls, the first not counted: for peaks and trials."""
+    function()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def append(path: Path, records: list[dict[str, Any]]) -> None:
+    """Add records to a file of JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record) + "\n")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]

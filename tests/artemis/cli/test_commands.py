@@ -1,0 +1,230 @@
+"""train, generate and info: what they print, what they leave, and how they fail."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from artemis import load_hybrid_adapter, read_adapter
+from artemis.cli import main
+from artemis.cli.demo.corpus import help_topics
+from artemis.cli.demo.recipe import Workspace
+from artemis.training import load_base
+
+
+def training_file(workspace: Workspace, directory: Path, **training) -> Path:
+    """A training file for the workspace's base model, with a small adapter."""
+    train, held_out = help_topics()
+    (directory / "train.txt").write_text(train[0])
+    (directory / "held_out.txt").write_text(held_out[0])
+    values = {
+        "model": str(workspace.directory / "base"),
+        "data": {
+            "train": str(directory / "train.txt"),
+            "eval": str(directory / "held_out.txt"),
+            "sequence_length": 16,
+        },
+        "hybrid_adapter": {"lora_rank": 2, "adapter_size": 4},
+        "training": {"output_dir": str(directory / "out"), "max_steps": 4} | training,
+    }
+    path = directory / "train.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def run(*arguments: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-m", "artemis.cli", *map(str, arguments)])
+
+
+# --- train
+
+
+def test_train_saves_an_adapter_and_reports(workspace, tmp_path, capsys):
+    assert main(["train", str(training_file(workspace, tmp_path)), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    saved = read_adapter(tmp_path / "out")
+    assert result["steps"] == 4
+    assert result["trainable_parameters"] == saved.parameters
+    assert saved.config.lora_rank == 2
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "hybrid_adapter.safetensors",
+        "hybrid_adapter_config.json",
+    }
+    assert result["eval_loss"] > 0
+
+
+def test_train_says_what_it_did_in_words(workspace, tmp_path, capsys):
+    assert main(["train", str(training_file(workspace, tmp_path))]) == 0
+    output = capsys.readouterr().out
+    assert f"saved in {tmp_path / 'out'}" in output
+    assert "held-out loss" in output
+
+
+def test_without_an_adapter_the_whole_model_is_trained(workspace, tmp_path):
+    path = training_file(workspace, tmp_path)
+    values = yaml.safe_load(path.read_text())
+    del values["hybrid_adapter"]
+    path.write_text(yaml.safe_dump(values))
+    assert main(["train", str(path)]) == 0
+    base, _ = load_base(values["model"], torch.float32)
+    trained, tokenizer = load_base(str(tmp_path / "out"), torch.float32)
+    assert not torch.equal(trained.lm_head.weight, base.lm_head.weight)
+    assert tokenizer("a")["input_ids"]
+
+
+def test_a_killed_run_resumes_to_the_same_adapter(workspace, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir()
+    cut.mkdir()
+    schedule = dict(max_steps=40, save_steps=5, precision="fp32", save_total_limit=None)
+    assert main(["train", str(training_file(workspace, whole, **schedule))]) == 0
+
+    process = run("train", training_file(workspace, cut, **schedule))
+    deadline = time.monotonic() + 120
+    while not list((cut / "out").glob("checkpoint-*/trainer_state.json")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert main(["train", str(cut / "train.yaml"), "--resume"]) == 0
+
+    name = "hybrid_adapter.safetensors"
+    expected, got = load_file(whole / "out" / name), load_file(cut / "out" / name)
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(got[key], expected[key]) for key in expected)
+
+
+# --- generate
+
+
+def test_generate_continues_the_prompt(workspace, capsys):
+    arguments = ["generate", str(workspace.directory / "base"), "--prompt", "The ", "--json"]
+    arguments += ["--max-new-tokens", "7", "--adapter", str(workspace.directory / "hybrid")]
+    assert main(arguments) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["text"].startswith("The ")
+    assert 1 <= result["new_tokens"] <= 7
+    assert main([*arguments[:4], *arguments[5:]]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == result["text"]
+
+
+def test_generate_uses_the_adapter(workspace, capsys, tmp_path):
+    base = str(workspace.directory / "base")
+    model, _ = load_base(base, torch.float32)
+    load_hybrid_adapter(model, workspace.directory / "hybrid")
+    with torch.no_grad():
+        for parameter in model.hybrid_adapter.parameters():
+            parameter.normal_()
+    model.save_adapter_parameters(tmp_path)
+    texts = []
+    for extra in ([], ["--adapter", str(tmp_path)]):
+        assert main(["generate", base, "--prompt", "def ", "--precision", "fp32", *extra]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] != texts[1]
+
+
+def test_an_adapter_of_other_weights_is_one_line_of_warning(workspace, capsys, tmp_path):
+    model, tokenizer = load_base(str(workspace.base), torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight.add_(1.0)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    arguments = ["generate", str(tmp_path), "--prompt", "x", "--max-new-tokens", "1"]
+    assert main([*arguments, "--adapter", str(workspace.directory / "hybrid")]) == 0
+    error = capsys.readouterr().err
+    assert error.startswith("artemis generate: warning: ")
+    assert error.count("\n") == 1
+
+
+def test_sampling_repeats_with_its_seed(workspace, capsys):
+    texts = []
+    for seed in (1, 1, 2):
+        arguments = ["generate", str(workspace.directory / "base"), "--prompt", "The "]
+        assert main([*arguments, "--temperature", "1.5", "--seed", str(seed)]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+# --- info
+
+
+def test_info_shows_every_module(workspace, capsys):
+    assert main(["info", str(workspace.directory / "hybrid")]) == 0
+    output = capsys.readouterr().out
+    adapter = read_adapter(workspace.directory / "hybrid")
+    for site in adapter.plan.sites:
+        assert site.path in output
+    assert f"{adapter.parameters:,} parameters stored" in output
+
+
+def test_info_as_json_adds_up(workspace, capsys):
+    assert main(["info", str(workspace.directory / "hybrid"), "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    tensors = load_file(workspace.directory / "hybrid" / "hybrid_adapter.safetensors")
+    assert info["parameters"] == sum(tensor.numel() for tensor in tensors.values())
+    own = sum(module["own"] for module in info["modules"])
+    shared = {(m["path"].rpartition(".")[2], m["shared"]) for m in info["modules"]}
+    assert own + sum(size for _, size in shared) == info["parameters"]
+
+
+# --- failures
+
+
+@pytest.mark.parametrize(
+    "arguments, status, message",
+    [
+        (["train", "absent.yaml"], 1, "artemis train: training file 'absent.yaml' does not exist"),
+        (["info", "absent"], 1, "artemis info: no hybrid adapter at absent"),
+        (["generate", "./absent", "--prompt", "x"], 1, "cannot load the model './absent'"),
+        (["demo", "--text", "absent.txt"], 1, "artemis demo: --text: 'absent.txt' does not exist"),
+        (["generate", ".", "--prompt", "x", "--max-new-tokens", "0"], 1, "--max-new-tokens: got 0"),
+        (["generate", ".", "--prompt", "x", "--temperature", "-1"], 1, "--temperature: got -1.0"),
+        (["generate", "."], 2, "artemis generate: the following arguments are required: --prompt"),
+        (["fly"], 2, "invalid choice: 'fly'"),
+        ([], 2, "required: COMMAND"),
+    ],
+)
+def test_errors_are_one_line(capsys, monkeypatch, tmp_path, arguments, status, message):
+    monkeypatch.chdir(tmp_path)
+    if status == 2:
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 2
+    else:
+        assert main(arguments) == status
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_a_bad_key_ends_in_one_line(workspace, tmp_path, capsys):
+    path = training_file(workspace, tmp_path, learning_rat=1)
+    assert main(["train", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert "training: unknown key 'learning_rat'; did you mean 'learning_rate'" in error
+    assert error.count("\n") == 1
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
+    def faulty(args):
+        raise ValueError("not the user's fault")
+
+    monkeypatch.setattr("artemis.cli.info.run", faulty)
+    with pytest.raises(ValueError, match="not the user's fault"):
+        main(["info", "x"])
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "generate", "info"])
+def test_help_shows_an_example(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"example:\n  artemis {command}" in capsys.readouterr().out

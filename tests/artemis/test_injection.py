@@ -1,0 +1,255 @@
+"""Adding and removing: the base stays the base, and the model stays an ordinary torch model."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from artemis import HybridAdapterConfig, add_hybrid_adapter_to_model
+from tests.artemis.models import (
+    adapted,
+    assert_same_state,
+    bert,
+    fill_bank,
+    gpt2,
+    gradients,
+    llama,
+    snapshot,
+    t5,
+    tokens,
+)
+
+BLOCKS = dict(target_modules=["q_proj", "mlp"])
+GPT2 = dict(target_modules=["c_attn", "mlp.c_proj", "c_fc"], apply_lora_to=["c_attn"])
+BERT = dict(target_modules=["query", "value", "output.dense"], apply_lora_to=["query", "value"])
+T5 = dict(target_modules=["q", "k", "v", "wi", "wo"], apply_lora_to=["q", "k", "v"])
+MODELS = [
+    pytest.param(llama, {}, id="llama"),
+    pytest.param(llama, dict(shared_parameters=False, init="orthogonal"), id="llama-own-tensors"),
+    pytest.param(llama, BLOCKS, id="llama-blocks"),
+    pytest.param(gpt2, GPT2, id="gpt2-conv1d"),
+    pytest.param(bert, BERT, id="bert"),
+    pytest.param(t5, T5, id="t5"),
+]
+
+
+def outputs(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    inputs = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        return model(input_ids=ids, **inputs).logits
+
+
+@pytest.mark.parametrize("build, settings", MODELS)
+def test_a_fresh_hybrid_equals_its_base_bit_for_bit_and_removal_gives_the_base_back(
+    build, settings
+):
+    model, ids = build(), tokens()
+    for parameter in list(model.parameters())[:2]:
+        parameter.requires_grad_(False)  # what was frozen before must be frozen after
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    state, expected, text = snapshot(model), outputs(model, ids), repr(model)
+    attributes = set(vars(model))
+    adapted(model, fill=False, **settings)
+    assert torch.equal(outputs(model, ids), expected)
+    assert {k: v for k, v in snapshot(model).items() if k in state}.keys() == state.keys()
+
+    fill_bank(model)
+    assert not torch.allclose(outputs(model, ids), expected, atol=1e-3)
+    with model.disable_adapter():
+        assert torch.equal(outputs(model, ids), expected)
+    assert not torch.allclose(outputs(model, ids), expected, atol=1e-3)
+
+    model.remove_adapter()
+    assert torch.equal(outputs(model, ids), expected)
+    assert_same_state(model, state)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert repr(model) == text and set(vars(model)) == attributes
+
+
+@pytest.mark.parametrize("build, settings", MODELS)
+def test_exactly_the_bank_and_the_heads_train(build, settings):
+    model = adapted(build(), **settings)
+    heads = tuple(f"{head}." for head in model.hybrid_adapter.heads)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == name.startswith(("hybrid_adapter.", *heads)), name
+
+
+def test_each_tensor_is_in_the_state_once_under_the_prefix():
+    model = llama()
+    base = set(model.state_dict())
+    adapted(model)
+    added = set(model.state_dict()) - base
+    assert added and all(name.startswith("hybrid_adapter.") for name in added)
+    assert {
+        f"hybrid_adapter.{name}" for name, _ in model.hybrid_adapter.named_parameters()
+    } == added
+    assert len({t.data_ptr() for t in model.state_dict().values()}) == len(model.state_dict())
+
+
+def test_disabled_in_the_configuration_leaves_the_model_untouched():
+    model = llama()
+    state, attributes = snapshot(model), set(vars(model))
+    config = HybridAdapterConfig(enabled=False, target_modules=["nothing", "q_proj"])
+    assert add_hybrid_adapter_to_model(model, config) is model
+    assert_same_state(model, state)
+    assert set(vars(model)) == attributes and all(p.requires_grad for p in model.parameters())
+
+
+def test_save_pretrained_of_a_hybrid_gives_the_base_back(tmp_path):
+    model = llama()
+    state = snapshot(model)
+    adapted(model).save_pretrained(tmp_path)
+    assert_same_state(transformers.LlamaForCausalLM.from_pretrained(tmp_path), state)
+
+
+def test_state_dict_carries_the_adapter_over():
+    model, other, ids = adapted(llama()), adapted(llama()), tokens()
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(outputs(other, ids), outputs(model, ids))
+
+
+def clone_by_pickle(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def clone_by_torch_save(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, clone_by_pickle, clone_by_torch_save])
+@pytest.mark.parametrize("settings", [{}, BLOCKS], ids=["layers", "blocks"])
+def test_a_copy_computes_the_same_and_is_independent(clone, settings, tmp_path):
+    model, ids = adapted(llama(), **settings), tokens()
+    expected = outputs(model, ids)
+    other = clone(model)
+    assert type(other) is transformers.LlamaForCausalLM
+    assert torch.equal(outputs(other, ids), expected)
+
+    fill_bank(other, 0.5)  # the copy's bank, not the original's
+    changed = outputs(other, ids)
+    assert torch.equal(outputs(model, ids), expected) and not torch.equal(changed, expected)
+    with other.disable_adapter():
+        assert torch.equal(outputs(model, ids), expected)
+    other.save_adapter_parameters(tmp_path)  # the copy's method saves the copy
+    other.remove_adapter()
+    assert torch.equal(outputs(model, ids), expected)
+    model.load_adapter_parameters(tmp_path)
+    assert torch.equal(outputs(model, ids), changed)
+
+
+def test_the_model_moves_to_another_dtype_as_a_whole():
+    model, ids = adapted(llama()).to(torch.float64), tokens()
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert outputs(model, ids).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", ["float32", "model"])
+def test_the_adapters_dtype_over_a_bf16_base(dtype):
+    model = adapted(llama().to(torch.bfloat16), adapter_dtype=dtype)
+    want = torch.float32 if dtype == "float32" else torch.bfloat16
+    assert {p.dtype for p in model.hybrid_adapter.parameters()} == {want}
+    assert outputs(model, tokens()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("build, settings", [MODELS[0], MODELS[2], MODELS[3]])
+def test_generation_with_a_cache_equals_generation_without(build, settings):
+    model, ids = adapted(build(), **settings), tokens(length=5)
+    options = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    with_cache = model.generate(ids, use_cache=True, **options)
+    assert torch.equal(with_cache, model.generate(ids, use_cache=False, **options))
+    with model.disable_adapter():
+        assert not torch.equal(with_cache, model.generate(ids, **options))
+
+
+@pytest.mark.parametrize("build, settings", MODELS)
+def test_layers_equal_the_definition_written_out(build, settings, monkeypatch):
+    """Against plain torch in fp64: a hook on the untouched base adds each adapter's definition."""
+    model = adapted(build(), **settings).double()
+    ids = tokens()
+    got = outputs(model, ids)
+    bank = model.hybrid_adapter
+    sites = {path: (site.spec, bank.tensors(site.layout)) for path, site in bank.sites.items()}
+    model.remove_adapter()
+    for path, (spec, t) in sites.items():
+        model.get_submodule(path).register_forward_hook(definition(spec, t, bank.config))
+    torch.testing.assert_close(got, outputs(model, ids), rtol=1e-9, atol=1e-9)
+
+
+def definition(spec, t, config):
+    def hook(module, args, y):
+        gain = t.get("gain", 1.0)
+        if spec.kind == "lora":
+            return y + config.scaling_factor * gain * (args[0] @ t["lora_a"].T @ t["lora_b"].T)
+        h = nn.functional.gelu(y @ t["down"].T + t["bias_down"])
+        return y + config.adapter_scale * gain * (h @ t["up"].T + t["bias_up"])
+
+    return hook
+
+
+def test_a_block_that_returns_no_tensor_is_refused_at_the_call():
+    model = adapted(llama(), target_modules=["q_proj", "model"], apply_lora_to=["q_proj"])
+    with pytest.raises(TypeError, match="model returned a BaseModelOutputWithPast"):
+        outputs(model, tokens())
+
+
+def test_a_block_may_return_a_tuple():
+    model, ids = llama(), tokens()
+    expected = outputs(model, ids)
+    adapted(model, fill=False, target_modules=["q_proj", "self_attn"], apply_lora_to=["q_proj"])
+    assert torch.equal(outputs(model, ids), expected)
+    fill_bank(model)
+    assert not torch.allclose(outputs(model, ids), expected, atol=1e-3)
+
+
+def test_initial_values():
+    model = adapted(llama(hidden_size=256, num_hidden_layers=1), fill=False, adapter_size=16)
+    bank = model.hybrid_adapter
+    a, down = bank.lora_a["q_proj/256x256"], bank.down["down_proj/48x256"]
+    assert a.abs().max() <= 1 / 16 and a.abs().max() > 0.95 / 16  # uniform within 1/sqrt(in)
+    assert abs(a.std().item() - 1 / 16 / 3**0.5) < 0.003
+    assert abs(down.std().item() - 0.02) < 0.001
+    zeros = (bank.lora_b, bank.up, bank.bias_down, bank.bias_up)
+    assert all(not tensor.any() for table in zeros for tensor in table.values())
+    assert all(gain.item() == 1.0 for gain in bank.gain.values())
+
+
+def test_initial_values_by_name():
+    bank = adapted(llama(hidden_size=256), fill=False, init="gaussian").hybrid_adapter
+    assert abs(bank.lora_a["q_proj/256x256"].std().item() - 1 / 4) < 0.02
+    bank = adapted(llama(), fill=False, init="orthogonal").hybrid_adapter
+    for rows in (*bank.lora_a.values(), *bank.down.values()):
+        torch.testing.assert_close(rows @ rows.T, torch.eye(rows.shape[0]), rtol=0, atol=1e-5)
+
+
+def test_a_seed_gives_the_same_adapter():
+    models = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        models.append(adapted(llama(), fill=False))
+    assert_same_state(models[0], snapshot(models[1]))
+
+
+def test_an_unfrozen_base_still_trains_right():
+    """A user may unfreeze layers: the adapters must not swallow the weight's gradient."""
+    model, ids = adapted(llama()), tokens()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    model(ids, labels=ids).loss.backward()
+    assert gradients(model).keys() == {name for name, _ in model.named_parameters()}
+
+
+def test_the_parameter_count_is_printed(capsys):
+    model = adapted(llama())
+    model.print_trainable_parameters()
+    trainable = sum(p.numel() for p in model.hybrid_adapter.parameters())
+    total = sum(p.numel() for p in model.parameters())
+    assert (
+        f"{trainable:,} of {total:,} ({100 * trainable / total:.4f} %)" in capsys.readouterr().out
+    )

@@ -1,0 +1,197 @@
+"""Which modules a configuration means, and the errors where it means none."""
+
+import pytest
+import transformers
+from torch import nn
+
+from artemis import AdapterError, HybridAdapterConfig, add_hybrid_adapter_to_model
+from tests.artemis.models import TOKENS, adapted, assert_same_state, bert, gpt2, llama, snapshot, t5
+
+
+def kinds(model) -> dict[str, str]:
+    return {path: site.spec.kind for path, site in model.hybrid_adapter.sites.items()}
+
+
+def test_the_default_puts_lora_on_attention_and_bottlenecks_on_feed_forward():
+    expected = {
+        f"model.layers.{layer}.{block}.{name}_proj": kind
+        for layer in range(2)
+        for block, names, kind in (
+            ("self_attn", "qkvo", "lora"),
+            ("mlp", ("gate", "up", "down"), "bottleneck"),
+        )
+        for name in names
+    }
+    assert kinds(adapted(llama())) == expected
+
+
+def test_an_entry_is_a_whole_path_or_its_last_parts():
+    model = adapted(
+        llama(),
+        target_modules=["model.layers.1.self_attn.q_proj", "mlp.up_proj"],
+        apply_lora_to=["model.layers.1.self_attn.q_proj"],
+    )
+    assert kinds(model) == {
+        "model.layers.0.mlp.up_proj": "bottleneck",
+        "model.layers.1.self_attn.q_proj": "lora",
+        "model.layers.1.mlp.up_proj": "bottleneck",
+    }
+
+
+def test_an_entry_is_not_the_end_of_a_name():
+    with pytest.raises(AdapterError, match="'proj' matches no module"):
+        adapted(llama(), target_modules=["q_proj", "proj"])
+
+
+def test_a_string_is_a_regular_expression_for_the_whole_path():
+    model = adapted(
+        llama(), target_modules=r".*\.0\..*\.(q|up)_proj", apply_lora_to=r".*self_attn.*"
+    )
+    assert kinds(model) == {
+        "model.layers.0.self_attn.q_proj": "lora",
+        "model.layers.0.mlp.up_proj": "bottleneck",
+    }
+
+
+def test_a_regular_expression_takes_the_default_lora_names_where_none_are_given():
+    model = adapted(llama(), target_modules=r".*\.(q|up)_proj")
+    assert set(kinds(model).values()) == {"lora", "bottleneck"}
+
+
+def test_exclusion_wins_and_layers_restrict():
+    model = adapted(llama(num_hidden_layers=3), exclude_modules=["mlp.up_proj"], layers=[0, 2])
+    paths = kinds(model)
+    assert not any("up_proj" in path or ".1." in path for path in paths)
+    assert len(paths) == 12
+
+
+def test_layers_count_by_the_first_number_of_a_path():
+    class Expert(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(
+                nn.ModuleDict({"experts": nn.ModuleList(nn.ModuleDict({"w": nn.Linear(4, 4)})
+                                                        for _ in range(2))})
+                for _ in range(2)
+            )  # fmt: skip
+
+    model = adapted(Expert(), target_modules=["w"], apply_lora_to=["w"], layers=[1])
+    assert list(kinds(model)) == ["layers.1.experts.0.w", "layers.1.experts.1.w"]
+
+
+def test_gpt2_and_bert_and_t5_by_their_own_names():
+    model = adapted(gpt2(), target_modules=["c_attn", "c_fc"], apply_lora_to=["c_attn"])
+    assert kinds(model)["transformer.h.1.attn.c_attn"] == "lora"
+    assert kinds(model)["transformer.h.0.mlp.c_fc"] == "bottleneck"
+    model = adapted(bert(), target_modules=["query", "output.dense"], apply_lora_to=["query"])
+    assert kinds(model)["bert.encoder.layer.0.attention.output.dense"] == "bottleneck"
+    model = adapted(t5(), target_modules=["q", "wi"], apply_lora_to=["q"])
+    assert kinds(model)["decoder.block.1.layer.1.EncDecAttention.q"] == "lora"
+
+
+def test_a_block_gets_a_bottleneck_of_the_hidden_size():
+    model = adapted(llama(), target_modules=["q_proj", "mlp"])
+    spec = model.hybrid_adapter.sites["model.layers.0.mlp"].spec
+    assert (spec.kind, spec.in_features, spec.out_features) == ("block", 32, 32)
+
+
+def test_heads_of_classification_models_are_found():
+    assert adapted(
+        bert(), target_modules=["query"], apply_lora_to=["query"]
+    ).hybrid_adapter.heads == ("classifier",)
+    model = llama(transformers.LlamaForSequenceClassification, num_labels=3)
+    assert adapted(model).hybrid_adapter.heads == ("score",)
+    assert adapted(llama()).hybrid_adapter.heads == ()
+
+
+def test_a_head_is_not_adapted_even_where_it_matches():
+    model = adapted(
+        bert(),
+        target_modules=["query", "classifier"],
+        apply_lora_to=["query", "classifier"],
+    )
+    assert "classifier" not in kinds(model)
+
+
+def test_default_names_that_a_model_lacks_only_warn():
+    config = transformers.MixtralConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=2, **TOKENS,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config)
+    with pytest.warns(UserWarning, match="'(gate|up|down)_proj' matches no module"):
+        adapted(model)
+    assert set(kinds(model).values()) == {"lora"}
+
+
+BAD_TARGETS = [
+    (dict(target_modules=["q_proj", "u_proj"]), r"'u_proj' matches no module; did .*'up_proj'"),
+    (dict(target_modules=["q_proj", "mlp.q_proj"]), r"'mlp.q_proj' matches no module"),
+    (dict(target_modules="q_proj"), r"'q_proj', a regular expression .* no module of Llama"),
+    (dict(exclude_modules=["mpl"]), r"exclude_modules: 'mpl' matches no .* you mean 'mlp'"),
+    (dict(layers=[1, 2, 7]), r"layers: got 2, 7, allowed: .*\(0, 1\)"),
+    (dict(exclude_modules=["q_proj"], target_modules=["q_proj"]), r"all 2 .* are left out"),
+    (dict(modules_to_save=["lm_heat"]), r"modules_to_save: 'lm_heat' .* did you mean 'lm_head'"),
+    (dict(modules_to_save=["act_fn"]), r"modules_to_save: .*act_fn has no parameters"),
+    (dict(target_modules=["q_proj", "act_fn"]), r"mlp.act_fn is a SiLUActivation; allowed"),
+    (dict(target_modules=["q_proj", "embed_tokens"]), r"embed_tokens is a Embedding; allowed"),
+    (dict(target_modules=["q_proj", "layers"]), r"model.layers is a ModuleList; allowed"),
+    (dict(target_modules=["q_proj", "mlp"], apply_lora_to=["q_proj", "mlp"]), r"mlp is a LlamaMLP"),
+    (dict(target_modules=r".*(q|v)_proj", apply_lora_to=["up_proj"]), r"apply_lora_to: 'up_proj'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings, message", BAD_TARGETS)
+def test_a_bad_target_is_named_and_nothing_changes(settings, message):
+    model = llama()
+    before, attributes = snapshot(model), set(vars(model))
+    with pytest.raises(AdapterError, match=message):
+        adapted(model, **settings)
+    assert_same_state(model, before)
+    assert set(vars(model)) == attributes
+    assert {type(m).__name__ for m in model.modules() if "Adapted" in type(m).__name__} == set()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_where_nothing_matches_the_models_own_names_are_listed():
+    with pytest.raises(
+        AdapterError, match=r"no module of GPT2.*called c_attn, c_proj, c_fc, lm_head"
+    ):
+        adapted(gpt2())
+
+
+def test_a_subclass_of_linear_is_not_taken_for_a_linear_layer():
+    class Quantized(nn.Linear):
+        pass
+
+    model = nn.ModuleDict({"q_proj": Quantized(4, 4)})
+    with pytest.raises(AdapterError, match="q_proj is a Quantized"):
+        adapted(model, target_modules=["q_proj"])
+
+
+def test_a_tied_head_is_refused():
+    model = llama(tie_word_embeddings=True)
+    with pytest.raises(AdapterError, match="lm_head shares a tensor.*embed_tokens"):
+        adapted(model, modules_to_save=["lm_head"])
+
+
+def test_a_model_with_an_adapter_is_refused():
+    model = adapted(llama())
+    before = snapshot(model)
+    with pytest.raises(AdapterError, match="has a hybrid adapter already"):
+        adapted(model)
+    assert_same_state(model, before)
+
+
+def test_a_forward_of_its_own_is_refused():
+    model = llama()
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.forward = layer.forward  # as accelerate's hooks do
+    with pytest.raises(AdapterError, match="carries a forward of its own"):
+        adapted(model)
+
+
+@pytest.mark.parametrize("model, config", [(object(), HybridAdapterConfig()), (None, {})])
+def test_wrong_arguments_are_named(model, config):
+    with pytest.raises(AdapterError, match="allowed: a"):
+        add_hybrid_adapter_to_model(llama() if model is None else model, config)

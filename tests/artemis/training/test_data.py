@@ -1,0 +1,65 @@
+"""Text into blocks of tokens."""
+
+import json
+
+import pytest
+import torch
+
+from artemis import AdapterError
+from artemis.cli.demo.corpus import byte_tokenizer
+from artemis.training import load_blocks
+
+TOKENIZER = byte_tokenizer()
+
+
+def decode(blocks) -> list[str]:
+    return [TOKENIZER.decode(block) for block in blocks.blocks]
+
+
+def test_text_is_cut_into_equal_blocks_and_the_rest_is_left(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("abcdefghij")
+    blocks = load_blocks(path, TOKENIZER, 4)
+    assert decode(blocks) == ["abcd", "efgh"]
+    example = blocks[1]
+    assert torch.equal(example["input_ids"], blocks.blocks[1].long())
+    assert torch.equal(example["input_ids"], example["labels"])
+
+
+def test_documents_are_joined_by_the_end_of_text(tmp_path):
+    first, second = tmp_path / "a.txt", tmp_path / "b.jsonl"
+    first.write_text("abc")
+    second.write_text('{"text": "de"}\n\n{"text": "f\\u2028g", "more": 1}\n')
+    blocks = load_blocks([first, second], TOKENIZER, 6)
+    end = TOKENIZER.eos_token
+    assert decode(blocks) == [f"abc{end}de", f"{end}f\u2028g"]  # the last end fills no block
+
+
+def test_any_column_may_hold_the_text(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"body": "hello", "text": "not this"}))
+    assert decode(load_blocks(path, TOKENIZER, 5, text_column="body")) == ["hello"]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("short.txt", b"ab", "the text is shorter than one sequence of 4 tokens"),
+        ("empty.txt", b"", "shorter than one sequence"),
+        ("latin.txt", "caf\u00e9s".encode("latin-1"), r"latin.txt: not UTF-8 text \(byte 3\)"),
+        ("bad.jsonl", b'{"text": "a"}\n{"text"\n', "bad.jsonl:2: not JSON"),
+        ("list.jsonl", b"[1]", "list.jsonl:1: expected a JSON object, got list"),
+        ("column.jsonl", b'{"txt": "a"}', "column.jsonl:1: no column 'text', only txt; did you"),
+        ("number.jsonl", b'{"text": 3}', "number.jsonl:1: column 'text' must be a string, got int"),
+    ],
+)
+def test_unusable_data_is_named_with_its_place(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(AdapterError, match=message):
+        load_blocks(tmp_path / name, TOKENIZER, 4)
+
+
+def test_a_missing_file_or_a_folder(tmp_path):
+    for path in (tmp_path / "absent.txt", tmp_path):
+        with pytest.raises(FileNotFoundError, match="does not exist or is not a file"):
+            load_blocks(path, TOKENIZER, 4)

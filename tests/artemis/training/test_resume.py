@@ -1,0 +1,138 @@
+"""A run that is cut short and goes on from a checkpoint ends where an uninterrupted one does."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from artemis import AdapterError
+from artemis.training import Trainer
+from tests.artemis.models import llama
+from tests.artemis.training.kit import (
+    StopAfter,
+    assert_equal_states,
+    hybrid,
+    trained_state,
+    trainer_for,
+)
+
+# Dropout, sharing and the penalty: whatever a checkpoint forgets shows in the bits.
+ADAPTER = dict(adapter_dropout=0.3, lora_dropout=0.3, orthogonality_weight=0.1)
+
+
+def uninterrupted(directory: Path, **changes) -> dict[str, torch.Tensor]:
+    model = hybrid(**ADAPTER)
+    trainer_for(model, directory, **changes).train()
+    return trained_state(model)
+
+
+def interrupt(directory: Path, after: int, **changes) -> None:
+    trainer = trainer_for(hybrid(**ADAPTER), directory, **changes)
+    trainer.add_callback(StopAfter(after))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param(dict(save_steps=3), id="within-an-epoch"),
+        pytest.param(dict(save_steps=4), id="between-epochs"),
+        pytest.param(dict(save_steps=3, accumulation=2), id="accumulation"),
+        pytest.param(dict(save_steps=3, checkpointing=True), id="checkpointing"),
+    ],
+)
+def test_resumed_run_equals_uninterrupted_one(tmp_path, changes):
+    expected = uninterrupted(tmp_path / "whole", **changes)
+    interrupt(tmp_path / "cut", after=5, **changes)
+    model = hybrid(**ADAPTER)
+    trainer_for(model, tmp_path / "cut", **changes).train(True)
+    assert_equal_states(trained_state(model), expected)
+
+
+def test_a_path_resumes_from_that_checkpoint(tmp_path):
+    expected = uninterrupted(tmp_path, save_steps=2, save_total_limit=None)
+    model = hybrid(**ADAPTER)
+    trainer = trainer_for(model, tmp_path, save_steps=2)
+    output = trainer.train(str(tmp_path / "checkpoint-2"))
+    assert output.global_step == 6
+    assert_equal_states(trained_state(model), expected)
+
+
+def test_resume_may_stand_beside_a_model(tmp_path):
+    expected = uninterrupted(tmp_path, save_steps=4)
+    model = hybrid(**ADAPTER)
+    late = trainer_for(hybrid(**ADAPTER), tmp_path, save_steps=4)
+    late.train(model, resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert_equal_states(trained_state(model), expected)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_a_checkpoint_cut_short_is_passed_over(tmp_path, damage):
+    expected = uninterrupted(tmp_path, save_steps=2, save_total_limit=None)
+    state = tmp_path / "checkpoint-6" / "trainer_state.json"
+    if damage == "missing":
+        state.unlink()
+    else:
+        state.write_text(state.read_text()[:-20])
+    model = hybrid(**ADAPTER)
+    trainer = trainer_for(model, tmp_path, save_steps=2, save_total_limit=None)
+    steps = []
+    trainer.log = lambda logs, *args: steps.append(trainer.state.global_step)
+    trainer.train(True)
+    assert min(steps) == 5
+    assert_equal_states(trained_state(model), expected)
+
+
+def test_interrupted_save_over_an_old_checkpoint_does_not_count(tmp_path, monkeypatch):
+    uninterrupted(tmp_path, save_steps=2, save_total_limit=None)
+
+    def killed(self, output_dir):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", killed)
+    trainer = trainer_for(hybrid(**ADAPTER), tmp_path, save_steps=2, save_total_limit=None)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    # New parameters beside an old optimizer: a mixture that nothing may resume from.
+    with pytest.raises(AdapterError, match="not a complete checkpoint"):
+        trainer.train(str(tmp_path / "checkpoint-2"))
+
+
+def test_nothing_to_resume_from(tmp_path):
+    trainer = trainer_for(hybrid(), tmp_path)
+    with pytest.raises(AdapterError, match="no complete checkpoint under"):
+        trainer.train(True)
+    with pytest.raises(AdapterError, match="absent"):
+        trainer.train(str(tmp_path / "absent"))
+
+
+def test_resuming_another_adapter_is_refused(tmp_path):
+    trainer_for(hybrid(), tmp_path, save_steps=2).train()
+    other = hybrid(lora_rank=3)
+    before = trained_state(other)
+    with pytest.raises(AdapterError, match="does not fit the model"):
+        trainer_for(other, tmp_path, save_steps=2).train(True)
+    assert_equal_states(trained_state(other), before)
+
+
+def test_a_whole_model_resumes_as_in_transformers(tmp_path):
+    torch.manual_seed(1)
+    model = llama()
+    trainer_for(model, tmp_path, save_steps=4).train()
+    assert (tmp_path / "checkpoint-4" / "model.safetensors").is_file()
+    expected = trained_state(model)
+    torch.manual_seed(1)
+    again = llama()
+    trainer_for(again, tmp_path, save_steps=4).train(str(tmp_path / "checkpoint-4"))
+    assert_equal_states(trained_state(again), expected)
+
+
+def test_the_state_is_written_last(tmp_path):
+    """`_complete_checkpoint` takes a readable state for a complete checkpoint."""
+    trainer_for(hybrid(), tmp_path, save_steps=6).train()
+    checkpoint = tmp_path / "checkpoint-6"
+    written = {path.name: path.stat().st_mtime_ns for path in checkpoint.iterdir()}
+    assert max(written, key=written.get) == "trainer_state.json"
+    assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == 6

@@ -1,0 +1,126 @@
+"""Choices of tiles and strategies: pure functions, tested for chips that are not here."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from artemis_kernels.core import tiling, tuning
+from artemis_kernels.core.device import CHIPS, INTERPRETER, Chip, chip
+from artemis_kernels.core.tiling import HEURISTICS, Config, Shape
+
+GPUS = [one for name, one in CHIPS.items() if name != INTERPRETER]
+UNKNOWN = Chip("sm_999", 7, 48 * 1024)
+HOPPER = CHIPS["sm_90"]
+
+
+@pytest.mark.parametrize("kernel", HEURISTICS)
+@pytest.mark.parametrize("on", [*GPUS, UNKNOWN, CHIPS[INTERPRETER]], ids=lambda c: c.name)
+def test_tiles_are_legal(kernel, on):
+    """Powers of two, a dot's minimum of 16, parts of at least one step; on any chip."""
+    for m in (0, 1, 16, 100, 8192, 1 << 20):
+        for n, k, r in ((1, 1, 1), (4096, 4096, 8), (14336, 4096, 64), (4097, 333, 256)):
+            for dtype in (torch.float32, torch.float16, torch.bfloat16):
+                one = tuning.config(kernel, Shape(m, n, k, r, dtype), on)
+                for size in (one.block_m, one.block_n, one.block_k, one.block_r):
+                    assert size == 0 or (size >= 16 and size & (size - 1) == 0), one
+                assert one.split >= 1 and one.stages >= 1 and one.warps in (1, 2, 4, 8), one
+
+
+def test_rows_are_bucketed():
+    """Lengths that vary from batch to batch share a configuration: nothing is compiled again."""
+    configs = {tuning.config("expand", Shape(m, 64, 64, 8), HOPPER) for m in range(1025, 2049)}
+    assert len(configs) == 1
+
+
+def test_few_rows_split_the_reduction():
+    """16 rows are one block of rows: only a split sum fills 132 processors."""
+    assert tuning.config("shrink", Shape(16, k=4096, r=16), HOPPER).split >= 8
+    assert tuning.config("shrink", Shape(1 << 20, k=4096, r=16), HOPPER).split == 1
+
+
+def test_a_measured_table_wins(tmp_path, monkeypatch):
+    """A user's entry is taken for its shape alone, on its chip alone."""
+    shape = Shape(8192, 640, 320, 8)
+    measured = replace(tuning.config("expand", shape, HOPPER), stages=2, warps=2)
+    entry = {"expand": {shape.bucket.key: asdict(measured)}}
+    (tmp_path / "sm_90.json").write_text(json.dumps(entry))
+    monkeypatch.setattr(tuning, "USER_TABLES", tmp_path)
+    tuning._config.cache_clear()
+    assert tuning.config("expand", shape, HOPPER) == measured
+    assert tuning.config("expand", replace(shape, m=8191), HOPPER) == measured
+    assert tuning.config("expand", replace(shape, k=352), HOPPER) != measured
+    assert tuning.config("expand", shape, CHIPS["sm_80"]) != measured
+    tuning._config.cache_clear()
+
+
+def test_shipped_tables_name_kernels_and_fields():
+    for path in tuning.SHIPPED_TABLES.glob("*.json"):
+        assert path.stem in CHIPS
+        for kernel, entries in json.loads(path.read_text()).items():
+            assert kernel in HEURISTICS
+            for entry in entries.values():
+                Config(**entry)
+
+
+@pytest.mark.parametrize(
+    ("shape", "drops", "wanted"),
+    [
+        (Shape(1, 4096, 4096, 16), False, "one_pass"),  # decoding
+        (Shape(64, 4096, 4096, 64), False, "one_pass"),
+        (Shape(8192, 512, 4096, 16), False, "one_pass"),  # a grouped-query k or v
+        (Shape(8192, 512, 4096, 16), True, "vendor"),  # a mask would be drawn in each column
+        (Shape(8192, 4096, 1024, 16), True, "split"),
+        (Shape(8192, 4096, 4096, 16), False, "vendor"),
+        (Shape(8192, 4096, 4096, 256), False, "vendor"),
+        (Shape(8, 4096, 4096, 128), False, "split"),  # too large a rank for a second accumulator
+        (Shape(8192, 4096, 512, 16, torch.float32), False, "vendor"),
+    ],
+    ids=str,
+)
+def test_lora_strategy(shape, drops, wanted):
+    strategy, reason = tuning.choose_lora(shape, drops, HOPPER)
+    assert strategy == wanted
+    assert reason and not reason.endswith(".") and "\n" not in reason
+
+
+@pytest.mark.parametrize(
+    ("shape", "trains", "wanted"),
+    [
+        (Shape(16, 4096, 4096, 64), False, "plain"),  # F costs more than 16 rows can save
+        (Shape(32768, 4096, 1024, 64), True, "folded"),
+        (Shape(32768, 14336, 4096, 64), True, "folded_vendor"),
+    ],
+    ids=str,
+)
+def test_adapter_strategy(shape, trains, wanted):
+    assert tuning.choose_adapter(shape, trains, HOPPER)[0] == wanted
+
+
+@pytest.mark.parametrize(
+    ("shape", "wanted"),
+    [
+        (Shape(16384, k=2048, r=64), "row_block"),
+        (Shape(64, k=2048, r=64), "two_launch"),
+        (Shape(16384, k=2048, r=512), "two_launch"),
+    ],
+    ids=str,
+)
+def test_bottleneck_strategy(shape, wanted):
+    assert tuning.choose_bottleneck(shape, HOPPER)[0] == wanted
+
+
+def test_public_choices_take_a_device():
+    cpu = torch.device("cpu")
+    one = tuning.lora_strategy(8192, 4096, 4096, 16, False, torch.bfloat16, cpu)
+    assert one == tuning.choose_lora(Shape(8192, 4096, 4096, 16), False, chip(cpu))
+    one = tuning.adapter_strategy(8192, 1024, 4096, 64, True, torch.bfloat16, cpu)
+    assert one == tuning.choose_adapter(Shape(8192, 4096, 1024, 64), True, chip(cpu))
+    one = tuning.bottleneck_strategy(8192, 1024, 64, torch.bfloat16, cpu)
+    assert one == tuning.choose_bottleneck(Shape(8192, k=1024, r=64), chip(cpu))
+
+
+def test_a_rank_is_covered():
+    assert [tiling.whole_rank(r) for r in (1, 8, 16, 17, 64, 300)] == [16, 16, 16, 32, 64, 512]
+    assert [tiling.rank_block(r, 32) for r in (1, 16, 17, 64)] == [16, 16, 32, 32]

@@ -1,0 +1,374 @@
+"""The faults: what somebody could plausibly get wrong, and the tests that must see it."""
+
+from typing import NamedTuple
+
+
+class Fault(NamedTuple):
+    """Replace `old`, which occurs once in `file`, by `new`; `tests` must fail.
+
+    `tests` are pytest arguments: the narrowest tests that ought to notice.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+KERNELS = "artemis_kernels"
+CORE = f"{KERNELS}/core"
+LOW_RANK = f"{KERNELS}/ops/low_rank"
+
+LORA_DROPOUT = "tests/ops/test_lora_linear.py::test_dropout"
+SAME_MASK = "tests/ops/test_dropout.py::test_the_mask_used_is_the_mask_shown"
+
+MASK = (
+    Fault(
+        "mask threshold off by one",
+        f"{CORE}/rng.py",
+        "return min(round(p * LANES), LANES - 1)",
+        "return min(round(p * LANES) + 1, LANES - 1)",
+        ("tests/core/test_rng.py",),
+    ),
+    Fault(
+        "kept values rescaled by the nominal rate, not the drawn one",
+        f"{CORE}/rng.py",
+        "return LANES / (LANES - threshold(p))",
+        "return 1 / (1 - p)",
+        ("tests/core/test_rng.py",),
+    ),
+    Fault(
+        "lanes of a hash swapped, torch",
+        f"{CORE}/rng.py",
+        "torch.stack((h & 0xFFFF, (h >> 16) & 0xFFFF), dim=-1)",
+        "torch.stack(((h >> 16) & 0xFFFF, h & 0xFFFF), dim=-1)",
+        ("tests/core/test_rng.py",),
+    ),
+    Fault(
+        "second key forgotten: masks of two seeds are permutations of each other",
+        f"{CORE}/rng.py",
+        "h.bitwise_xor_(_shift(h, 15)).add_(k1)",
+        "h.bitwise_xor_(_shift(h, 15))",
+        ("tests/core/test_rng.py",),
+    ),
+    Fault(
+        "counters beyond 32 bits draw from the first key again",
+        f"{CORE}/rng.py",
+        "_signed(0x9E3779B9 * (high + 1))",
+        "_signed(0x9E3779B9)",
+        ("tests/core/test_rng.py",),
+    ),
+    Fault(
+        "lanes of a hash swapped, Triton, even columns",
+        f"{CORE}/tiles.py",
+        "tl.interleave(h & 0xFFFF, h >> 16)",
+        "tl.interleave(h >> 16, h & 0xFFFF)",
+        (SAME_MASK,),
+    ),
+    Fault(
+        "lane of an element by its column, not its index, Triton, odd columns",
+        f"{CORE}/tiles.py",
+        "(index & 1) * 16",
+        "(offs_n & 1)[None, :] * 16",
+        (SAME_MASK,),
+    ),
+    Fault(
+        "a row's pairs counted from the tile, Triton",
+        f"{CORE}/tiles.py",
+        "(start_n // 2 + tl.arange(0, BLOCK_N // 2))",
+        "tl.arange(0, BLOCK_N // 2)",
+        (SAME_MASK,),
+    ),
+    Fault(
+        "high half of the seed ignored, C",
+        f"{CORE}/native.c",
+        "mix(seed_high ^ k0",
+        "mix(k0",
+        ("tests/core/test_dropped.py",),
+    ),
+    Fault(
+        "a chunk that starts inside a pair starts at the pair, C",
+        f"{CORE}/native.c",
+        "return buffer + odd;",
+        "return buffer;",
+        ("tests/core/test_dropped.py",),
+    ),
+)
+
+EAGER = (
+    Fault(
+        "scale squared in the forward",
+        f"{KERNELS}/ops/lora_linear/eager.py",
+        "b.t(), alpha=scale)",
+        "b.t(), alpha=scale * scale)",
+        ("tests/ops/test_lora_linear.py::test_number_as_scale_without_bias",),
+    ),
+    Fault(
+        "scale dropped from the gradients of x and A",
+        f"{KERNELS}/ops/lora_linear/eager.py",
+        "ds = _scaled(unscaled, scale_tensor) * scale",
+        "ds = _scaled(unscaled, scale_tensor)",
+        ("tests/ops/test_lora_linear.py::test_number_as_scale_without_bias",),
+    ),
+    Fault(
+        "a learned gain rounded to x's dtype",
+        f"{KERNELS}/ops/lora_linear/eager.py",
+        "x * scale_tensor",
+        "x * scale_tensor.to(x.dtype)",
+        ("tests/ops/test_contract.py::test_fp32_scale_is_not_rounded",),
+    ),
+    Fault(
+        "low-rank part overwrites dX instead of adding to it",
+        f"{CORE}/dropped.py",
+        "return dx.addmm_(ds, a)",
+        "return dx.addmm_(ds, a, beta=0)",
+        ("tests/ops/test_lora_linear.py::test_hard_shapes",),
+    ),
+    Fault(
+        "gradient of x not masked",
+        f"{CORE}/dropped.py",
+        "    if mask is None:\n        return dx.addmm_(ds, a)",
+        "    if True:\n        return dx.addmm_(ds, a)",
+        (LORA_DROPOUT,),
+    ),
+    Fault(
+        "x saved though nothing reads it",
+        f"{KERNELS}/ops/lora_linear/op.py",
+        "kept_x = x if ctx.needs[1] else None",
+        "kept_x = x",
+        ("tests/ops/test_contract.py::test_saves_x_only_for_the_gradient_that_reads_it",),
+    ),
+    Fault(
+        "act' missing",
+        f"{KERNELS}/ops/bottleneck_adapter/eager.py",
+        "dz = ACTIVATIONS[activation].backward(dropped(dh, Dropout(p, seed)) if p else dh, z)",
+        "dz = dropped(dh, Dropout(p, seed)) if p else dh",
+        ("tests/ops/test_bottleneck_adapter.py::test_activations",),
+    ),
+    Fault(
+        "derivative of the exact gelu for its tanh form",
+        f"{CORE}/activations.py",
+        'aten.gelu_backward(dh, z, approximate="tanh")',
+        "aten.gelu_backward(dh, z)",
+        ("tests/core/test_activations.py",),
+    ),
+    Fault(
+        "dropout missing from h in the gradient of up",
+        f"{KERNELS}/ops/bottleneck_adapter/eager.py",
+        "h = units(z, activation, p, seed) if needs",
+        "h = units(z, activation, 0.0, None) if needs",
+        ("tests/ops/test_bottleneck_adapter.py::test_dropout",),
+    ),
+    Fault(
+        "gradient of x without the residual's",
+        f"{KERNELS}/ops/bottleneck_adapter/eager.py",
+        "dx = torch.addmm(dy, branch.dz, d) if residual_is_x else",
+        "dx = torch.mm(branch.dz, d) if residual_is_x else",
+        ("tests/ops/test_bottleneck_adapter.py::test_residual_is_x",),
+    ),
+    Fault(
+        "folded dD through W without the bias's term",
+        f"{KERNELS}/ops/adapter_linear/eager.py",
+        "            if bias is not None:\n                ddown.addr_",
+        "            if False:\n                ddown.addr_",
+        ("tests/ops/test_adapter_linear.py::test_folded_equals_plain_in_fp64",),
+    ),
+    Fault(
+        "base's bias skipped in the folded pre-activation",
+        f"{KERNELS}/ops/adapter_linear/eager.py",
+        "preactivation(x, folded, folded_bias(down, bias, bias_down))",
+        "preactivation(x, folded, bias_down)",
+        ("tests/ops/test_adapter_linear.py::test_folded_equals_plain_in_fp64",),
+    ),
+    Fault(
+        "up's bias not scaled",
+        f"{KERNELS}/ops/bottleneck_adapter/eager.py",
+        "return bias_up * scale if scale_tensor is None",
+        "return bias_up if scale_tensor is None",
+        ("tests/ops/test_bottleneck_adapter.py::test_absent_biases",),
+    ),
+    Fault(
+        "shape of a traced gradient wrong",
+        f"{KERNELS}/ops/lora_linear/op.py",
+        "dx, dbias = dy.new_empty(rows, in_features)",
+        "dx, dbias = dy.new_empty(rows, out_features)",
+        ("tests/ops/test_compile.py::test_opcheck_of_forward_and_backward",),
+    ),
+    Fault(
+        "cost model folds in training as if it were inference",
+        f"{KERNELS}/ops/adapter_linear/op.py",
+        "(2 if trains else 1) * k * n",
+        "k * n",
+        ("tests/ops/test_explain.py",),
+    ),
+)
+
+TRITON = (
+    Fault(
+        "last part of a sum split along K lost",
+        f"{LOW_RANK}/shrink.py",
+        "for _ in range(parts):",
+        "for _ in range(parts - 1):",
+        ("tests/ops/test_lora_linear.py::test_hard_shapes", "-k", "split-float32"),
+    ),
+    Fault(
+        "last part of a sum split along M lost",
+        f"{LOW_RANK}/sum_parts.py",
+        "mask=(p + offs_p < P)[:, None]",
+        "mask=(p + offs_p < P - 1)[:, None]",
+        ("tests/ops/test_lora_linear.py::test_hard_shapes", "-k", "split-float32"),
+    ),
+    Fault(
+        "ragged last tile along K skipped",
+        f"{LOW_RANK}/expand.py",
+        "for k in range(0, K, BLOCK_K):",
+        "for k in range(0, K - BLOCK_K + 1, BLOCK_K):",
+        ("tests/ops/test_lora_linear.py::test_hard_shapes", "-k", "split-float32"),
+    ),
+    Fault(
+        "ragged last tile along K read past the row",
+        f"{LOW_RANK}/one_pass.py",
+        "mask_x = mask_x & mask_k[None, :]",
+        "mask_x = mask_x",
+        ("tests/ops/test_lora_linear.py::test_any_layout", "-k", "one_pass-float32"),
+    ),
+    Fault(
+        "store past the last column",
+        f"{LOW_RANK}/expand.py",
+        "tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])",
+        "tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None])",
+        ("tests/ops/test_contract.py::test_writes_every_element_and_nothing_else",),
+    ),
+    Fault(
+        "a row of tiles never written",
+        f"{LOW_RANK}/shrink_backward.py",
+        "offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)",
+        "offs_r = tl.arange(0, BLOCK_R).to(tl.int64)",
+        ("tests/ops/test_lora_linear.py::test_hard_shapes", "-k", "split-float32"),
+    ),
+    Fault(
+        "act' missing, Triton",
+        f"{LOW_RANK}/hidden.py",
+        "dz = dh * activation_slope(z, ACTIVATION)",
+        "dz = dh",
+        ("tests/ops/test_adapter_linear.py::test_activations", "-k", "triton-folded-float32"),
+    ),
+    Fault(
+        "gelu's slope without its density",
+        f"{CORE}/tiles.py",
+        "tl.math.erf(z * INV_SQRT_2)) + z * density",
+        "tl.math.erf(z * INV_SQRT_2))",
+        ("tests/ops/test_adapter_linear.py::test_activations", "-k", "triton-folded-float32"),
+    ),
+    Fault(
+        "dropped x not rescaled in the gradient of A",
+        f"{LOW_RANK}/shrink_backward.py",
+        "acc *= tl.cast(rescale, tl.float32)",
+        "acc *= 1.0",
+        (LORA_DROPOUT, "-k", "split-float32"),
+    ),
+    Fault(
+        "device scale not read",
+        f"{CORE}/tiles.py",
+        "alpha *= tl.load(scale_ptr).to(tl.float32)",
+        "alpha *= 1.0",
+        ("tests/ops/test_lora_linear.py::test_hard_shapes", "-k", "split-float32"),
+    ),
+    Fault(
+        "bias of the low-rank branch skipped",
+        f"{LOW_RANK}/expand.py",
+        "acc += (bias_low * effective_scale(scale, scale_ptr))[None, :]",
+        "acc += 0.0",
+        ("tests/ops/test_adapter_linear.py::test_hard_shapes", "-k", "triton-folded-float32"),
+    ),
+    Fault(
+        "folded dD through W without the bias's term, Triton",
+        f"{KERNELS}/ops/adapter_linear/fused.py",
+        "        ddown.addr_(dz.sum(0), bias.float())",
+        "        pass",
+        ("tests/ops/test_adapter_linear.py::test_hard_shapes", "-k", "triton-folded-float32"),
+    ),
+    Fault(
+        "gradient of x without the residual's, row block",
+        f"{KERNELS}/ops/bottleneck_adapter/fused.py",
+        "dy, up.t(), down.t(), dy if residual_is_x else None",
+        "dy, up.t(), down.t(), None",
+        ("tests/ops/test_bottleneck_adapter.py::test_residual_is_x",),
+    ),
+    Fault(
+        "scale's gradient without up's bias",
+        f"{LOW_RANK}/steps.py",
+        "dscale = dscale + (gradients.columns * bias_up).sum()",
+        "dscale = dscale + 0.0",
+        ("tests/ops/test_bottleneck_adapter.py::test_residual_is_x",),
+    ),
+)
+
+MODEL = (
+    Fault(
+        "a layer's gain ignored",
+        "artemis/sites.py",
+        "return factor if gain is None else factor * gain",
+        "return factor",
+        ("tests/artemis/test_sharing.py", "-k", "gain"),
+    ),
+    Fault(
+        "a shared seed never runs out: one mask for ever",
+        "artemis/sites.py",
+        "self.pending &= ~member\n",
+        "pass\n",
+        ("tests/artemis/test_sharing.py", "tests/artemis/test_gradients.py", "-k", "mask or seed"),
+    ),
+    Fault(
+        "the last rows of a shared tensor, not the first",
+        "artemis/bank.py",
+        "tensor[tuple(slice(size) for size in shape)]",
+        "tensor[tuple(slice(-size, None) for size in shape)]",
+        ("tests/artemis/test_sharing.py", "-k", "leading"),
+    ),
+    Fault(
+        "orthogonality counted at every micro-step",
+        "artemis/training/trainer.py",
+        "        if self.accelerator.sync_gradients:\n            self._add",
+        "        if True:\n            self._add",
+        ("tests/artemis/training/test_trainer.py::test_penalty_is_added_once_per_optimizer_step",),
+    ),
+    Fault(
+        "penalty not scaled with fp16's losses",
+        "artemis/training/trainer.py",
+        "penalty = penalty * self.accelerator.scaler.get_scale()",
+        "pass",
+        ("tests/artemis/training/test_trainer.py::test_penalty_carries_the_loss_scale",),
+    ),
+    Fault(
+        "a zero column counts as a direction",
+        "artemis/orthogonality.py",
+        "count = present.sum()",
+        "count = torch.tensor(len(vectors))",
+        ("tests/artemis/test_orthogonality.py",),
+    ),
+    Fault(
+        "Conv1D's weight not transposed",
+        "artemis/layers.py",
+        "else module.weight.t()",
+        "else module.weight",
+        ("tests/artemis/test_injection.py", "-k", "fresh"),
+    ),
+    Fault(
+        "folding forgets the bias that reaches the bottleneck",
+        "artemis/merging.py",
+        "    hidden = down @ b\n",
+        "    hidden = torch.zeros_like(down @ b)\n",
+        ("tests/artemis/test_merging.py", "-k", "merged_model"),
+    ),
+    Fault(
+        "an adapter written in place: dying in mid-save leaves half a file",
+        "artemis/adapter_file.py",
+        "            os.replace(path, directory / name)",
+        "            (directory / name).write_bytes(path.read_bytes())",
+        ("tests/artemis/test_checkpoint.py", "-k", "dying or killed"),
+    ),
+)
+
+FAULTS = (*MASK, *EAGER, *TRITON, *MODEL)
