@@ -3,8 +3,8 @@
     python -m bench.report            # fill every `<!-- begin: NAME -->` ... `<!-- end: NAME -->`
     python -m bench.report --check    # change nothing; exit status 1 where a document is behind
 
-NAME is `training-step`, `training-step-ratios` or `training-step-profile`. Of several runs of one
-size and precision on one machine, the last counts.
+NAME is `training-step`, `training-step-ratios`, `training-step-profile` or `demo`. Of several runs of
+one size and precision on one machine, the last counts.
 """
 
 import argparse
@@ -12,6 +12,8 @@ import re
 import sys
 from collections.abc import Callable
 from typing import Any
+
+from artemis.cli.demo.report import render
 
 from .machine import ROOT
 from .profile_step import GROUPS
@@ -93,9 +95,9 @@ def case_title(case: Record) -> str:
 def measured(records: list[Record]) -> list[Measured]:
     """The last run of every machine, size and precision, smallest size first."""
     runs: dict[tuple[str, str], Measured] = {}
-    heads = {record["run"]: record for record in records if record["kind"] == "run"}
+    heads = {record["run"]: record for record in records if record.get("kind") == "run"}
     for record in records:
-        if record["kind"] not in ("arm", "ratio"):
+        if record.get("kind") not in ("arm", "ratio"):
             continue
         name = record["arm" if record["kind"] == "arm" else "name"]
         precision = re.split("[/:]", name)[0]
@@ -139,7 +141,7 @@ def training_step_profile(records: list[Record]) -> str:
     """Where the milliseconds of a step go, a table a size and precision."""
     last: dict[tuple[str, ...], Record] = {}
     for record in records:
-        if record["kind"] == "profile":
+        if record.get("kind") == "profile":
             arms = tuple(record["arms"])
             last[record["processor"]["name"], str(record["case"]), *arms] = record
     tables = []
@@ -176,10 +178,23 @@ def origin(head: Record) -> str:
     )
 
 
+def demo(records: list[Record]) -> str:
+    """What `artemis demo --json` wrote last, as the demo prints it."""
+    runs = [record for record in records if "share_of_improvement" in record]
+    if not runs:
+        return ""
+    setting = runs[-1]["setting"]
+    return (
+        f"```\n{render(runs[-1]['arms'])}\n```\n\n"
+        f"{setting['device']}, matrix products in {setting['precision']}, torch {setting['torch']}.\n"
+    )
+
+
 SECTIONS: dict[str, Callable[[list[Record]], str]] = {
     "training-step": training_step,
     "training-step-ratios": training_step_ratios,
     "training-step-profile": training_step_profile,
+    "demo": demo,
 }
 
 

@@ -1,4 +1,4 @@
-"""Passes with a dropout mask, compiled by the system's C compiler: a strategy beside plain torch on a CPU.
+"""Passes with a dropout mask, compiled by the system's C compiler: a strategy beside plain torch.
 
 The source, `native.c`, is compiled once per machine into the user's cache directory and called
 through `ctypes`. Where there is no compiler, or it fails, `library()` says why and callers take

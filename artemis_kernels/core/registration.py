@@ -63,7 +63,7 @@ def wanted(gradients: list[torch.Tensor], needs: tuple[bool, ...]) -> list[torch
 def empty_like_wanted(
     like: tuple[torch.Tensor | None, ...], needs: list[bool]
 ) -> tuple[torch.Tensor | None, ...]:
-    """What a traced backward returns: an empty tensor like each parameter whose gradient is asked."""
+    """What a traced backward returns: an empty tensor like each parameter that is to learn."""
     return tuple(
         torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) if need else None
         for tensor, need in zip(like, needs, strict=True)

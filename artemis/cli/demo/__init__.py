@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         share = share_of_improvement(results)
         summary = {"setting": setting, "arms": results, "share_of_improvement": share}
-        args.json.write_text(json.dumps(summary, indent=2) + "\n")
+        args.json.write_text(json.dumps(summary) + "\n")
     _say(f"{(time.perf_counter() - started) / 60:.1f} minutes; models are in {space.directory}")
 
 

@@ -1,7 +1,7 @@
 """`y = residual + s·(dropout(act(x Dᵀ + b_d)) Uᵀ + b_u)` as plain PyTorch.
 
-The meaning of `bottleneck_adapter`: Houlsby et al. (arXiv 1902.00751), §2.1, with the dropout on the
-bottleneck's units. Any device, any floating dtype, differentiated by autograd.
+The meaning of `bottleneck_adapter`: Houlsby et al. (arXiv 1902.00751), §2.1, with the dropout on
+the bottleneck's units. Any device, any floating dtype, differentiated by autograd.
 """
 
 import torch

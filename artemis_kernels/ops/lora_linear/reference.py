@@ -1,6 +1,6 @@
 """`y = x Wᵀ + bias + s·(dropout(x) Aᵀ) Bᵀ` as plain PyTorch: the meaning of `lora_linear`.
 
-Hu et al., LoRA (arXiv 2106.09685), §4.1. Any device, any floating dtype, differentiated by autograd.
+Hu et al., LoRA (arXiv 2106.09685), §4.1. Any device, any floating dtype; autograd differentiates.
 """
 
 import torch
