@@ -102,7 +102,8 @@ def compare(
 ) -> Verdict:
     """`rms(found - truth) ≤ c · rms(composed - truth) + eps/4 · rms(truth)`, role by role.
 
-    c = 1.25 · (1 + 3/√n) for the n numbers of a role: of a few, either rms is known only roughly.
+    c = 1.25 · (1 + 6/√n) for the n numbers of a role: of a few, either rms is known only roughly,
+    and the errors of a step's scalars go together, since they share the activations' rounding.
     Tensors of a role count alike, each divided by its own rms first; scalars, which may cancel to
     nothing, by that of all scalars of the role.
     """
@@ -119,7 +120,7 @@ def compare(
             )
             for given in (found, composed)
         )
-        factor = _FACTOR * (1 + 3 / len(error) ** 0.5)
+        factor = _FACTOR * (1 + 6 / len(error) ** 0.5)
         limit = factor * _rms(allowed) + eps / 4
         verdicts.append(Verdict(_rms(error) / limit, role))
     return max(verdicts, key=lambda verdict: (verdict.ratio != verdict.ratio, verdict.ratio))

@@ -44,6 +44,21 @@ def processor() -> dict[str, Any]:
     }
 
 
+def accelerator() -> dict[str, Any] | None:
+    """The current GPU, its driver and the CUDA (or ROCm) version of torch; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties()
+    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "name": properties.name,
+        "processors": properties.multi_processor_count,
+        "memory_gb": round(properties.total_memory / 1e9, 1),
+        "driver": (_output(*query) or "").partition("\n")[0] or None,
+        "runtime": torch.version.cuda or torch.version.hip,
+    }
+
+
 def versions() -> dict[str, str]:
     """Python and the packages that take part."""
     found = {"python": platform.python_version()}
@@ -62,10 +77,13 @@ def source() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
+    return _output("git", *arguments)
+
+
+def _output(*command: str) -> str | None:
+    """What a program prints, run in the repository; None where it is missing or fails."""
     try:
-        finished = subprocess.run(
-            ("git", *arguments), cwd=ROOT, check=True, capture_output=True, text=True
-        )
+        finished = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return finished.stdout.strip()

@@ -6,7 +6,6 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from artemis import HybridAdapterConfig, add_hybrid_adapter_to_model
@@ -82,6 +81,8 @@ def frozen(case: Case, dtype: torch.dtype) -> TrainingStep:
 
 def peft_lora(case: Case, dtype: torch.dtype, dropout: float) -> TrainingStep:
     """PEFT's LoRA on all seven projections in its fastest setting: adapters in the base's dtype."""
+    from peft import LoraConfig, get_peft_model  # here: the other arms run without PEFT
+
     config = LoraConfig(
         r=RANK, lora_alpha=SCALE * RANK, lora_dropout=dropout, target_modules=list(TARGETS)
     )

@@ -3,8 +3,8 @@
     python -m bench.report            # fill every `<!-- begin: NAME -->` ... `<!-- end: NAME -->`
     python -m bench.report --check    # change nothing; exit status 1 where a document is behind
 
-NAME is `training-step`, `training-step-ratios`, `training-step-profile` or `demo`. Of several runs of
-one size and precision on one machine, the last counts.
+NAME is `training-step`, `training-step-ratios`, `training-step-profile` or `demo`. Of several runs
+of one size and precision on one machine, the last counts.
 """
 
 import argparse
@@ -184,10 +184,8 @@ def demo(records: list[Record]) -> str:
     if not runs:
         return ""
     setting = runs[-1]["setting"]
-    return (
-        f"```\n{render(runs[-1]['arms'])}\n```\n\n"
-        f"{setting['device']}, matrix products in {setting['precision']}, torch {setting['torch']}.\n"
-    )
+    where = f"{setting['device']}, matrix products in {setting['precision']}"
+    return f"```\n{render(runs[-1]['arms'])}\n```\n\n{where}, torch {setting['torch']}.\n"
 
 
 SECTIONS: dict[str, Callable[[list[Record]], str]] = {

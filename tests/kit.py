@@ -95,7 +95,7 @@ def in_dtype(tensors: Tensors, dtype: torch.dtype) -> Tensors:
 def upstream(y: torch.Tensor) -> torch.Tensor:
     """A gradient for `y` that is half noise, half y: no sum over it cancels to rounding noise."""
     rms = _rms(y) if y.numel() else 1.0
-    return (y / (rms or 1.0) + torch.randn(y.shape)) / math.sqrt(2)
+    return (y / (rms or 1.0) + torch.randn_like(y)) / math.sqrt(2)
 
 
 def assert_follows_reference(

@@ -75,10 +75,8 @@ def interpreting() -> bool:
 def _gpu(index: int) -> Chip:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
-        name, warp_size = (
-            properties.gcnArchName.split(":")[0],
-            64 if "gfx9" in properties.gcnArchName else 32,
-        )
+        name = properties.gcnArchName.split(":")[0]
+        warp_size = 64 if name.startswith("gfx9") else 32
         shared = properties.shared_memory_per_block
     else:
         name, warp_size = f"sm_{properties.major}{properties.minor}", 32

@@ -55,6 +55,15 @@ def test_mask_is_the_definition(shape, p):
     assert mask.reshape(-1).tolist() == wanted
 
 
+@pytest.mark.parametrize("index", [0, 1, 12, 77])
+def test_kept_from_the_threshold_on(index):
+    """A lane equal to the threshold is kept, one below it dropped: no rate would show the step."""
+    lane = mask_oracle.lane(index, 3)
+    for threshold, keep in ((lane - 1, True), (lane, True), (lane + 1, False)):
+        mask = artemis_kernels.dropout_mask((100,), threshold / 65536, 3, "cpu")
+        assert mask[index] == keep
+
+
 def test_counters_beyond_32_bits_draw_from_other_keys():
     """What no tensor that fits here can show: the hash of pair 2**32 + i."""
     for seed in (5, -3):

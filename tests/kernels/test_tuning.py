@@ -9,6 +9,7 @@ import torch
 from artemis_kernels.core import tiling, tuning
 from artemis_kernels.core.device import CHIPS, INTERPRETER, Chip, chip
 from artemis_kernels.core.tiling import HEURISTICS, Config, Shape
+from artemis_kernels.ops.lora_linear import fused
 
 GPUS = [one for name, one in CHIPS.items() if name != INTERPRETER]
 UNKNOWN = Chip("sm_999", 7, 48 * 1024)
@@ -124,3 +125,31 @@ def test_public_choices_take_a_device():
 def test_a_rank_is_covered():
     assert [tiling.whole_rank(r) for r in (1, 8, 16, 17, 64, 300)] == [16, 16, 16, 32, 64, 512]
     assert [tiling.rank_block(r, 32) for r in (1, 16, 17, 64)] == [16, 16, 32, 32]
+
+
+def test_launches_are_those_that_the_budget_compiles(monkeypatch):
+    """The lookups of the fused paths name every fact that a configuration depends on."""
+    asked = set()
+
+    def recorded(kernel, shape, on):
+        asked.add((kernel, shape))
+        return tiling.heuristic(kernel, shape, on)
+
+    monkeypatch.setattr(tuning, "config", recorded)
+    x, weight, dy = torch.randn(20, 34), torch.randn(36, 34), torch.randn(20, 36)
+    a, b, by = torch.randn(8, 34), torch.randn(36, 8), (0.3, torch.tensor([5]))
+    for strategy in ("split", "vendor"):
+        _, s = fused.forward(x, weight, a, b, None, 1.0, None, *by, strategy)
+        fused.backward(
+            dy, x, weight, a, b, s, 1.0, None, *by, strategy, (True, True, True, False, False)
+        )
+    fp32 = {"m": 20, "r": 8, "dtype": torch.float32}
+    assert asked == {
+        ("shrink", Shape(k=34, masked=True, **fp32)),
+        ("expand", Shape(n=36, k=34, **fp32)),
+        ("update", Shape(n=36, **fp32)),
+        ("expand_backward", Shape(n=36, **fp32)),
+        ("shrink_backward", Shape(k=34, masked=True, **fp32)),
+        ("expand", Shape(n=34, k=36, masked=True, **fp32)),
+        ("update", Shape(n=34, masked=True, **fp32)),
+    }

@@ -86,7 +86,7 @@ def lora_linear(
     impl, strategy, x, weight, lora_a, lora_b, scale=1.0, *, bias=None, dropout_p=0.0, seed=None
 ):
     y = torch.ops.artemis.lora_linear(
-        _rows(x), weight, lora_a, lora_b, bias, *_scale(scale), dropout_p, _seed(seed), impl,
+        _rows(x), weight, lora_a, lora_b, bias, *_scale(scale), dropout_p, _seed(seed, x), impl,
         strategy,
     )  # fmt: skip
     return y.view(*x.shape[:-1], weight.shape[0])
@@ -98,7 +98,7 @@ def adapter_linear(
 ):  # fmt: skip
     y = torch.ops.artemis.adapter_linear(
         _rows(x), weight, down, up, bias, bias_down, bias_up, *_scale(scale), activation,
-        dropout_p, _seed(seed), impl, strategy,
+        dropout_p, _seed(seed, x), impl, strategy,
     )  # fmt: skip
     return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -109,7 +109,7 @@ def bottleneck_adapter(
 ):  # fmt: skip
     y = torch.ops.artemis.bottleneck_adapter(
         _rows(x), down, up, bias_down, bias_up, None if residual is None else _rows(residual),
-        *_scale(scale), activation, dropout_p, _seed(seed), impl, strategy,
+        *_scale(scale), activation, dropout_p, _seed(seed, x), impl, strategy,
     )  # fmt: skip
     return y.view(x.shape)
 
@@ -122,8 +122,8 @@ def _scale(scale: float | torch.Tensor) -> tuple[float, torch.Tensor | None]:
     return (1.0, scale) if isinstance(scale, torch.Tensor) else (float(scale), None)
 
 
-def _seed(seed: int | torch.Tensor | None) -> torch.Tensor | None:
-    return torch.tensor([seed]) if isinstance(seed, int) else seed
+def _seed(seed: int | torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+    return torch.tensor([seed], device=x.device) if isinstance(seed, int) else seed
 
 
 LORA = Operation(

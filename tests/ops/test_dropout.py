@@ -6,6 +6,7 @@ import torch
 import artemis_kernels
 from artemis_kernels.core import rng
 from tests import kit
+from tests.core import mask_oracle
 from tests.kit import Sizes
 from tests.ops.operations import ADAPTER, BOTTLENECK, HALF, LORA, OPERATIONS, SINGLE, every_path
 
@@ -43,6 +44,21 @@ def test_the_mask_used_is_the_mask_shown(operation, path, shape):
     wanted = mask.to(path.dtype) / (1 - p)
     torch.testing.assert_close(value, wanted, rtol=2e-3, atol=0)
     torch.testing.assert_close(gradient, wanted, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize(("operation", "path"), every_path(SINGLE))
+def test_kept_from_the_threshold_on(operation, path):
+    """A lane equal to the threshold is kept, one below it dropped."""
+    if path.strategy == "one_pass":
+        pytest.skip("one pass has no dropout, and is never chosen with it")
+    tensors = bare(operation, 3, 16, SINGLE)
+    for index in (20, 21):  # either lane of a hash
+        lane = mask_oracle.lane(index, 3)
+        for threshold, keep in ((lane, True), (lane + 1, False)):
+            value, _ = branch_of(
+                operation, operation.along(path), tensors, dropout_p=threshold / 65536, seed=3
+            )
+            assert (value.reshape(-1)[index] != 0) == keep
 
 
 @pytest.mark.parametrize("impl", ["eager", "triton", "reference"])

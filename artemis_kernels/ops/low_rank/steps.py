@@ -32,10 +32,20 @@ class ExpandGradients(NamedTuple):
     columns: torch.Tensor | None  # [N] fp32: Σ_m dY
 
 
-def shrunk(x: torch.Tensor, f: torch.Tensor, chip: Chip, **stage) -> tuple[torch.Tensor, ...]:
+def shrunk(
+    x: torch.Tensor,
+    f: torch.Tensor,
+    chip: Chip,
+    *,
+    stage: str = "linear",
+    dropout: Dropout = NO_DROPOUT,
+    **hidden,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`shrink` of x [M, K] by f [R, K]."""
-    shape = Shape(x.shape[0], k=x.shape[1], r=f.shape[0], dtype=x.dtype)
-    return shrink(x, f, config=tuning.config("shrink", shape, chip), **stage)
+    masked = dropout.p > 0 and stage == "linear"
+    shape = Shape(x.shape[0], k=x.shape[1], r=f.shape[0], dtype=x.dtype, masked=masked)
+    config = tuning.config("shrink", shape, chip)
+    return shrink(x, f, config=config, stage=stage, dropout=dropout, **hidden)
 
 
 def expanded(
@@ -47,15 +57,16 @@ def expanded(
     *,
     vendor: bool,
     bias: torch.Tensor | None = None,
+    dropout: Dropout = NO_DROPOUT,
     **low_rank,
 ) -> torch.Tensor:
     """`x Wᵀ + bias + s·(mask·(S Bᵀ) + bias_low)`: one kernel, or the vendor's and an update."""
     if vendor:
         y = functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
-        return updated(y, s, b, chip, dtype=y.dtype, out=y, **low_rank)
-    shape = Shape(x.shape[0], weight.shape[0], x.shape[1], s.shape[1], x.dtype)
+        return updated(y, s, b, chip, dtype=y.dtype, out=y, dropout=dropout, **low_rank)
+    shape = Shape(x.shape[0], weight.shape[0], x.shape[1], s.shape[1], x.dtype, dropout.p > 0)
     config = tuning.config("expand", shape, chip)
-    return expand(x, weight, s, b, config=config, bias=bias, **low_rank)
+    return expand(x, weight, s, b, config=config, bias=bias, dropout=dropout, **low_rank)
 
 
 def updated(
@@ -65,12 +76,13 @@ def updated(
     chip: Chip,
     *,
     dtype: torch.dtype,
+    dropout: Dropout = NO_DROPOUT,
     **low_rank,
 ) -> torch.Tensor:
     """`residual + s·(mask·(S Bᵀ) + bias_low)` in `dtype`; no residual means 0."""
-    shape = Shape(s.shape[0], b.shape[0], r=s.shape[1], dtype=dtype)
+    shape = Shape(s.shape[0], b.shape[0], r=s.shape[1], dtype=dtype, masked=dropout.p > 0)
     config = tuning.config("update", shape, chip)
-    return update(residual, s, b, config=config, dtype=dtype, **low_rank)
+    return update(residual, s, b, config=config, dtype=dtype, dropout=dropout, **low_rank)
 
 
 def sum_over_rows(
@@ -85,7 +97,7 @@ def sum_over_rows(
     with_columns: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Write `s·Sᵀ dropout(x)` into out [R, K]; return its unscaled dot with `other`, and Σ_m x."""
-    shape = Shape(x.shape[0], k=x.shape[1], r=s.shape[1], dtype=x.dtype)
+    shape = Shape(x.shape[0], k=x.shape[1], r=s.shape[1], dtype=x.dtype, masked=dropout.p > 0)
     config = tuning.config("shrink_backward", shape, chip)
     parts, columns = shrink_backward(
         x, s, config=config, dropout=dropout, with_columns=with_columns

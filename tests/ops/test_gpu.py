@@ -1,0 +1,62 @@
+"""The compiled kernels on a GPU: what the interpreter cannot show, bf16 first."""
+
+import pytest
+import torch
+
+import artemis_kernels
+from tests import kit
+from tests.kit import Sizes
+from tests.ops.operations import BF16, HALF, OPERATIONS, SINGLE, Path, follow_reference
+
+pytestmark = pytest.mark.gpu
+GPU = torch.device("cuda")
+
+STRATEGIES = [
+    pytest.param(operation, strategy, id=f"{operation.name}-{strategy}")
+    for operation in OPERATIONS
+    for strategy in operation.triton
+]
+
+
+def operands_on(device, operation, sizes: Sizes, dtype: torch.dtype) -> kit.Tensors:
+    return {name: t.to(device) for name, t in operation.operands(sizes, dtype).items()}
+
+
+@pytest.mark.parametrize("dtype", [BF16, HALF, SINGLE], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param(Sizes(300, 256, 384, 16), id="aligned"),
+        pytest.param(Sizes(129, 131, 77, 5), id="odd"),  # no vector loads, masks everywhere
+        pytest.param(Sizes(1, 512, 256, 8), id="one-row"),
+    ],
+)
+@pytest.mark.parametrize(("operation", "strategy"), STRATEGIES)
+def test_follows_the_reference(operation, strategy, sizes, dtype):
+    path = Path("triton", strategy, dtype)
+    tensors = operands_on(GPU, operation, sizes, dtype)
+    follow_reference(operation, path, tensors)
+    if strategy != "one_pass":
+        follow_reference(operation, path, tensors, dropout_p=0.3, seed=7)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=str)
+def test_same_bits_every_time(operation):
+    tensors = operands_on(GPU, operation, Sizes(300, 256, 384, 16), BF16)
+    first, second = (
+        kit.outcome(operation.public, tensors, operation.trained, dropout_p=0.3, seed=7)
+        for _ in range(2)
+    )
+    kit.assert_same_outcome(second, first)
+
+
+@pytest.mark.parametrize("seed", [0, 7, -1, 2**62 + 1])
+def test_the_mask_is_the_cpus(seed):
+    on_gpu = artemis_kernels.dropout_mask((65, 33), 0.4, seed, GPU)
+    assert torch.equal(on_gpu.cpu(), artemis_kernels.dropout_mask((65, 33), 0.4, seed, "cpu"))
+    eye = torch.eye(34, device=GPU)
+    x = torch.ones(65, 34, device=GPU)
+    y = artemis_kernels.lora_linear(
+        x, torch.zeros_like(eye), eye, eye, 1.0, dropout_p=0.4, seed=seed, impl="triton"
+    )
+    assert torch.equal((y != 0).cpu(), artemis_kernels.dropout_mask((65, 34), 0.4, seed, "cpu"))

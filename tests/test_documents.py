@@ -1,0 +1,152 @@
+"""The documents hold to the code: names, signatures, defaults, links and imports."""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from artemis import HybridAdapterConfig
+from artemis.hybrid import _METHODS
+from artemis.training import DataConfig, RunConfig, TrainingConfig
+
+ROOT = Path(__file__).parents[1]
+API, GUIDE = ROOT / "docs/api.md", ROOT / "docs/user-guide.md"
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+MODULES = (
+    "artemis_kernels",
+    "artemis_kernels.nn",
+    "artemis",
+    "artemis.utils.hybrid_adapter",
+    "artemis.training",
+)
+MISSING = dataclasses.MISSING
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+#: [text](target), where the target is no address of another site.
+LINK = re.compile(r"\[[^\]]*\]\((?!https?:)([^)\s]+)\)")
+
+
+def section(document: Path, title: str) -> str:
+    """The text under one heading, up to the next of its level or above."""
+    text = document.read_text(encoding="utf-8")
+    marks, rest = re.search(rf"^(#+) {re.escape(title)}\n(.*)", text, re.M | re.S).groups()
+    return re.split(rf"^#{{1,{len(marks)}}} ", rest, flags=re.M)[0]
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    found = FENCE.findall(document.read_text(encoding="utf-8"))
+    return [text for kind, text in found if kind == language]
+
+
+def rows(text: str) -> dict[str, str]:
+    """First cell, without its backticks -> second cell, of every table row in `text`."""
+    return dict(re.findall(r"^\| `([^`|]+)` \| ([^|]+?) \|", text, re.M))
+
+
+def anchors(document: Path) -> set[str]:
+    text = FENCE.sub("", document.read_text(encoding="utf-8"))
+    titles = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_api_names_everything_public(name):
+    text = section(API, f"`{name}`")
+    named = set(re.findall(r"`(\w+)(?:\([^`]*\))?`", text))
+    assert set(importlib.import_module(name).__all__) <= named
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_api_signatures(name):
+    module = importlib.import_module(name)
+    for entry in rows(section(API, f"`{name}`")):
+        written, parenthesis, arguments = entry.partition("(")
+        if not parenthesis or not hasattr(module, written) or "**fields" in arguments:
+            continue
+        parameters = inspect.signature(getattr(module, written)).parameters.values()
+        given = ast.parse(f"def f({arguments}: pass").body[0].args
+        names = [a.arg for a in (*given.args, *given.kwonlyargs)]
+        names += [a.arg for a in (given.vararg, given.kwarg) if a]
+        assert names == [p.name for p in parameters], entry
+        defaults = [ast.literal_eval(d) for d in (*given.defaults, *given.kw_defaults) if d]
+        real = [p.default for p in parameters if p.default is not p.empty]
+        assert [d for d in defaults if d != []] == [d for d in real if isinstance(d, HASHABLE)]
+
+
+HASHABLE = (str, int, float, bool, type(None))
+
+
+def test_api_names_the_methods_on_the_model():
+    table = rows(section(API, "Methods on the model"))
+    assert {entry.partition("(")[0] for entry in table} == set(_METHODS)
+
+
+def default_of(entry: dataclasses.Field):
+    if entry.default is not MISSING:
+        default = entry.default
+    elif entry.default_factory is not MISSING:
+        default = entry.default_factory()
+    else:
+        return MISSING
+    return list(default) if isinstance(default, tuple) else default
+
+
+@pytest.mark.parametrize(
+    ("config", "title"),
+    [
+        (HybridAdapterConfig, "The configuration"),
+        (DataConfig, "`artemis train`"),
+        (TrainingConfig, "`artemis train`"),
+    ],
+)
+def test_guide_tables_hold_every_key_and_its_default(config, title):
+    table = rows(section(GUIDE, title))
+    for entry in dataclasses.fields(config):
+        cell = table[entry.name]
+        written = MISSING if cell == "required" else yaml.safe_load(cell.strip("`"))
+        assert written == default_of(entry), entry.name
+
+
+def test_guide_tables_hold_no_other_key():
+    known = {item.name for item in dataclasses.fields(HybridAdapterConfig)}
+    assert set(rows(section(GUIDE, "The configuration"))) == known
+    known = {n.name for c in (RunConfig, DataConfig, TrainingConfig) for n in dataclasses.fields(c)}
+    assert set(rows(section(GUIDE, "`artemis train`"))) == known
+
+
+def test_guide_training_file_is_whole_and_valid():
+    (text,) = [text for text in blocks(GUIDE, "yaml") if "\ntraining:" in text]
+    values = yaml.safe_load(text)
+    RunConfig.from_dict(values)
+    assert set(values) == {item.name for item in dataclasses.fields(RunConfig)}
+    for name, config in (("data", DataConfig), ("training", TrainingConfig)):
+        assert set(values[name]) == {item.name for item in dataclasses.fields(config)}
+
+
+def test_guide_adapter_sections_are_valid():
+    for text in blocks(GUIDE, "yaml"):
+        HybridAdapterConfig.from_dict(yaml.safe_load(text)["hybrid_adapter"])
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document):
+    text = FENCE.sub("", document.read_text(encoding="utf-8"))
+    for link in LINK.findall(text):
+        path, _, anchor = link.partition("#")
+        target = (document.parent / path).resolve() if path else document
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("document", [ROOT / "README.md", GUIDE], ids=lambda path: path.name)
+def test_snippets_parse_and_their_imports_work(document):
+    snippets = blocks(document, "python")
+    assert snippets
+    for text in snippets:
+        tree = ast.parse(text)
+        imports = [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]
+        exec(compile(ast.Module(imports, []), str(document), "exec"), {})
