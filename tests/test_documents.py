@@ -25,6 +25,7 @@ MODULES = (
     "artemis.training",
 )
 MISSING = dataclasses.MISSING
+PLAIN = (str, int, float, bool, type(None))  # defaults that a signature shows
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 #: [text](target), where the target is no address of another site.
 LINK = re.compile(r"\[[^\]]*\]\((?!https?:)([^)\s]+)\)")
@@ -74,10 +75,7 @@ def test_api_signatures(name):
         assert names == [p.name for p in parameters], entry
         defaults = [ast.literal_eval(d) for d in (*given.defaults, *given.kw_defaults) if d]
         real = [p.default for p in parameters if p.default is not p.empty]
-        assert [d for d in defaults if d != []] == [d for d in real if isinstance(d, HASHABLE)]
-
-
-HASHABLE = (str, int, float, bool, type(None))
+        assert [d for d in defaults if d != []] == [d for d in real if isinstance(d, PLAIN)]
 
 
 def test_api_names_the_methods_on_the_model():

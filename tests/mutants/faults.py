@@ -374,7 +374,7 @@ MODEL = (
         "artemis/adapter_file.py",
         "            os.replace(path, directory / name)",
         "            (directory / name).write_bytes(path.read_bytes())",
-        ("tests/artemis/test_checkpoint.py", "-k", "dying or killed"),
+        ("tests/artemis/test_interrupted_save.py", "-k", "dying or killed"),
     ),
 )
 

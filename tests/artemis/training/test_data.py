@@ -21,6 +21,8 @@ def test_text_is_cut_into_equal_blocks_and_the_rest_is_left(tmp_path):
     path.write_text("abcdefghij")
     blocks = load_blocks(path, TOKENIZER, 4)
     assert decode(blocks) == ["abcd", "efgh"]
+    path.write_text("abcdefg")  # two blocks exactly, with the end of the text
+    assert len(load_blocks(path, TOKENIZER, 4)) == 2
     example = blocks[1]
     assert torch.equal(example["input_ids"], blocks.blocks[1].long())
     assert torch.equal(example["input_ids"], example["labels"])
