@@ -120,7 +120,7 @@ def test_public_operations_and_modules_are_in_the_documents():
 
     text = "\n".join(path.read_text() for path in (ROOT / "docs").rglob("*.md"))
     for module in (artemis, artemis_kernels, artemis_kernels.nn):
-        missing = [n for n in module.__all__ if n != "__version__" and f"{n}" not in text]
+        missing = [n for n in module.__all__ if n != "__version__" and n not in text]
         assert not missing, f"{module.__name__}: {missing}"
 
 
