@@ -2,7 +2,7 @@
 
 The source, `native.c`, is compiled once per machine into the user's cache directory and called
 through `ctypes`. Where there is no compiler, or it fails, `library()` says why and callers take
-their plain-torch path: the results are the same bits.
+their plain-torch path, which drops the same elements.
 """
 
 import ctypes
