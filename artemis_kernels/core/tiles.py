@@ -39,8 +39,10 @@ def activation_slope(z, ACTIVATION: tl.constexpr):
         density = tl.exp(-0.5 * z * z) * INV_SQRT_2PI
         return 0.5 * (1.0 + tl.math.erf(z * INV_SQRT_2)) + z * density
     elif ACTIVATION == "gelu_tanh":
-        gate = tl.sigmoid(z * (1.0 + z * z * TANH_B) * TANH_A)
-        return gate + z * gate * (1.0 - gate) * (1.0 + z * z * (3.0 * TANH_B)) * TANH_A
+        twice_u = z * (1.0 + z * z * TANH_B) * TANH_A
+        gate = tl.sigmoid(twice_u)
+        rest = tl.sigmoid(-twice_u)  # 1 - gate, without the cancellation where the gate is open
+        return gate + z * gate * rest * (1.0 + z * z * (3.0 * TANH_B)) * TANH_A
     elif ACTIVATION == "silu":
         gate = tl.sigmoid(z)
         return gate * (1.0 + z * (1.0 - gate))
