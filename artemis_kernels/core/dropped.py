@@ -1,7 +1,7 @@
 """A dropped x on the CPU: alone, or inside a thin product that never stores it.
 
-Each function has two ways: a pass of `native.c`, or plain torch with `rng.dropout_mask`. Both drop
-the same elements. `seed` is the one-element tensor of the call.
+Each function has two ways: a pass of `native/dropped.c`, or plain torch with `rng.dropout_mask`.
+Both drop the same elements. `seed` is the one-element tensor of the call.
 """
 
 import ctypes
@@ -56,7 +56,7 @@ def outer_dropped(ds: torch.Tensor, x: torch.Tensor, mask: Dropout | None) -> to
     library = _library(x) if ds.shape[1] <= _MOST_ROWS else None
     if library is None:
         return outer_gradient(ds, dropped(x, mask))
-    rows_of_a_part = 64  # as in native.c
+    rows_of_a_part = 64  # as in native/dropped.c
     x, ds = x.contiguous(), ds.to(torch.float32).contiguous()
     parts = torch.zeros(-(-x.shape[0] // rows_of_a_part), ds.shape[1], x.shape[1])
     _product(library, "outer", x.dtype, (ds, x, parts), (*x.shape, ds.shape[1]), mask)

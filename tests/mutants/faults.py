@@ -33,7 +33,7 @@ MASK = (
     ),
     Fault(
         "a lane equal to the threshold dropped, C",
-        f"{CORE}/native.c",
+        f"{CORE}/native/mask.h",
         "(h >> 16) >= threshold",
         "(h >> 16) > threshold",
         ("tests/ops/test_dropout.py", "-k", "threshold and eager"),
@@ -89,14 +89,14 @@ MASK = (
     ),
     Fault(
         "high half of the seed ignored, C",
-        f"{CORE}/native.c",
+        f"{CORE}/native/mask.h",
         "mix(seed_high ^ k0",
         "mix(k0",
         ("tests/core/test_dropped.py",),
     ),
     Fault(
         "a chunk that starts inside a pair starts at the pair, C",
-        f"{CORE}/native.c",
+        f"{CORE}/native/mask.h",
         "return buffer + odd;",
         "return buffer;",
         ("tests/core/test_dropped.py",),

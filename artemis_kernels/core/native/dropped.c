@@ -1,66 +1,12 @@
-/* Passes with a dropout mask for the CPU. Built and loaded by native.py.
+/* A dropped x on the CPU: alone, or inside a thin product that never stores it.
 
-   The mask is the hash of docs/dropout.md, two 16-bit decisions a hash. The element-wise passes
-   compute each value as the plain-torch path does, bit for bit; the thin products, which draw the
-   mask of x as they read it and never store the dropped x, sum in fp32. */
+   The element-wise passes compute each value as the plain-torch path does, bit for bit; the thin
+   products, which draw the mask of x as they read it, sum in fp32. */
 
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "mask.h"
+#include "numbers.h"
 
 #define CHUNK 8192 /* elements a thread takes at a time; even, so that no pair is split */
-
-static inline uint32_t mix(uint32_t h) {
-    h ^= h >> 16;
-    h *= 0x7feb352du;
-    h ^= h >> 15;
-    h *= 0x846ca68bu;
-    return h ^ (h >> 16);
-}
-
-static inline uint32_t draw(uint32_t pair, uint32_t k0, uint32_t k1) {
-    uint32_t h = pair ^ k0;
-    h ^= h >> 16;
-    h *= 0x7feb352du;
-    h ^= h >> 15;
-    h += k1;
-    h *= 0x846ca68bu;
-    return h ^ (h >> 16);
-}
-
-static inline float from_bf16(uint16_t bits) {
-    uint32_t wide = (uint32_t)bits << 16;
-    float value;
-    memcpy(&value, &wide, sizeof value);
-    return value;
-}
-
-static inline uint16_t to_bf16(float value) { /* round to nearest even, NaN stays NaN */
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-}
-
-static inline float same(float value) { return value; }
-
-/* Factors of the elements from `first` on: keep_scale where kept, 0 where dropped. Returns where
-   they start in `buffer`, which needs room for two more (a chunk may start or end inside a pair). */
-static const float *factors(float *buffer, int64_t first, int64_t count, uint64_t seed,
-                            uint32_t threshold, float keep_scale) {
-    uint64_t pair = (uint64_t)first >> 1;
-    uint32_t seed_high = (uint32_t)(seed >> 32);
-    uint32_t k0 = mix((uint32_t)seed + mix(seed_high) + 0x9E3779B9u * ((uint32_t)(pair >> 32) + 1u));
-    uint32_t k1 = mix(seed_high ^ k0 ^ 0x85EBCA6Bu);
-    uint32_t low = (uint32_t)pair;
-    int64_t odd = first & 1;
-    for (int64_t i = 0; i < (count + odd + 1) / 2; ++i) {
-        uint32_t h = draw(low + (uint32_t)i, k0, k1);
-        buffer[2 * i] = (h & 0xffffu) >= threshold ? keep_scale : 0.0f;
-        buffer[2 * i + 1] = (h >> 16) >= threshold ? keep_scale : 0.0f;
-    }
-    return buffer + odd;
-}
 
 /* out = dropped(x), or out += dropped(x). A dropped value is 0 even where x is inf or nan. */
 #define DROPOUT(NAME, TYPE, LOAD, STORE)                                                          \
@@ -88,12 +34,6 @@ DROPOUT(artemis_dropout_f32, float, same, same)
 DROPOUT(artemis_dropout_bf16, uint16_t, from_bf16, to_bf16)
 
 /* ---- thin products: x [m, k] and a few rows of A [r, k], all contiguous ---- */
-
-#ifdef __FP_FAST_FMAF
-#define FMA(a, b, c) fmaf(a, b, c)
-#else
-#define FMA(a, b, c) ((a) * (b) + (c))
-#endif
 
 #define COLUMNS 1024 /* columns of a row taken at a time; even */
 #define ROWS 64      /* rows of one partial sum of a gradient: its order depends on nothing else */

@@ -1,8 +1,8 @@
-"""Passes with a dropout mask, compiled by the system's C compiler: a strategy beside plain torch.
+"""Passes over CPU tensors, compiled by the system's C compiler: a strategy beside plain torch.
 
-The source, `native.c`, is compiled once per machine into the user's cache directory and called
+The C files of this folder are compiled once per machine into the user's cache directory and called
 through `ctypes`. Where there is no compiler, or it fails, `library()` says why and callers take
-their plain-torch path, which drops the same elements.
+their plain-torch path, which computes the same function.
 """
 
 import ctypes
@@ -12,12 +12,13 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-_SOURCE = Path(__file__).with_name("native.c")
+_FOLDER = Path(__file__).parent
 _FLAGS = ("-O3", "-march=native", "-std=c11", "-fPIC", "-ffp-contract=off", "-fopenmp")
 
 
@@ -40,29 +41,35 @@ def library() -> Native:
         return Native(None, f"{compiler} failed: {error.stderr.strip().splitlines()[-1:]}")
     except OSError as error:
         return Native(None, f"the compiled library could not be kept or loaded: {error}")
-    for kind in ("f32", "bf16"):
-        _declare(handle, f"artemis_dropout_{kind}", "pointer pointer size", "flag")
-        for product in ("shrink", "outer", "expand"):
-            shapes = "pointer pointer pointer size size size"
-            _declare(handle, f"artemis_{product}_{kind}", shapes)
+    for name, signature in _signatures():
+        function = getattr(handle, name)
+        function.restype = None
+        function.argtypes = [_TYPES[word] for word in signature.split()]
     return Native(handle, f"compiled by {compiler}")
 
 
-def _declare(handle: ctypes.CDLL, name: str, first: str, last: str = "") -> None:
-    """Set the argument types of a pass: its own, those of the mask, the number of threads."""
-    kinds = {
-        "pointer": ctypes.c_void_p,
-        "size": ctypes.c_int64,
-        "seed": ctypes.c_uint64,
-        "threshold": ctypes.c_uint32,
-        "keep_scale": ctypes.c_float,
-        "flag": ctypes.c_int,
-        "threads": ctypes.c_int,
-    }
-    function = getattr(handle, name)
-    function.restype = None
-    words = f"{first} seed threshold keep_scale {last} threads".split()
-    function.argtypes = [kinds[word] for word in words]
+_TYPES = {
+    "pointer": ctypes.c_void_p,
+    "size": ctypes.c_int64,
+    "seed": ctypes.c_uint64,
+    "threshold": ctypes.c_uint32,
+    "factor": ctypes.c_float,
+    "flag": ctypes.c_int,
+    "threads": ctypes.c_int,
+}
+_MASK = "seed threshold factor"
+
+
+def _signatures() -> Iterator[tuple[str, str]]:
+    """Name and argument types of every pass."""
+    for dtype in ("f32", "bf16"):
+        yield f"artemis_dropout_{dtype}", f"pointer pointer size {_MASK} flag threads"
+        for product in ("shrink", "outer", "expand"):
+            sizes = "size size size"
+            yield (
+                f"artemis_{product}_{dtype}",
+                f"pointer pointer pointer {sizes} {_MASK} threads",
+            )
 
 
 def _built(compiler: str) -> Path:
@@ -77,21 +84,25 @@ def _built(compiler: str) -> Path:
         return target
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        compiled, linked = Path(scratch, "native.o"), Path(scratch, "native.so")
-        for command in (
-            [compiler, *_FLAGS, "-c", str(_SOURCE), "-o", str(compiled)],
-            [compiler, "-shared", str(compiled), "-o", str(linked), "-lm"],
-        ):
-            subprocess.run(command, check=True, capture_output=True, text=True)
+        objects, linked = [], Path(scratch, "native.so")
+        for source in sorted(_FOLDER.glob("*.c")):
+            objects.append(str(Path(scratch, source.stem + ".o")))
+            _run(compiler, *_FLAGS, "-c", str(source), "-o", objects[-1])
+        _run(compiler, "-shared", *objects, "-o", str(linked), "-lm")
         os.replace(linked, target)
     return target
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
 
 
 def _fingerprint(compiler: str) -> str:
     """Names what the machine code depends on: source, flags, compiler, processor."""
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True).stdout
     cpu = torch.backends.cpu.get_cpu_capability() + str(sorted(_processor_flags()))
-    parts = (_SOURCE.read_bytes(), " ".join(_FLAGS).encode(), version, cpu.encode())
+    sources = (file.read_bytes() for file in sorted(_FOLDER.glob("*.[ch]")))
+    parts = (*sources, " ".join(_FLAGS).encode(), version, cpu.encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
 
 
