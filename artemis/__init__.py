@@ -1,11 +1,14 @@
 """Hybrid adapters for Hugging Face models: LoRA on some layers, bottlenecks on the others."""
 
 from .adapter_file import AdapterFile, read_adapter
+from .allocation import ModuleAllocation, RankAllocation, set_dynamic_rank_allocation
 from .config import HybridAdapterConfig
 from .errors import AdapterError
 from .hybrid import add_hybrid_adapter_to_model, load_hybrid_adapter
+from .importance import analyze_layer_importance
 from .merging import MergeReport
 from .orthogonality import orthogonality_penalty
+from .plots import plot_importance
 from .version import __version__
 
 __all__ = [
@@ -13,9 +16,14 @@ __all__ = [
     "AdapterFile",
     "HybridAdapterConfig",
     "MergeReport",
+    "ModuleAllocation",
+    "RankAllocation",
     "__version__",
     "add_hybrid_adapter_to_model",
+    "analyze_layer_importance",
     "load_hybrid_adapter",
     "orthogonality_penalty",
+    "plot_importance",
     "read_adapter",
+    "set_dynamic_rank_allocation",
 ]

@@ -10,17 +10,17 @@ Only the first is read. No pickle.
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from math import prod
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .atomic import replace_files
 from .bank import BANK, bank_shapes, site_tensors
 from .config import HybridAdapterConfig
 from .errors import AdapterError, listed
@@ -102,7 +102,7 @@ def write_adapter(
     if directory.exists() and not directory.is_dir():
         raise AdapterError(f"{directory}: got a file, allowed: a directory to save the adapter in")
     directory.mkdir(parents=True, exist_ok=True)
-    _replace(
+    replace_files(
         directory,
         {
             CONFIG_FILE: lambda path: path.write_text(header + "\n", encoding="utf-8"),
@@ -199,28 +199,3 @@ def _check_tensors(adapter: AdapterFile) -> None:
         raise AdapterError(
             f"{adapter.path}: tensors differ from the file's own description: {listed(wrong)}"
         )
-
-
-def _replace(directory: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
-    """Write each file beside its place, then move all into place; the last one commits."""
-    staged: dict[str, Path] = {}
-    try:
-        for name, write in writers.items():
-            staged[name] = directory / f".{name}.{uuid4().hex}.tmp"
-            write(staged[name])
-            _sync(staged[name])
-        for name, path in staged.items():
-            os.replace(path, directory / name)
-        if hasattr(os, "O_DIRECTORY"):  # elsewhere a directory cannot be opened
-            _sync(directory)
-    finally:
-        for path in staged.values():
-            path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,6 +3,8 @@
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .quantized_layers import QuantizedConv1D, QuantizedLinear
+
 #: Siblings (same parent) that read the same tensor.
 READ_TOGETHER = (
     ("q_proj", "k_proj", "v_proj"),  # Llama, Mistral, Qwen, Gemma, OPT, BART, Whisper
@@ -30,11 +32,11 @@ CLASSIFIERS = (
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
     """Return (in, out) of a linear layer that can be adapted, or None.
 
-    Exact classes only: a subclass has a forward of its own, which adapting would replace.
+    Exact classes only: another subclass has a forward of its own, which adapting would replace.
     """
-    if type(module) is nn.Linear:
+    if type(module) in (nn.Linear, QuantizedLinear):
         return module.in_features, module.out_features
-    if type(module) is Conv1D:
+    if type(module) in (Conv1D, QuantizedConv1D):
         return module.nx, module.nf
     return None
 
@@ -80,3 +82,9 @@ def classifier_heads(model: nn.Module) -> tuple[str, ...]:
         for name, child in model.named_children()
         if name != base and next(child.parameters(), None) is not None
     )
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The layer that turns hidden states into logits, where the model names one."""
+    named = getattr(model, "get_output_embeddings", None)
+    return named() if named else None

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .config import HybridAdapterConfig
+from .errors import AdapterError
 from .plan import Plan, SiteSpec
 
 #: Name under which the bank is registered on the model, and prefix of its tensors' names.
@@ -87,6 +88,8 @@ class AdapterBank(nn.Module):
         #: Module path -> its `Site`; filled by injection.
         self.sites: dict = {}
         self.enabled = True
+        #: Held in 8 bits: it computes, and can be neither trained nor written.
+        self.for_use_only = False
         #: Names of the base's parameters that required a gradient before injection.
         self.trained_before: tuple[str, ...] = ()
         for role, shapes in bank_shapes(plan.sites, config).items():
@@ -115,6 +118,15 @@ class AdapterBank(nn.Module):
     def plan(self) -> Plan:
         """What is adapted now."""
         return Plan(tuple(site.spec for site in self.sites.values()), self.heads)
+
+
+def check_writable(bank: AdapterBank, what: str) -> None:
+    """Raise `AdapterError` where the bank's tensors cannot take or give exact values."""
+    if bank.for_use_only:
+        raise AdapterError(
+            f"the adapter is held in 8 bits, for use only: it cannot be {what}; allowed:"
+            " adapter_bits 16 or 32"
+        )
 
 
 def _leading(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

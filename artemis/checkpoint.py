@@ -16,7 +16,7 @@ from .adapter_file import (
     read_adapter,
     write_adapter,
 )
-from .bank import BANK, find_bank
+from .bank import BANK, check_writable, find_bank
 from .config import HybridAdapterConfig
 from .errors import AdapterError, listed
 from .identity import identify
@@ -44,6 +44,7 @@ def save_adapter_parameters(model: nn.Module, path: str | os.PathLike) -> None:
     saved.
     """
     bank = find_bank(model)
+    check_writable(bank, "saved")
     plan = bank.plan()
     tensors, base = _adapter_state(model, plan.heads), identify(model, plan.heads)
     write_adapter(Path(path), tensors, bank.config, plan, base)
@@ -60,6 +61,7 @@ def load_adapter_parameters(
     """
     if is_merged(model):
         raise AdapterError("the adapter is merged into the base; call unmerge_adapter() first")
+    check_writable(find_bank(model), "loaded into")
     file = read_adapter(path)
     copy_tensors(model, file.plan.heads, _check_for_adapter(model, file, strict))
 

@@ -1,4 +1,7 @@
-"""Which base an adapter belongs to: class, name, sizes, and a fingerprint of the weights."""
+"""Which base an adapter belongs to: class, name, sizes, and a fingerprint of the weights.
+
+A packed layer counts by the weight it was made from: quantizing does not make another base of it.
+"""
 
 import hashlib
 from dataclasses import asdict, dataclass
@@ -8,8 +11,7 @@ import torch
 from torch import nn
 
 from .bank import BANK, find_bank
-
-_SAMPLES = 16
+from .quantized_layers import SAMPLE, packed_layers, packed_numbers, sample
 
 
 @dataclass(frozen=True)
@@ -28,23 +30,26 @@ class BaseIdentity:
 
 def identify(model: nn.Module, heads: tuple[str, ...]) -> BaseIdentity:
     """Describe the base of `model`; `heads`, which train, count towards its size only."""
-    named = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if not name.startswith(f"{BANK}.")
-    }
-    frozen = {
-        name: parameter
-        for name, parameter in named.items()
-        if not name.startswith(tuple(f"{head}." for head in heads))
-    }
-    frozen.update(_originals(model))
+    named = {n: p for n, p in model.named_parameters() if not n.startswith(f"{BANK}.")}
+    trained = tuple(f"{head}." for head in heads)
+    tensors = named | _originals(model)
+    values = {name: (tuple(t.shape), sample(t)) for name, t in tensors.items()} | _packed(model)
     return BaseIdentity(
         class_name=type(model).__name__,
         name=str(getattr(getattr(model, "config", None), "_name_or_path", "") or ""),
-        parameters=sum(parameter.numel() for parameter in named.values()),
-        fingerprint=_fingerprint(frozen),
+        parameters=sum(p.numel() for p in named.values()) + packed_numbers(model),
+        fingerprint=_fingerprint({n: v for n, v in values.items() if not n.startswith(trained)}),
     )
+
+
+def _packed(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.Tensor]]:
+    """Shape and sample that the weights of packed layers had before."""
+    found = {}
+    for path, module in packed_layers(model):
+        shape = tuple(module.weight.shape)
+        shape = shape if isinstance(module, nn.Linear) else shape[::-1]
+        found[f"{path}.weight"] = shape, getattr(module, SAMPLE)
+    return found
 
 
 def _originals(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -58,17 +63,14 @@ def _originals(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-@torch.no_grad()
-def _fingerprint(named: dict[str, torch.Tensor]) -> str:
+def _fingerprint(tensors: dict[str, tuple[tuple[int, ...], torch.Tensor]]) -> str:
     """Hash names, shapes and some values of each tensor, the same on any device.
 
     Values count as bf16, so that a base loaded in bf16 is known as the one saved in fp32.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(named.items()):
-        values = tensor.detach().flatten()
-        step = max(1, values.numel() // _SAMPLES) | 1  # odd, so as not to stay in one column
-        sample = values[::step][:_SAMPLES].to(torch.float32).to(torch.bfloat16).cpu()
-        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        digest.update(sample.view(torch.int16).numpy().tobytes())
+    for name, (shape, values) in sorted(tensors.items()):
+        values = values.to(torch.float32).to(torch.bfloat16).cpu()
+        digest.update(f"{name} {shape}\n".encode())
+        digest.update(values.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()

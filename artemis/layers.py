@@ -1,4 +1,4 @@
-"""Linear layers with an adapter: subclasses over the very same parameters.
+"""Linear layers with an adapter: subclasses over the very same parameters, packed ones included.
 
 Injection sets `module.__class__`, so no parameter moves or changes its name, `isinstance` still
 holds, and, the classes being importable, whole models pickle.
@@ -8,6 +8,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from artemis_kernels import QuantizedWeight
+
+from .quantized_layers import QUANTIZED, QuantizedConv1D, QuantizedLinear, is_packed
 from .sites import Site
 
 
@@ -20,7 +23,7 @@ class AdaptedLinear(nn.Linear):
         """[..., in] -> [..., out]."""
         if not self.adapter.active:
             return super().forward(input)
-        return self.adapter.linear(input, self.weight, self.bias, self.training)
+        return self.adapter.linear(input, weight_of(self), self.bias, self.training)
 
     def extra_repr(self) -> str:
         spec = self.adapter.spec
@@ -43,12 +46,31 @@ class AdaptedConv1D(Conv1D):
         return f"AdaptedConv1D(nf={self.nf}, nx={self.nx}, {spec.kind}={spec.size})"
 
 
-ADAPTED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: AdaptedLinear, Conv1D: AdaptedConv1D}
+class AdaptedQuantizedLinear(AdaptedLinear, QuantizedLinear):
+    """An adapted linear layer over a packed weight."""
 
 
-def weight_of(module: nn.Linear | Conv1D) -> torch.Tensor:
+class AdaptedQuantizedConv1D(AdaptedConv1D, QuantizedConv1D):
+    """An adapted `Conv1D` over a packed weight."""
+
+
+ADAPTED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: AdaptedLinear,
+    Conv1D: AdaptedConv1D,
+    QuantizedLinear: AdaptedQuantizedLinear,
+    QuantizedConv1D: AdaptedQuantizedConv1D,
+}
+#: Any linear layer, adapted or not -> the class of the same over a packed weight.
+PACKED: dict[type[nn.Module], type[nn.Module]] = QUANTIZED | {
+    ADAPTED[plain]: ADAPTED[packed] for plain, packed in QUANTIZED.items()
+}
+
+
+def weight_of(module: nn.Linear | Conv1D) -> torch.Tensor | QuantizedWeight:
     """The layer's weight as (out, in): a view of it where it is stored the other way round."""
-    return module.weight if isinstance(module, nn.Linear) else module.weight.t()
+    if isinstance(module, nn.Linear) or is_packed(module):
+        return module.weight
+    return module.weight.t()
 
 
 def adapt(module: nn.Module, site: Site) -> None:

@@ -7,6 +7,7 @@ from torch import nn
 
 from .bank import find_bank
 from .layers import weight_of
+from .quantized_layers import is_packed
 from .sites import Site
 
 
@@ -65,6 +66,8 @@ def _why_not(model: nn.Module, site: Site) -> str | None:
     if site.spec.kind == "block":
         return "it acts on the output of a whole block"
     module = model.get_submodule(site.spec.path)
+    if is_packed(module):
+        return f"the weight is quantized ({module.packing.format}): folding would round it again"
     if not module.weight.is_floating_point():
         return f"the weight is {module.weight.dtype}"
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -3,10 +3,11 @@
 from torch import nn
 
 from .bank import find_bank
+from .quantized_layers import packed_numbers
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Count parameters: trainable, all, and those of LoRA, bottlenecks, gains and heads."""
+    """Count parameters: trainable, all (packed ones too), and those of LoRA, bottlenecks, ..."""
     bank = find_bank(model)
 
     def count(*tables: str) -> int:
@@ -15,7 +16,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     heads = (p for head in bank.heads for p in model.get_submodule(head).parameters())
     return {
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "all": sum(p.numel() for p in model.parameters()),
+        "all": sum(p.numel() for p in model.parameters()) + packed_numbers(model),
         "lora": count("lora_a", "lora_b"),
         "bottleneck": count("down", "up", "bias_down", "bias_up"),
         "gains": count("gain"),

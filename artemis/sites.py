@@ -10,10 +10,18 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from artemis_kernels import adapter_linear, bottleneck_adapter, lora_linear, new_seed
+from artemis_kernels import (
+    QuantizedWeight,
+    adapter_linear,
+    bottleneck_adapter,
+    lora_linear,
+    new_seed,
+)
 
 from .bank import AdapterBank, site_tensors
 from .plan import SiteSpec
+
+Weight = torch.Tensor | QuantizedWeight
 
 
 @dataclass(eq=False)
@@ -81,9 +89,9 @@ class LoRASite(Site):
     """LoRA on a linear layer."""
 
     def linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, training: bool
+        self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, training: bool
     ) -> torch.Tensor:
-        """x [..., in] -> [..., out], for weight (out, in) of any strides."""
+        """x [..., in] -> [..., out], for weight (out, in): of any strides, or packed."""
         config, tensors = self.bank.config, self.bank.tensors(self.layout)
         return lora_linear(
             x,
@@ -101,9 +109,9 @@ class BottleneckSite(Site):
     """A bottleneck on the output of a linear layer."""
 
     def linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, training: bool
+        self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, training: bool
     ) -> torch.Tensor:
-        """x [..., in] -> [..., out], for weight (out, in) of any strides."""
+        """x [..., in] -> [..., out], for weight (out, in): of any strides, or packed."""
         config, tensors = self.bank.config, self.bank.tensors(self.layout)
         return adapter_linear(
             x,

@@ -5,16 +5,19 @@ Triton kernels on a GPU, hand-written torch paths everywhere else, one meaning: 
 """
 
 from .core.device import has_fast_bf16
+from .core.quantized import QuantizedWeight
 from .core.rng import dropout_mask, new_seed
 from .core.types import Choice, Cost, Unavailable
 from .ops import explain
 from .ops.adapter_linear.op import adapter_linear
 from .ops.bottleneck_adapter.op import bottleneck_adapter
 from .ops.lora_linear.op import lora_linear
+from .ops.quantized_linear.op import quantized_linear
 
 __all__ = [
     "Choice",
     "Cost",
+    "QuantizedWeight",
     "Unavailable",
     "adapter_linear",
     "bottleneck_adapter",
@@ -23,4 +26,5 @@ __all__ = [
     "has_fast_bf16",
     "lora_linear",
     "new_seed",
+    "quantized_linear",
 ]

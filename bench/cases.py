@@ -3,9 +3,9 @@
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-HEAD_SIZE = 64
+from artemis.benchmark.models import HEAD_SIZE, SMALL, Architecture, build, random_tokens
 
 
 @dataclass(frozen=True)
@@ -54,34 +54,17 @@ class Case:
 
 #: 4096x1 is one layer as wide as those of Llama-2-7B.
 PRESETS = {
-    case.name: case
-    for case in (
-        Case(512, 1376, 8),
-        Case(1024, 2816, 6),
-        Case(2048, 5504, 2),
-        Case(4096, 11008, 1),
-    )
+    name: Case(sizes.hidden, sizes.intermediate, sizes.layers)
+    for name, sizes in (SMALL | {"4096x1": Architecture(4096, 11008, 1)}).items()
 }
 
 
 def llama(case: Case, dtype: torch.dtype) -> PreTrainedModel:
     """A Llama of random weights in `dtype`, the same at each call, in training mode."""
-    config = LlamaConfig(
-        hidden_size=case.hidden,
-        intermediate_size=case.intermediate,
-        num_hidden_layers=case.layers,
-        num_attention_heads=case.hidden // HEAD_SIZE,
-        num_key_value_heads=case.hidden // HEAD_SIZE,
-        vocab_size=case.vocabulary,
-        max_position_embeddings=case.sequence,
-        use_cache=False,
-    )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    return model.train()
+    sizes = Architecture(case.hidden, case.intermediate, case.layers, case.vocabulary)
+    return build(sizes, dtype, case.sequence)
 
 
 def tokens(case: Case) -> torch.Tensor:
     """Random tokens [batch, sequence], int64, the same at each call."""
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(case.vocabulary, (case.batch, case.sequence), generator=generator)
+    return random_tokens(case.vocabulary, case.batch, case.sequence)

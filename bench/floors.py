@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .runner import best
+from artemis.benchmark.runner import best
 
 Product = tuple[torch.Tensor, torch.Tensor]  # the factors of one matrix product
 

@@ -22,12 +22,15 @@ from typing import Any
 
 import torch
 
-from . import gpu_accuracy, machine
-from .runner import append, read
+from artemis.benchmark import machine
+from artemis.benchmark.operations import OPERATIONS
+from artemis.benchmark.runner import append, read
+
+from . import ROOT, gpu_accuracy
 
 #: Name -> (its parts, each a process, side by side; the share of all minutes after which it ends).
 SECTIONS = {
-    "accuracy": (tuple(op.name for op in gpu_accuracy.OPERATIONS), 0.45),
+    "accuracy": (tuple(op.name for op in OPERATIONS), 0.45),
     "kernels": (("",), 0.8),
     "training": (("",), 1.0),
 }
@@ -90,7 +93,7 @@ def _start(
     command = [sys.executable, "-m", "bench.gpu", "--out", options.out.absolute(), "--run", run]
     command += ["--device", options.device, "--section", section]
     command += ["--tiny"] if options.tiny else []
-    return [subprocess.Popen([*command, "--part", part], cwd=machine.ROOT) for part in parts]
+    return [subprocess.Popen([*command, "--part", part], cwd=ROOT) for part in parts]
 
 
 def _wait(processes: list[subprocess.Popen], deadline: float) -> str:
@@ -124,7 +127,7 @@ def _run_section(options: argparse.Namespace) -> int:
 
 def _section(name: str, part: str, device: torch.device, tiny: bool) -> Iterator[Row]:
     if name == "accuracy":
-        (operation,) = (op for op in gpu_accuracy.OPERATIONS if op.name == part)
+        (operation,) = (op for op in OPERATIONS if op.name == part)
         return gpu_accuracy.check(operation, device, tiny)
     if name == "kernels":
         from .gpu_speed import kernels
@@ -135,9 +138,10 @@ def _section(name: str, part: str, device: torch.device, tiny: bool) -> Iterator
 
 def _training(device: torch.device, tiny: bool) -> Iterator[Row]:
     """A training step of a Llama as wide as Llama 3.2 1B, arm after arm; memory is each one's."""
+    from artemis.benchmark.runner import Spread
+    from artemis.benchmark.timer import Timer
+
     from .cases import Case, tokens
-    from .gpu_speed import Timer
-    from .runner import Spread
 
     case = Case(64, 96, 2, 96, 2, 16) if tiny else Case(2048, 8192, 16, 32768, 4, 1024)
     batch = tokens(case).to(device)
@@ -161,11 +165,10 @@ def _training(device: torch.device, tiny: bool) -> Iterator[Row]:
 
 def _training_step(arm: str, case, batch: torch.Tensor, dtype: torch.dtype):
     """One arm on the batch's device; PEFT with dropout 0.1, the hybrid with its defaults."""
-    from artemis import HybridAdapterConfig, add_hybrid_adapter_to_model
+    from artemis.benchmark import arms
 
     from .cases import llama
     from .floors import stop_gradients_before_attention
-    from .providers import RANK, SCALE, TARGETS, TrainingStep
 
     full = arm == "full-autocast"
     with batch.device:
@@ -173,15 +176,10 @@ def _training_step(arm: str, case, batch: torch.Tensor, dtype: torch.dtype):
         if arm == "floor":
             stop_gradients_before_attention(model)
         elif arm == "hybrid":
-            add_hybrid_adapter_to_model(model, HybridAdapterConfig())
+            arms.hybrid(model)
         elif arm == "peft":
-            from peft import LoraConfig, get_peft_model
-
-            config = LoraConfig(
-                r=RANK, lora_alpha=SCALE * RANK, lora_dropout=0.1, target_modules=list(TARGETS)
-            )
-            model = get_peft_model(model, config, autocast_adapter_dtype=False)
-    return TrainingStep(model, batch, autocast=full)
+            model = arms.peft_lora(model, dropout=0.1)
+    return arms.TrainingStep(model, batch, autocast=full)
 
 
 def _rows(out: Path, section: str, run: str) -> list[Row]:

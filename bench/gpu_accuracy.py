@@ -4,96 +4,34 @@ A strategy is forced through the torch operator below the public function, so th
 each shape whatever the cost model prefers.
 """
 
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 
-import artemis_kernels
-
-Tensors = dict[str, torch.Tensor]
+from artemis.benchmark.operations import (
+    SEED,
+    Operation,
+    Sizes,
+    Tensors,
+    Truth,
+    Verdict,
+    operands,
+)  # fmt: skip
 
 #: What a launch or a compilation can end in; it fails one case, not the run.
 FAILURES = (RuntimeError, triton.TritonError)
-SEED = 7
-_C = 1.25  # one intermediate is rounded to the operands' dtype
-
-
-class Sizes(NamedTuple):
-    """Rows, in features, out features, rank or width."""
-
-    m: int
-    k: int
-    n: int
-    r: int
-
-
-@dataclass(frozen=True)
-class Operation:
-    """A public operation: its tensors, its strategies, and how a strategy is forced."""
-
-    name: str
-    shapes: Callable[[Sizes], dict[str, tuple[int, ...]]]
-    order: tuple[str, ...]  # of the torch operator's tensors
-    strategies: tuple[str, ...]
-    trained: tuple[str, ...]
-    activated: bool  # whether it has an activation
-
-    def public(self, tensors: Tensors, **options) -> torch.Tensor:
-        return getattr(artemis_kernels, self.name)(**{"scale": 1.0} | tensors, **options)
-
-    def forced(
-        self, strategy: str, tensors: Tensors, dropout_p: float = 0.0, activation: str = "gelu"
-    ) -> torch.Tensor:
-        """The operation by one strategy of its Triton kernels, with the mask of SEED."""
-        x = tensors["x"]
-        seed = torch.full((1,), SEED, device=x.device) if dropout_p else None
-        options = (activation,) if self.activated else ()
-        return getattr(torch.ops.artemis, self.name)(
-            *(tensors.get(name) for name in self.order), 1.0, tensors.get("scale"), *options,
-            dropout_p, seed, "triton", strategy,
-        )  # fmt: skip
-
-
-OPERATIONS = (
-    Operation(
-        "lora_linear",
-        lambda s: {
-            "x": (s.m, s.k), "weight": (s.n, s.k), "lora_a": (s.r, s.k), "lora_b": (s.n, s.r),
-            "bias": (s.n,),
-        },
-        ("x", "weight", "lora_a", "lora_b", "bias"),
-        ("one_pass", "split", "vendor"),
-        ("x", "lora_a", "lora_b", "bias", "scale"),
-        activated=False,
-    ),
-    Operation(
-        "adapter_linear",
-        lambda s: {
-            "x": (s.m, s.k), "weight": (s.n, s.k), "down": (s.r, s.n), "up": (s.n, s.r),
-            "bias": (s.n,), "bias_down": (s.r,), "bias_up": (s.n,),
-        },
-        ("x", "weight", "down", "up", "bias", "bias_down", "bias_up"),
-        ("folded", "folded_vendor", "plain"),
-        ("x", "down", "up", "bias", "bias_down", "bias_up", "scale"),
-        activated=True,
-    ),
-    Operation(
-        "bottleneck_adapter",
-        lambda s: {
-            "x": (s.m, s.k), "down": (s.r, s.k), "up": (s.k, s.r), "bias_down": (s.r,),
-            "bias_up": (s.k,), "residual": (s.m, s.k),
-        },
-        ("x", "down", "up", "bias_down", "bias_up", "residual"),
-        ("row_block", "two_launch"),
-        ("x", "down", "up", "bias_down", "bias_up", "residual", "scale"),
-        activated=True,
-    ),
-)  # fmt: skip
-
+STRATEGIES = {
+    "lora_linear": ("one_pass", "split", "vendor"),
+    "adapter_linear": ("folded", "folded_vendor", "plain"),
+    "bottleneck_adapter": ("row_block", "two_launch"),
+}
+_ORDER = {  # of the torch operators' tensors
+    "lora_linear": ("x", "weight", "lora_a", "lora_b", "bias"),
+    "adapter_linear": ("x", "weight", "down", "up", "bias", "bias_down", "bias_up"),
+    "bottleneck_adapter": ("x", "down", "up", "bias_down", "bias_up", "residual"),
+}
 BALANCED = Sizes(512, 1024, 768, 16)
 HARD = (
     Sizes(17, 64, 48, 8),  # a dot needs a rank of 16: half is padding
@@ -105,109 +43,21 @@ HARD = (
 )
 
 
-def operands(
-    operation: Operation, sizes: Sizes, dtype: torch.dtype, device: torch.device
-) -> Tensors:
-    """Normal tensors whose products have unit variance (the terms balance); scale is 0-d."""
-    tensors = {}
-    for name, shape in operation.shapes(sizes).items():
-        tensor = torch.randn(shape, device=device)
-        if len(shape) == 2 and name not in ("x", "residual"):
-            tensor /= math.sqrt(shape[1])
-        tensors[name] = tensor.to(dtype)
-    return tensors | {"scale": torch.tensor(0.75, dtype=dtype, device=device)}
-
-
-def outcome(
-    run: Callable[[Tensors], torch.Tensor], tensors: Tensors, wanted: tuple[str, ...], dy=None
-) -> Tensors:
-    """`y`, and with `dy` the gradients of `wanted`, by name."""
-    leaves = {n: t.detach().requires_grad_(n in wanted) for n, t in tensors.items()}
-    y = run(leaves)
-    results = {"y": y.detach()}
-    if dy is not None:
-        gradients = torch.autograd.grad(y, [leaves[name] for name in wanted], dy.to(y.dtype))
-        results |= dict(zip(wanted, gradients, strict=True))
-    return results
-
-
-class Verdict(NamedTuple):
-    """The largest error over its limit (None: not finite or of a wrong shape), and where it is."""
-
-    ratio: float | None
-    where: str
-
-    @property
-    def passed(self) -> bool:
-        return self.ratio is not None and self.ratio <= 1.0
-
-    def to_dict(self) -> dict[str, Any]:
-        ratio = None if self.ratio is None else round(self.ratio, 3)
-        return {"ratio": ratio, "where": self.where, "passed": self.passed}
-
-
-class Truth:
-    """An operation's fp64 outcome on given operands, and plain torch's in their own dtype."""
-
-    def __init__(
-        self, operation: Operation, tensors: Tensors, wanted: tuple[str, ...], **options
-    ) -> None:
-        def reference(given: Tensors) -> torch.Tensor:
-            return operation.public(given, impl="reference", seed=SEED, **options)
-
-        self.tensors, self.wanted = tensors, wanted
-        doubles = {name: tensor.double() for name, tensor in tensors.items()}
-        y = outcome(reference, doubles, ())["y"]
-        # Half noise, half y: no sum over it cancels to rounding noise.
-        size = _rms(y) or 1.0
-        self.dy = ((y / size + torch.randn_like(y)) / math.sqrt(2)).to(tensors["x"].dtype)
-        self.exact = outcome(reference, doubles, wanted, self.dy)
-        self.plain = outcome(reference, tensors, wanted, self.dy)
-
-    def judge(self, run: Callable[[Tensors], torch.Tensor]) -> Verdict:
-        """The accuracy rule for y and every wanted gradient of `run`."""
-        found = outcome(run, self.tensors, self.wanted, self.dy)
-        eps = torch.finfo(self.dy.dtype).eps
-        verdicts = [
-            verdict
-            for name, exact in self.exact.items()
-            for verdict in _verdicts(name, found[name], exact, self.plain[name], eps)
-        ]
-        return max(verdicts, key=lambda v: math.inf if v.ratio is None else v.ratio)
-
-
-def _verdicts(
-    name: str, found: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, eps: float
-) -> Iterator[Verdict]:
-    """`rms(y - y64) ≤ c·rms(y_plain - y64) + eps/4·rms(y64)`, and the maximum likewise with 2c.
-
-    Over few elements both sides are themselves noise, so they get slack that falls with the count.
-    """
-    if found.shape != exact.shape or not found.isfinite().all():
-        yield Verdict(None, f"{name}: {tuple(found.shape)}, not finite or not {exact.shape}")
-        return
-    if not exact.numel():
-        yield Verdict(0.0, name)
-        return
-    slack, few = 1 + 3 / math.sqrt(exact.numel()), 2 / exact.numel()
-    error, allowed = found.double() - exact, plain.double() - exact
-    for measure, c, share in ((_rms, _C, 0.25 + few), (_max, 2 * _C, 1 + few)):
-        limit = slack * (c * measure(allowed) + eps * share * measure(exact))
-        where, size = f"{name}, {measure.__name__[1:]}", measure(error)
-        yield Verdict(size / limit if limit else None if size else 0.0, where)
-
-
-def _rms(x: torch.Tensor) -> float:
-    return float(x.square().mean().sqrt()) if x.numel() else 0.0
-
-
-def _max(x: torch.Tensor) -> float:
-    return float(x.abs().max())
-
-
-def relative_error(y: torch.Tensor, exact: torch.Tensor) -> float:
-    """`rms(y - y64) / rms(y64)`."""
-    return _rms(y.double() - exact) / (_rms(exact) or 1.0)
+def forced(
+    operation: Operation,
+    strategy: str,
+    tensors: Tensors,
+    dropout_p: float = 0.0,
+    activation: str = "gelu",
+) -> torch.Tensor:
+    """The operation by one strategy of its Triton kernels, with the mask of SEED."""
+    x = tensors["x"]
+    seed = torch.full((1,), SEED, device=x.device) if dropout_p else None
+    options = (activation,) if operation.activated else ()
+    return getattr(torch.ops.artemis, operation.name)(
+        *(tensors.get(name) for name in _ORDER[operation.name]), 1.0, tensors.get("scale"),
+        *options, dropout_p, seed, "triton", strategy,
+    )  # fmt: skip
 
 
 def cases(operation: Operation, tiny: bool) -> Iterator[dict[str, Any]]:
@@ -246,7 +96,7 @@ def _check_case(
     if operation.activated:
         options["activation"] = case.get("activation", "gelu")
     truth = Truth(operation, tensors, operation.trained, **options)
-    for strategy in operation.strategies:
+    for strategy in STRATEGIES[operation.name]:
         if strategy == "one_pass" and case["dropout"]:
             continue  # it has no dropout, and is never chosen with it
         row = {
@@ -255,7 +105,7 @@ def _check_case(
             "sizes": case["sizes"]._asdict(),
         }  # fmt: skip
         try:
-            verdict = truth.judge(lambda given, s=strategy: operation.forced(s, given, **options))
+            verdict = truth.judge(lambda given, s=strategy: forced(operation, s, given, **options))
         except FAILURES as error:
             verdict = Verdict(None, f"{type(error).__name__}: {error}"[:300])
         yield row | verdict.to_dict()

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch.autograd.profiler_util import FunctionEvent
 
-from . import machine
-from .accuracy import adapter_parameters, fill_zeros
+from artemis.benchmark import machine
+from artemis.benchmark.accuracy import adapter_parameters, fill_zeros
+from artemis.benchmark.arms import TrainingStep
+from artemis.benchmark.runner import append
+
 from .options import add_case_options, chosen_arms, chosen_case
-from .providers import TrainingStep
-from .runner import append
 
 GROUPS = (
     "base products", "output head", "attention", "adapter products", "adapter masks and glue",

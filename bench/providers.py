@@ -1,51 +1,18 @@
 """The arms of a training-step benchmark: each a way to train the same Llama on the same tokens."""
 
-import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
-from artemis import HybridAdapterConfig, add_hybrid_adapter_to_model
+from artemis.benchmark import arms
+from artemis.benchmark.arms import TrainingStep
 
 from .cases import Case, llama, tokens
 from .floors import Site, adapter_products, stop_gradients_before_attention
 
-TARGETS = HybridAdapterConfig().target_modules
-RANK = 8
-SCALE = 0.5
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-class TrainingStep:
-    """Forward, loss, backward and fused AdamW on whatever of `model` requires a gradient."""
-
-    def __init__(self, model: nn.Module, batch: torch.Tensor, autocast: bool = False):
-        self.model, self.batch, self.autocast = model, batch, autocast
-        self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, 1e-4, fused=True) if self.trained else None
-
-    def __call__(self) -> None:
-        self.backward()
-        if self.optimizer is not None:
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-
-    def backward(self) -> torch.Tensor:
-        """Leave gradients in the parameters; return the loss."""
-        context = contextlib.nullcontext()
-        if self.autocast:
-            context = torch.autocast(self.batch.device.type, torch.bfloat16)
-        with context:
-            loss = self.model(input_ids=self.batch, labels=self.batch).loss
-        loss.backward()
-        return loss
-
-    @property
-    def trained_parameters(self) -> int:
-        return sum(p.numel() for p in self.trained)
 
 
 class Arm(NamedTuple):
@@ -81,33 +48,17 @@ def frozen(case: Case, dtype: torch.dtype) -> TrainingStep:
 
 def peft_lora(case: Case, dtype: torch.dtype, dropout: float) -> TrainingStep:
     """PEFT's LoRA on all seven projections in its fastest setting: adapters in the base's dtype."""
-    from peft import LoraConfig, get_peft_model  # here: the other arms run without PEFT
-
-    config = LoraConfig(
-        r=RANK, lora_alpha=SCALE * RANK, lora_dropout=dropout, target_modules=list(TARGETS)
-    )
-    model = get_peft_model(llama(case, dtype), config, autocast_adapter_dtype=False)
-    return TrainingStep(model, tokens(case))
+    return TrainingStep(arms.peft_lora(llama(case, dtype), dropout), tokens(case))
 
 
 def hybrid(case: Case, dtype: torch.dtype, **settings) -> TrainingStep:
     """The hybrid adapter; its defaults, but for `settings` of `HybridAdapterConfig`."""
-    model = add_hybrid_adapter_to_model(llama(case, dtype), HybridAdapterConfig(**settings))
-    return TrainingStep(model, tokens(case))
+    return TrainingStep(arms.hybrid(llama(case, dtype), **settings), tokens(case))
 
 
 def artemis_lora(case: Case, dtype: torch.dtype, dropout: float, **settings) -> TrainingStep:
     """Artemis' LoRA on all seven projections, nothing shared between layers."""
-    return hybrid(
-        case,
-        dtype,
-        lora_rank=RANK,
-        scaling_factor=SCALE,
-        lora_dropout=dropout,
-        apply_lora_to=TARGETS,
-        shared_parameters=False,
-        **settings,
-    )
+    return TrainingStep(arms.lora(llama(case, dtype), dropout, **settings), tokens(case))
 
 
 def hybrid_products(case: Case, dtype: torch.dtype) -> Callable[[], None]:
@@ -127,7 +78,7 @@ def _first(spec) -> bool:
 
 def _adapters(precision: str) -> list[Arm]:
     """The arms that both precisions have."""
-    arms = (
+    every = (
         ("floor", "frozen base: forward and dX only", frozen),
         ("peft", "PEFT LoRA, all linear", partial(peft_lora, dropout=0.0)),
         ("peft-dropout", "PEFT LoRA, dropout 0.1", partial(peft_lora, dropout=0.1)),
@@ -137,7 +88,7 @@ def _adapters(precision: str) -> list[Arm]:
         ("hybrid-unshared", "hybrid, nothing shared", partial(hybrid, shared_parameters=False)),
         ("products", "the hybrid's own products, bare", hybrid_products),
     )
-    return [Arm(name, precision, what, build) for name, what, build in arms]
+    return [Arm(name, precision, what, build) for name, what, build in every]
 
 
 ARMS = {

@@ -3,21 +3,27 @@
     python -m bench.report            # fill every `<!-- begin: NAME -->` ... `<!-- end: NAME -->`
     python -m bench.report --check    # change nothing; exit status 1 where a document is behind
 
-NAME is `training-step`, `training-step-ratios`, `training-step-profile` or `demo`. Of several runs
-of one size and precision on one machine, the last counts.
+NAME is `training-step`, `training-step-ratios`, `training-step-profile`, `importance`,
+`importance-cases` or `demo`, or `bench-TABLE` for what `artemis bench TABLE --json` wrote. Of
+several runs of one size and precision on one machine, the last counts.
 """
 
 import argparse
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+from artemis.benchmark.arms import ARMS
+from artemis.benchmark.machine import identity
+from artemis.benchmark.models import MODELS
+from artemis.benchmark.runner import read
+from artemis.benchmark.tables import COLUMNS, markdown
 from artemis.cli.demo.report import render
 
-from .machine import ROOT
+from . import ROOT, importance_tables
 from .profile_step import GROUPS
-from .runner import read
 
 RESULTS = ROOT / "bench" / "results"
 Record = dict[str, Any]
@@ -31,6 +37,11 @@ _RATIO_HEADER = [
     "| hidden × layers | ratio | measured | p20–p80 | target | |",
     "| --- | --- | ---: | ---: | ---: | --- |",
 ]
+#: What two rows of `artemis bench` must agree in to be about the same.
+_BENCH_KEYS = (
+    "model", "tokens", "sequence", "batch", "arm",
+    "op", "layer", "m", "k", "n", "r", "dropout", "pass", "dtype", "provider",
+)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -178,6 +189,31 @@ def origin(head: Record) -> str:
     )
 
 
+def bench_table(table: str, records: list[Record]) -> str:
+    """What `artemis bench` wrote, a table a machine; of rows about the same, the last counts."""
+    heads = {record["run"]: record for record in records if record.get("kind") == "run"}
+    last: dict[tuple, dict[str, Record]] = {}
+    for record in records:
+        if record.get("kind") == "row" and record.get("table") == table:
+            machine_of = identity(heads[record["run"]])
+            key = str([record.get(name) for name in _BENCH_KEYS])
+            last.setdefault(machine_of, {})[key] = record
+    parts = []
+    for rows in last.values():
+        order = sorted(rows.values(), key=lambda row: _place(row, list(rows.values())))
+        runs = dict.fromkeys(row["run"] for row in order)
+        commits = dict.fromkeys(origin(heads[run]) for run in runs)
+        parts.append(f"{markdown(table, order)}\n\n" + "\n\n".join(commits) + "\n")
+    return "\n".join(parts)
+
+
+def _place(row: Record, rows: list[Record]) -> tuple[int, ...]:
+    """Models and arms in their own order, all rows of one model together."""
+    models = [*MODELS, *dict.fromkeys(each.get("model") for each in rows)]
+    arms = [*ARMS, *dict.fromkeys(each.get("arm") for each in rows)]
+    return models.index(row.get("model")), row.get("tokens", 0), arms.index(row.get("arm"))
+
+
 def demo(records: list[Record]) -> str:
     """What `artemis demo --json` wrote last, as the demo prints it."""
     runs = [record for record in records if "share_of_improvement" in record]
@@ -193,6 +229,9 @@ SECTIONS: dict[str, Callable[[list[Record]], str]] = {
     "training-step-ratios": training_step_ratios,
     "training-step-profile": training_step_profile,
     "demo": demo,
+    "importance": importance_tables.summary,
+    "importance-cases": importance_tables.all_cases,
+    **{f"bench-{table}": partial(bench_table, table) for table in COLUMNS},
 }
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from .runner import Spread
+from artemis.benchmark.runner import Spread
 
 
 class Ratio(NamedTuple):

@@ -14,12 +14,15 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from . import accuracy, machine
+from artemis.benchmark import machine
+from artemis.benchmark.arms import TrainingStep
+from artemis.benchmark.peaks import peaks
+from artemis.benchmark.runner import Provider, Spread, append, interleaved
+
+from . import accuracy
 from .cases import Case
 from .options import add_case_options, chosen_arms, chosen_case
-from .peaks import peaks
-from .providers import Arm, TrainingStep
-from .runner import Provider, Spread, append, interleaved
+from .providers import Arm
 from .targets import RATIOS
 
 
@@ -31,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         **machine.facts(),
         "case": {"name": case.name, "tokens": case.tokens, **case.to_dict()},
         "rounds": options.rounds,
-        "peaks": {name: round(value, 1) for name, value in peaks().items()},
+        "peaks": peaks(),
     }
     print(_headline(record))
     providers, rows, failed = _prepare(options.arms, case)

@@ -2,17 +2,20 @@
 
 from .config import DataConfig, RunConfig, TrainingConfig
 from .data import TokenBlocks, cut_blocks, load_blocks
-from .loading import default_device, load_base, resolve_precision
+from .loading import attention_for, default_device, load_base, resolve_precision
 from .progress import show_progress
+from .reallocation import RankAllocationCallback
 from .run import count_parameters, run_training, tokens_per_second
 from .trainer import Trainer
 
 __all__ = [
     "DataConfig",
+    "RankAllocationCallback",
     "RunConfig",
     "TokenBlocks",
     "Trainer",
     "TrainingConfig",
+    "attention_for",
     "count_parameters",
     "cut_blocks",
     "default_device",

@@ -13,6 +13,7 @@ import artemis_kernels
 from ..errors import AdapterError
 
 PRECISIONS = ("auto", "fp32", "bf16")
+_SHORT = 512  # tokens; see `attention_for`
 
 
 def default_device() -> torch.device:
@@ -33,8 +34,23 @@ def resolve_precision(precision: str, device: torch.device | None = None) -> tor
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
 
 
-def load_base(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def attention_for(dtype: torch.dtype, device: torch.device, sequence_length: int | None) -> str:
+    """The attention implementation that trains fastest: "sdpa", or "eager" in one case.
+
+    torch's fused attention has a slow bf16 backward on a CPU. Up to 512 tokens a sequence the plain
+    form takes a tenth off a whole training step there (12 to 17 % at 128, 9 % at 512), at 1,024 it
+    costs half as much again. `sequence_length` None: not known.
+    """
+    short = sequence_length is not None and sequence_length <= _SHORT
+    return "eager" if dtype == torch.bfloat16 and device.type == "cpu" and short else "sdpa"
+
+
+def load_base(
+    name: str, dtype: torch.dtype, attention: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, from a folder or by name.
+
+    `attention` as transformers takes it (None: its choice).
 
     Raises:
         AdapterError: there is no such model, or it is not a causal language model.
@@ -43,7 +59,9 @@ def load_base(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTraine
     # in several lines, of which the first says what is wrong.
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, attn_implementation=attention
+        )
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n", 1)[0]
         raise AdapterError(f"cannot load the model {name!r}: {reason}") from error

@@ -4,9 +4,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..hybrid import add_hybrid_adapter_to_model
+from ..quantized_layers import packed_numbers
 from .config import DataConfig, RunConfig
 from .data import TokenBlocks, load_blocks
-from .loading import load_base, resolve_precision
+from .loading import attention_for, default_device, load_base, resolve_precision
 from .progress import show_progress
 from .trainer import Trainer
 
@@ -29,7 +30,8 @@ def run_training(config: RunConfig, resume: bool = False) -> dict[str, float | i
     hybrid = config.hybrid_adapter is not None and config.hybrid_adapter.enabled
     dtype = resolve_precision(settings.precision)
     # A frozen base may be held in bf16; weights that are trained need float32's small steps.
-    model, tokenizer = load_base(config.model, dtype if hybrid else torch.float32)
+    attention = attention_for(dtype, default_device(), config.data.sequence_length)
+    model, tokenizer = load_base(config.model, dtype if hybrid else torch.float32, attention)
     train_data, eval_data = _load_data(config.data, tokenizer)
     if hybrid:
         set_seed(settings.seed)
@@ -74,5 +76,5 @@ def count_parameters(model: PreTrainedModel) -> dict[str, int]:
     parameters = list(model.parameters())
     return {
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-        "total_parameters": sum(p.numel() for p in parameters),
+        "total_parameters": sum(p.numel() for p in parameters) + packed_numbers(model),
     }

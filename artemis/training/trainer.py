@@ -23,6 +23,8 @@ from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
+from ..adapter_file import read_adapter
+from ..allocation.resize import resize
 from ..bank import find_bank
 from ..errors import AdapterError
 from ..orthogonality import orthogonality_penalty
@@ -178,13 +180,13 @@ class Trainer(transformers.Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         model = self.model if model is None else model
         if _hybrid(model):
-            model.load_adapter_parameters(resume_from_checkpoint)
+            _load_adapter(model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         if _hybrid(self.model):
-            self.model.load_adapter_parameters(self.state.best_model_checkpoint)
+            _load_adapter(self.model, self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
 
@@ -197,6 +199,16 @@ class _NoModel(nn.Module):
 
 def _hybrid(model: nn.Module) -> bool:
     return find_bank(model) is not None
+
+
+def _load_adapter(model: nn.Module, path: str) -> None:
+    """Load a checkpoint's adapter; its modules may have been given other sizes during the run."""
+    bank, file = find_bank(model), read_adapter(path)
+    sizes = {site.path: site.size for site in file.plan.sites}
+    usual = [(config.lora_rank, config.adapter_size) for config in (bank.config, file.config)]
+    if sizes.keys() == bank.sites.keys() and usual[0] == usual[1]:
+        resize(bank, sizes)
+    model.load_adapter_parameters(path)
 
 
 def _complete_checkpoint(checkpoint: str | bool, output_dir: str) -> str:

@@ -7,6 +7,7 @@ import torch
 
 from . import rng
 from .device import why_no_triton
+from .quantized import QuantizedWeight
 from .types import Unavailable
 
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -44,12 +45,17 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 
 def autocasts(x: torch.Tensor) -> bool:
     """Whether autocast reaches x: operands of any dtype are cast then (it leaves fp64 alone)."""
-    return x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
+    return x.dtype != torch.float64 and _autocast_is_on(x.device.type)
+
+
+def _autocast_is_on(kind: str) -> bool:
+    """Whether it is for a type of device; the meta device has none."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def outside_autocast(x: torch.Tensor):
     """Context for the operator call: its operands are cast already, nothing inside is again."""
-    if torch.is_autocast_enabled(x.device.type):
+    if _autocast_is_on(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return contextlib.nullcontext()
 
@@ -68,11 +74,17 @@ def dropout(
 
 
 def implementation(
-    op: str, impl: str | None, dtype: torch.dtype, device: torch.device, trains_weight: bool
+    op: str,
+    impl: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    trains_weight: bool,
+    quantized: bool = False,
 ) -> tuple[str, str]:
     """The implementation that runs and why; raises `Unavailable` for a named one that cannot.
 
-    `trains_weight`: the weight asks for a gradient, which only the reference gives.
+    `trains_weight`: the weight asks for a gradient, which only the reference gives. `quantized`:
+    it is a `QuantizedWeight`, which no kernel reads.
     """
     if impl == "reference":
         return impl, "it was asked for"
@@ -87,6 +99,8 @@ def implementation(
     if impl is None and device.type == "cpu":
         return "eager", "the tensors are on the CPU"
     blocker = why_no_triton(device)
+    if quantized:
+        blocker = "the weight is quantized, and the kernels take tensors"
     if blocker is None and dtype not in TRITON_DTYPES:
         blocker = f"x is {dtype}, and the kernels take float16, bfloat16 and float32"
     if blocker is None:
@@ -105,6 +119,22 @@ def reference_mask(
     return rng.dropout_mask(shape, p, seed, device), rng.keep_scale(p)
 
 
-def trains(weight: torch.Tensor) -> bool:
-    """Whether a gradient of `weight` is asked for."""
+def trains(weight: torch.Tensor | QuantizedWeight) -> bool:
+    """Whether a gradient of `weight` is asked for; a quantized one has none."""
+    if isinstance(weight, QuantizedWeight):
+        return False
     return weight.requires_grad and torch.is_grad_enabled()
+
+
+def weight_tensors(
+    weight: torch.Tensor | QuantizedWeight, dtype: torch.dtype
+) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
+    """What an operator gets for `weight`: a tensor, and the scale and offset of a quantized one."""
+    if isinstance(weight, QuantizedWeight):
+        return weight.data, (weight.scale, weight.offset)
+    return weight.to(dtype), ()
+
+
+def dense_weight(weight: torch.Tensor | QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """What the reference gets for `weight`."""
+    return weight.dequantize(dtype) if isinstance(weight, QuantizedWeight) else weight.to(dtype)

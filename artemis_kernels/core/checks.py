@@ -3,6 +3,7 @@
 import torch
 
 from .activations import ACTIVATIONS
+from .quantized import QuantizedWeight
 from .types import IMPLEMENTATIONS
 
 
@@ -27,6 +28,17 @@ def optional(op: str, name: str, value, shape: tuple[int | None, ...], like: tor
         tensor(op, name, value, shape, like)
 
 
+def weight(op: str, value: object, x: torch.Tensor) -> None:
+    """Refuse a base weight that is neither a tensor nor a `QuantizedWeight` of (any, in) with x."""
+    if not isinstance(value, QuantizedWeight):
+        return tensor(op, "weight", value, (None, x.shape[-1]), x)
+    if value.shape[1] != x.shape[-1]:
+        shape = tuple(value.shape)
+        raise ValueError(f"{op}: weight must have shape (any, {x.shape[-1]}), got {shape}")
+    if value.device != x.device:
+        raise ValueError(f"{op}: weight is on {value.device}, but x is on {x.device}")
+
+
 def input_tensor(op: str, x: object) -> None:
     """Refuse an x that is no floating tensor with at least one dimension."""
     if not isinstance(x, torch.Tensor) or not x.is_floating_point():
@@ -36,9 +48,9 @@ def input_tensor(op: str, x: object) -> None:
         raise ValueError(f"{op}: x must have at least one dimension, got a 0-d tensor")
 
 
-def same_dtype(op: str, name: str, value: torch.Tensor, dtype: torch.dtype) -> None:
+def same_dtype(op: str, name: str, value, dtype: torch.dtype) -> None:
     """Refuse a large operand of another dtype: casting it at every call would cost the gain."""
-    if value.dtype != dtype:
+    if isinstance(value, torch.Tensor) and value.dtype != dtype:
         raise TypeError(f"{op}: {name} is {value.dtype}, but x is {dtype}; cast one of them once")
 
 

@@ -129,3 +129,13 @@ def has_fast_bf16(device: torch.device | str = "cpu") -> bool:
     if device.type == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return False
+
+
+def multiplies_int8(device: torch.device | str = "cpu") -> bool:
+    """Whether `device` has int8 dot products that `torch._int_mm` uses for any shape, exactly."""
+    if torch.device(device).type != "cpu":
+        return False
+    return torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()
+
+
+multiplies_int8._dynamo_marked_constant = True  # as above

@@ -1,7 +1,9 @@
 """A dropped x on the CPU: alone, or inside a thin product that never stores it.
 
 Each function has two ways: a pass of `native/dropped.c`, or plain torch with `rng.dropout_mask`.
-Both drop the same elements. `seed` is the one-element tensor of the call.
+Both drop the same elements. Without a mask, the passes serve bf16 products with few rows, where
+BLAS spends more on preparing a product than on computing it. `seed` is the one-element tensor of
+the call.
 """
 
 import ctypes
@@ -12,8 +14,8 @@ import torch
 from . import native, rng
 from .products import outer_gradient, project
 
-_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _MOST_ROWS = 32  # of the thin factor; beyond, BLAS on a stored x̃ is faster
+_MOST_ROWS_UNMASKED = 16
 
 
 class Dropout(NamedTuple):
@@ -22,27 +24,39 @@ class Dropout(NamedTuple):
     p: float
     seed: torch.Tensor
 
+    @staticmethod
+    def arguments(mask: "Dropout | None") -> tuple[int, int, float]:
+        """Seed, threshold and keep scale for a compiled pass; a threshold of 0 keeps everything."""
+        if mask is None:
+            return 0, 0, 1.0
+        return int(mask.seed) % (1 << 64), rng.threshold(mask.p), rng.keep_scale(mask.p)
+
 
 def dropped(x: torch.Tensor, mask: Dropout) -> torch.Tensor:
     """`x` with dropped elements 0 and kept ones scaled: a new tensor, row-major."""
     x = x.contiguous()
-    library = _library(x)
+    library = native.library_for(x)
     if library is None:
         keep = rng.dropout_mask(x.shape, *mask, x.device)
         return torch.where(keep, x * rng.keep_scale(mask.p), 0)
     out = torch.empty_like(x)
-    function = getattr(library, f"artemis_dropout_{_NAMES[x.dtype]}")
-    function(x.data_ptr(), out.data_ptr(), x.numel(), *_bits(mask), 0, torch.get_num_threads())
+    function = getattr(library, f"artemis_dropout_{native.NAMES[x.dtype]}")
+    function(
+        x.data_ptr(),
+        out.data_ptr(),
+        x.numel(),
+        *Dropout.arguments(mask),
+        0,
+        torch.get_num_threads(),
+    )
     return out
 
 
 def project_dropped(x: torch.Tensor, f: torch.Tensor, mask: Dropout | None) -> torch.Tensor:
     """`dropped(x) fᵀ` for x [M, K] and f [R, K], in x's dtype."""
-    if mask is None:
-        return project(x, f)
-    library = _library(x) if f.shape[0] <= _MOST_ROWS else None
+    library = _passes(x, f.shape[0], mask)
     if library is None:
-        return project(dropped(x, mask), f)
+        return project(x if mask is None else dropped(x, mask), f)
     x, f = x.contiguous(), f.to(torch.float32).contiguous()
     s = x.new_empty(x.shape[0], f.shape[0])
     _product(library, "shrink", x.dtype, (x, f, s), (*x.shape, f.shape[0]), mask)
@@ -51,11 +65,9 @@ def project_dropped(x: torch.Tensor, f: torch.Tensor, mask: Dropout | None) -> t
 
 def outer_dropped(ds: torch.Tensor, x: torch.Tensor, mask: Dropout | None) -> torch.Tensor:
     """`dsᵀ dropped(x)` for ds [M, R] and x [M, K]: fp32 from the compiled pass, else x's dtype."""
-    if mask is None:
-        return outer_gradient(ds, x)
-    library = _library(x) if ds.shape[1] <= _MOST_ROWS else None
+    library = _passes(x, ds.shape[1], mask)
     if library is None:
-        return outer_gradient(ds, dropped(x, mask))
+        return outer_gradient(ds, x if mask is None else dropped(x, mask))
     rows_of_a_part = 64  # as in native/dropped.c
     x, ds = x.contiguous(), ds.to(torch.float32).contiguous()
     parts = torch.zeros(-(-x.shape[0] // rows_of_a_part), ds.shape[1], x.shape[1])
@@ -64,30 +76,29 @@ def outer_dropped(ds: torch.Tensor, x: torch.Tensor, mask: Dropout | None) -> to
 
 
 def add_dropped_product_(
-    dx: torch.Tensor, ds: torch.Tensor, a: torch.Tensor, mask: Dropout | None
+    dx: torch.Tensor, ds: torch.Tensor, a: torch.Tensor, mask: Dropout | None, factor: float = 1.0
 ) -> torch.Tensor:
-    """`dx += dropped(ds a)` in place, for dx [M, K] row-major, ds [M, R] and a [R, K]."""
-    if mask is None:
-        return dx.addmm_(ds, a)
-    library = _library(dx) if ds.shape[1] <= _MOST_ROWS else None
+    """`dx += factor·dropped(ds a)` in place, for dx [M, K] row-major, ds [M, R] and a [R, K]."""
+    library = _passes(dx, ds.shape[1], mask)
     if library is None:
-        return dx.add_(dropped(torch.mm(ds, a), mask))
+        if mask is None:
+            return dx.addmm_(ds, a.to(dx.dtype), alpha=factor)
+        return dx.add_(dropped(torch.mm(ds, a.to(dx.dtype)), mask), alpha=factor)
     ds, a = ds.to(torch.float32).contiguous(), a.to(torch.float32).contiguous()
+    if factor != 1.0:
+        a = a * factor
     _product(library, "expand", dx.dtype, (ds, a, dx), (*dx.shape, ds.shape[1]), mask)
     return dx
 
 
-def _library(x: torch.Tensor) -> ctypes.CDLL | None:
-    if x.device.type != "cpu" or x.dtype not in _NAMES:
+def _passes(x: torch.Tensor, rank: int, mask: Dropout | None) -> ctypes.CDLL | None:
+    """The compiled passes where they beat BLAS: the thin factor has few rows."""
+    if mask is None and (x.dtype != torch.bfloat16 or rank > _MOST_ROWS_UNMASKED):
         return None
-    return native.library().handle
+    return native.library_for(x) if rank <= _MOST_ROWS else None
 
 
-def _bits(mask: Dropout) -> tuple[int, int, float]:
-    return int(mask.seed) % (1 << 64), rng.threshold(mask.p), rng.keep_scale(mask.p)
-
-
-def _product(library, name: str, dtype: torch.dtype, tensors, sizes, mask: Dropout) -> None:
-    function = getattr(library, f"artemis_{name}_{_NAMES[dtype]}")
+def _product(library, name: str, dtype: torch.dtype, tensors, sizes, mask: Dropout | None) -> None:
+    function = getattr(library, f"artemis_{name}_{native.NAMES[dtype]}")
     pointers = (tensor.data_ptr() for tensor in tensors)
-    function(*pointers, *sizes, *_bits(mask), torch.get_num_threads())
+    function(*pointers, *sizes, *Dropout.arguments(mask), torch.get_num_threads())

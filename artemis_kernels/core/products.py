@@ -18,9 +18,11 @@ def project(x: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
 def outer_gradient(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """`leftᵀ right` summed over rows, for left [M, P] and right [M, Q]: a weight's gradient.
 
-    The thin factor goes first: `(rightᵀ left)ᵀ` where right is the narrower one.
+    The thin factor goes first, `(rightᵀ left)ᵀ` where right is the narrower one: always in bf16,
+    in fp32 up to a few columns.
     """
-    if right.shape[1] <= _THIN < left.shape[1]:
+    thin = right.shape[1] <= _THIN if left.dtype == torch.float32 else True
+    if thin and right.shape[1] < left.shape[1]:
         return torch.mm(right.t(), left).t()
     return torch.mm(left.t(), right)
 

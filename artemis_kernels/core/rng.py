@@ -2,7 +2,7 @@
 
 Element `i` (row-major, int64) of a tensor is dropped if lane `i & 1` of `hash(seed, i >> 1)`, a
 16-bit number, lies below `threshold(p)`. The hash is stated in docs/dropout.md; its Triton form
-is `core/tiles.py`, its C form `core/native/mask.h`; this file is the one that all are compared with.
+is `core/tiles.py`, its C form `core/native/mask.h`; all are compared with this file.
 """
 
 import torch

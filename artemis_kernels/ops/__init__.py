@@ -11,7 +11,8 @@ def explain(op: str | Callable, *args, **kwargs) -> Choice:
     Chosen by the function that dispatches the call itself; nothing runs.
 
     Args:
-        op: a public operation (`lora_linear`, `adapter_linear`, `bottleneck_adapter`) or its name.
+        op: a public operation (`lora_linear`, `adapter_linear`, `bottleneck_adapter`,
+            `quantized_linear`) or its name.
 
     Raises:
         ValueError: an unknown operation; and whatever the call itself would refuse.
@@ -19,8 +20,10 @@ def explain(op: str | Callable, *args, **kwargs) -> Choice:
     from .adapter_linear import op as adapter_linear
     from .bottleneck_adapter import op as bottleneck_adapter
     from .lora_linear import op as lora_linear
+    from .quantized_linear import op as quantized_linear
 
-    known = {module.NAME: module for module in (lora_linear, adapter_linear, bottleneck_adapter)}
+    operations = (lora_linear, adapter_linear, bottleneck_adapter, quantized_linear)
+    known = {module.NAME: module for module in operations}
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in known:
         raise ValueError(f"explain: op must be one of {sorted(known)}, got {name!r}")

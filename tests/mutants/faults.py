@@ -107,8 +107,8 @@ EAGER = (
     Fault(
         "scale squared in the forward",
         f"{KERNELS}/ops/lora_linear/eager.py",
-        "b.t(), alpha=scale)",
-        "b.t(), alpha=scale * scale)",
+        "b.t(), None, scale)",
+        "b.t(), None, scale * scale)",
         ("tests/ops/test_lora_linear.py::test_number_as_scale_without_bias",),
     ),
     Fault(
@@ -128,15 +128,15 @@ EAGER = (
     Fault(
         "low-rank part overwrites dX instead of adding to it",
         f"{CORE}/dropped.py",
-        "return dx.addmm_(ds, a)",
-        "return dx.addmm_(ds, a, beta=0)",
+        "return dx.addmm_(ds, a.to(dx.dtype), alpha=factor)",
+        "return dx.addmm_(ds, a.to(dx.dtype), alpha=factor, beta=0)",
         ("tests/ops/test_lora_linear.py::test_hard_shapes",),
     ),
     Fault(
         "gradient of x not masked",
         f"{CORE}/dropped.py",
-        "    if mask is None:\n        return dx.addmm_(ds, a)",
-        "    if True:\n        return dx.addmm_(ds, a)",
+        "    library = _passes(dx, ds.shape[1], mask)",
+        "    mask, library = None, None",
         (LORA_DROPOUT,),
     ),
     Fault(
@@ -147,11 +147,32 @@ EAGER = (
         ("tests/ops/test_contract.py::test_saves_x_only_for_the_gradient_that_reads_it",),
     ),
     Fault(
-        "act' missing",
-        f"{KERNELS}/ops/bottleneck_adapter/eager.py",
-        "dz = ACTIVATIONS[activation].backward(dropped(dh, Dropout(p, seed)) if p else dh, z)",
-        "dz = dropped(dh, Dropout(p, seed)) if p else dh",
+        "act' missing, plain torch",
+        f"{CORE}/units.py",
+        "dz = ACTIVATIONS[self.activation].backward(scaled, z)",
+        "dz = scaled",
+        ("tests/core/test_units.py",),
+    ),
+    Fault(
+        "act' missing, C",
+        f"{CORE}/native/units.c",
+        "? 0 : dh * slope[c];",
+        "? 0 : dh;           ",
         ("tests/ops/test_bottleneck_adapter.py::test_activations",),
+    ),
+    Fault(
+        "sums over rows stop after the first of several parts",
+        f"{CORE}/units.py",
+        "total = sums.sum(0)",
+        "total = sums[0]",
+        ("tests/core/test_units.py",),
+    ),
+    Fault(
+        "the bias's unit scaled, C",
+        f"{CORE}/native/units.c",
+        "if (pitch > w) h[i * pitch + w] = STORE(1.0f);                                        \\",
+        "if (pitch > w) h[i * pitch + w] = STORE(scale);                                       \\",
+        ("tests/core/test_units.py",),
     ),
     Fault(
         "derivative of the exact gelu for its tanh form",
@@ -162,9 +183,9 @@ EAGER = (
     ),
     Fault(
         "dropout missing from h in the gradient of up",
-        f"{KERNELS}/ops/bottleneck_adapter/eager.py",
-        "h = units(z, activation, p, seed) if needs",
-        "h = units(z, activation, 0.0, None) if needs",
+        f"{CORE}/native/units.c",
+        "value[c] = factor[c] > 0 ? value[c] * factor[c] : 0;                      \\\n                            slope",
+        "value[c] = value[c] * 1.0f;                                               \\\n                            slope",
         ("tests/ops/test_bottleneck_adapter.py::test_dropout",),
     ),
     Fault(
@@ -190,10 +211,10 @@ EAGER = (
     ),
     Fault(
         "up's bias not scaled",
-        f"{KERNELS}/ops/bottleneck_adapter/eager.py",
-        "return bias_up * scale if scale_tensor is None",
-        "return bias_up if scale_tensor is None",
-        ("tests/ops/test_bottleneck_adapter.py::test_absent_biases",),
+        f"{KERNELS}/ops/bottleneck_adapter/branch.py",
+        "bias = bias * self.scale_tensor",
+        "bias = bias * 1.0",
+        ("tests/ops/test_bottleneck_adapter.py::test_hard_shapes",),
     ),
     Fault(
         "shape of a traced gradient wrong",
@@ -378,4 +399,75 @@ MODEL = (
     ),
 )
 
-FAULTS = (*MASK, *EAGER, *TRITON, *MODEL)
+RANKS = (
+    Fault(
+        "a score that takes noise for signal",
+        "artemis/importance/scores.py",
+        "squared - variance / moments.batches",
+        "squared",
+        ("tests/artemis/test_importance.py", "-k", "weights_gradients"),
+    ),
+    Fault(
+        "the analysis leaves the base frozen differently",
+        "artemis/importance/gradients.py",
+        "parameter.requires_grad_(required)",
+        "parameter.requires_grad_(False)",
+        ("tests/artemis/test_importance.py", "-k", "left_as_it_was"),
+    ),
+    Fault(
+        "a cut drops the strongest directions of the bank",
+        "artemis/allocation/transform.py",
+        "last.append(rest @ vectors[:, :cut].flip(1))",
+        "last.append(rest @ vectors[:, -cut:].flip(1))",
+        ("tests/artemis/test_allocation.py", "-k", "best_approximation"),
+    ),
+    Fault(
+        "momentum of B rotated like B, not like its gradient",
+        "artemis/allocation/resize.py",
+        "Change(b, 1, columns[part], rows[part])",
+        "Change(b, 1, columns[part], columns[part])",
+        ("tests/artemis/test_allocation.py", "-k", "first_moment"),
+    ),
+)
+
+EIGHT_BITS = "tests/ops/test_quantized_ops.py::test_eight_bits"
+
+QUANTIZED = (
+    Fault(
+        "the weight's row scales not folded into dY before it is rounded",
+        f"{CORE}/eight_bit.py",
+        "rounded = round_rows(dy, scale)",
+        "rounded = round_rows(dy, None)",
+        (EIGHT_BITS,),
+    ),
+    Fault(
+        "columns kept apart missing from dX",
+        f"{CORE}/eight_bit.py",
+        "dx.addmm_(dy[:, rounded.apart], rows.to(dy.dtype))",
+        "pass",
+        (EIGHT_BITS,),
+    ),
+    Fault(
+        "int8 sums in fp32 beyond what it holds exactly",
+        f"{CORE}/eight_bit.py",
+        "_EXACT = 1024",
+        "_EXACT = 4096",
+        ("tests/core/test_eight_bit.py", "-k", "sums_are_exact"),
+    ),
+    Fault(
+        "the last row of a part left out of a column's largest value",
+        f"{CORE}/native/eight_bit.c",
+        "for (int64_t i = p * ROWS; i < last; ++i)",
+        "for (int64_t i = p * ROWS; i < last - 1; ++i)",
+        ("tests/core/test_eight_bit.py",),
+    ),
+    Fault(
+        "the first group's int4 offset in every group",
+        f"{CORE}/native/formats.h",
+        "w->offset[index]",
+        "w->offset[n * groups]",
+        ("tests/core/test_quantized.py", "-k", "dequantize"),
+    ),
+)
+
+FAULTS = (*MASK, *EAGER, *TRITON, *MODEL, *RANKS, *QUANTIZED)

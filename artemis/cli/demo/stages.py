@@ -14,11 +14,14 @@ from transformers import LlamaForCausalLM, PreTrainedModel, set_seed
 from transformers.utils import logging
 
 from artemis import HybridAdapterConfig, add_hybrid_adapter_to_model, load_hybrid_adapter
+from artemis.benchmark.memory import peak_memory
 from artemis.training import (
     TokenBlocks,
     Trainer,
     TrainingConfig,
+    attention_for,
     count_parameters,
+    default_device,
     load_base,
     resolve_precision,
     show_progress,
@@ -27,7 +30,6 @@ from artemis.training import (
 
 from ..generate import continue_text
 from .corpus import byte_tokenizer
-from .memory import peak_memory
 from .recipe import ADAPTER_YAML, QUICK, Recipe, Workspace
 
 SEED = 0
@@ -56,7 +58,7 @@ def base(space: Workspace) -> dict:
 def frozen(space: Workspace) -> dict:
     """Measure the base as it is: where both other arms start."""
     memory = peak_memory()
-    model, _ = load_base(str(space.base), resolve_precision("auto"))
+    model, _ = _load(space, resolve_precision("auto"))
     return {"trainable_parameters": 0, **_losses(model, space), **_memory(memory)}
 
 
@@ -65,7 +67,7 @@ def full(space: Workspace) -> dict:
     recipe, output = space.recipe, space.directory / "full"
     train = space.training_data("new")
     memory = peak_memory()
-    model, _ = load_base(str(space.base), torch.float32)
+    model, _ = _load(space, torch.float32)
     settings = recipe.training(output, recipe.adapt_steps, recipe.adapt_full_rate)
     measured = _train(model, settings, train, "full fine-tuning")
     measured |= _losses(model, space) | _memory(memory)
@@ -78,7 +80,7 @@ def hybrid(space: Workspace) -> dict:
     recipe, output = space.recipe, space.directory / "hybrid"
     train = space.training_data("new")
     memory = peak_memory()
-    model, _ = load_base(str(space.base), resolve_precision("auto"))
+    model, _ = _load(space, resolve_precision("auto"))
     set_seed(SEED)
     model = add_hybrid_adapter_to_model(model, HybridAdapterConfig.from_yaml(ADAPTER_YAML))
     settings = recipe.training(output, recipe.adapt_steps, recipe.adapt_hybrid_rate)
@@ -91,13 +93,21 @@ def hybrid(space: Workspace) -> dict:
 
 def reload(space: Workspace) -> dict:
     """Load the saved adapter onto the base, measure its loss again and continue a held-out text."""
-    model, tokenizer = load_base(str(space.base), resolve_precision("auto"))
+    model, tokenizer = _load(space, resolve_precision("auto"))
     model = load_hybrid_adapter(model, space.directory / "hybrid")
     losses = _losses(model, space)
     _, held_out = space.documents("new")
     prompt = held_out[0][:PROMPT_CHARACTERS]
     text, _ = continue_text(model.eval(), tokenizer, prompt, NEW_TOKENS)
     return losses | {"prompt": prompt, "generated": text[len(prompt) :]}
+
+
+def _load(space: Workspace, dtype: torch.dtype):
+    """The base model and its tokenizer, with the attention that is fastest for every arm alike."""
+    attention = attention_for(
+        resolve_precision("auto"), default_device(), space.recipe.sequence_length
+    )
+    return load_base(str(space.base), dtype, attention)
 
 
 def _train(

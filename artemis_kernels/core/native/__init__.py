@@ -29,6 +29,16 @@ class Native(NamedTuple):
     reason: str
 
 
+NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}  # of the passes, by what they read
+
+
+def library_for(x: torch.Tensor) -> ctypes.CDLL | None:
+    """The library where it has passes for x, else None."""
+    if x.device.type != "cpu" or x.dtype not in NAMES:
+        return None
+    return library().handle
+
+
 @functools.cache
 def library() -> Native:
     """Compile (once per machine) and load the native passes."""
@@ -62,14 +72,33 @@ _MASK = "seed threshold factor"
 
 def _signatures() -> Iterator[tuple[str, str]]:
     """Name and argument types of every pass."""
-    for dtype in ("f32", "bf16"):
+    sizes = "size size size"
+    for dtype in NAMES.values():
         yield f"artemis_dropout_{dtype}", f"pointer pointer size {_MASK} flag threads"
         for product in ("shrink", "outer", "expand"):
-            sizes = "size size size"
             yield (
                 f"artemis_{product}_{dtype}",
                 f"pointer pointer pointer {sizes} {_MASK} threads",
             )
+        yield (
+            f"artemis_units_forward_{dtype}",
+            f"pointer pointer {sizes} factor flag {_MASK} threads",
+        )
+        yield (
+            f"artemis_units_backward_{dtype}",
+            f"pointer pointer pointer pointer {sizes} factor factor flag {_MASK} threads",
+        )
+        yield f"artemis_column_max_{dtype}", "pointer pointer size size threads"
+        yield f"artemis_quantize_{dtype}", "pointer pointer pointer pointer size size threads"
+        yield (
+            f"artemis_restore_{dtype}",
+            "pointer pointer pointer pointer pointer size size threads",
+        )
+        yield f"artemis_unpack_{dtype}", f"pointer pointer pointer pointer {sizes} flag threads"
+    yield (
+        "artemis_few_rows",
+        f"pointer pointer pointer pointer pointer {sizes} size flag threads",
+    )
 
 
 def _built(compiler: str) -> Path:

@@ -2,7 +2,8 @@
 
 import torch
 
-from ...core import call, checks, tuning
+from ...core import base, call, checks, tuning
+from ...core.quantized import QuantizedWeight
 from ...core.registration import (
     Operation,
     define,
@@ -20,7 +21,7 @@ NAME = "adapter_linear"
 
 def adapter_linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | QuantizedWeight,
     down: torch.Tensor,
     up: torch.Tensor,
     *,
@@ -41,7 +42,8 @@ def adapter_linear(
         x: [..., in], floating. The call computes in x's dtype (autocast's under autocast) and
             accumulates in fp32; the result has that dtype.
         weight: [out, in], of the compute dtype (any floating dtype under autocast), any strides.
-            Frozen: one that requires a gradient is served by the reference only.
+            Frozen: one that requires a gradient is served by the reference only. Or a
+            `QuantizedWeight` of that shape (docs/quantization.md).
         down: [width, out], any floating dtype; its gradient comes in that dtype.
         up: [out, width], likewise.
         bias: [out] or None, of the base layer.
@@ -66,7 +68,7 @@ def adapter_linear(
                 impl=impl)  # fmt: skip
     dtype = call.compute_dtype(x)
     p, seed = call.dropout(dropout_p, seed, x)
-    x, weight = x.to(dtype), weight.to(dtype)
+    x = x.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     scale = call.Scale.of(scale)
     with call.outside_autocast(x):
@@ -75,13 +77,15 @@ def adapter_linear(
             keep, keep_scale = call.reference_mask(shape, p, seed, x.device)
             small = (None if t is None else t.to(dtype) for t in (down, up, bias_down, bias_up))
             down, up, bias_down, bias_up = small
+            weight = call.dense_weight(weight, dtype)
             return reference.adapter_linear(
                 x, weight, down, up, scale.value, bias, bias_down, bias_up, activation, keep,
                 keep_scale,
             ).to(dtype)  # fmt: skip
+        data, quantizers = call.weight_tensors(weight, dtype)
         y = _operator(
-            x.reshape(-1, x.shape[-1]), weight, down, up, bias, bias_down, bias_up, scale.number,
-            scale.tensor, activation, p, seed, path.impl, path.strategy,
+            x.reshape(-1, x.shape[-1]), data, down, up, bias, bias_down, bias_up, scale.number,
+            scale.tensor, activation, p, seed, path.impl, path.strategy, *quantizers,
         )  # fmt: skip
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
@@ -92,7 +96,7 @@ def plan(
 ) -> call.Path:  # fmt: skip
     """Check the arguments of `adapter_linear` and choose its path; runs nothing."""
     checks.input_tensor(NAME, x)
-    checks.tensor(NAME, "weight", weight, (None, x.shape[-1]), x)
+    checks.weight(NAME, weight, x)
     out_features, in_features = weight.shape
     checks.tensor(NAME, "down", down, (None, out_features), x)
     width = down.shape[0]
@@ -106,13 +110,16 @@ def plan(
     dtype = call.compute_dtype(x)
     if not call.autocasts(x):
         checks.same_dtype(NAME, "weight", weight, dtype)
-    impl, reason = call.implementation(NAME, impl, dtype, x.device, call.trains(weight))
+    packed = isinstance(weight, QuantizedWeight)
+    impl, reason = call.implementation(NAME, impl, dtype, x.device, call.trains(weight), packed)
     if impl == "reference":
         return call.Path(impl, "composed", reason)
     rows = x.numel() // max(in_features, 1)
     trains = torch.is_grad_enabled() and (x.requires_grad or down.requires_grad)
     if impl == "eager":
         strategy, why = fold_or_plain(rows, in_features, out_features, width, trains)
+        suffix, also = base.packed_strategy(weight, rows)
+        strategy, why = strategy + suffix, why + also
     else:
         strategy, why = tuning.adapter_strategy(
             rows, in_features, out_features, width, trains, dtype, x.device
@@ -136,9 +143,8 @@ def explain(x, weight, down, up, **options) -> Choice:
     rows = x.numel() // max(x.shape[-1], 1)
     size = call.compute_dtype(x).itemsize
     folded = path.strategy.startswith("folded")
-    return Choice(
-        NAME, *path, cost(rows, weight.shape[1], weight.shape[0], down.shape[0], size, folded)
-    )
+    total = cost(rows, weight.shape[1], weight.shape[0], down.shape[0], size, folded)
+    return Choice(NAME, *path, base.as_held(total, weight, size))
 
 
 def cost(m: int, k: int, n: int, width: int, itemsize: int, folded: bool) -> Cost:
@@ -155,7 +161,10 @@ def cost(m: int, k: int, n: int, width: int, itemsize: int, folded: bool) -> Cos
 
 
 def _path(impl: str):
-    """The module that implements `impl`; both have `forward` and `backward` of one signature."""
+    """The module that implements `impl`; both have `forward` and `backward` of one signature.
+
+    But for the weight: the eager path takes a `Base`, the kernels a tensor.
+    """
     if impl == "eager":
         return eager
     from . import fused  # imports triton
@@ -165,8 +174,10 @@ def _path(impl: str):
 
 def _forward(
     x, weight, down, up, bias, bias_down, bias_up, scale, scale_tensor, activation, dropout_p,
-    seed, impl, strategy,
+    seed, impl, strategy, weight_scale=None, weight_offset=None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    if impl == "eager":
+        weight = base.of(weight, weight_scale, weight_offset, strategy)
     y, z, kept = _path(impl).forward(
         x, weight, down, up, bias, bias_down, bias_up, scale, scale_tensor, activation, dropout_p,
         seed, strategy,
@@ -176,12 +187,13 @@ def _forward(
 
 def _forward_fake(
     x, weight, down, up, bias, bias_down, bias_up, scale, scale_tensor, activation, dropout_p,
-    seed, impl, strategy,
+    seed, impl, strategy, weight_scale=None, weight_offset=None,
 ):  # fmt: skip
     y = x.new_empty(x.shape[0], weight.shape[0])
     z_dtype = x.dtype if impl == "eager" else torch.float32
     z = x.new_empty(x.shape[0], down.shape[0], dtype=z_dtype)
-    kept = torch.empty_like(y) if strategy == "plain" else x.new_empty(down.shape[0], x.shape[1])
+    plain = strategy.startswith("plain")
+    kept = torch.empty_like(y) if plain else x.new_empty(down.shape[0], x.shape[1])
     return y, z, kept
 
 
@@ -191,8 +203,10 @@ def _only_y(*arguments) -> torch.Tensor:
 
 def _backward(
     dy, x, weight, down, up, bias, bias_down, bias_up, z, kept, scale, scale_tensor, activation,
-    dropout_p, seed, impl, strategy, needs,
+    dropout_p, seed, impl, strategy, needs, weight_scale=None, weight_offset=None,
 ) -> list[torch.Tensor]:  # fmt: skip
+    if impl == "eager":
+        weight = base.of(weight, weight_scale, weight_offset, strategy)
     gradients = _path(impl).backward(
         dy, x, weight, down, up, bias, bias_down, bias_up, z, kept, scale, scale_tensor,
         activation, dropout_p, seed, strategy, tuple(needs),
@@ -202,9 +216,9 @@ def _backward(
 
 def _backward_fake(
     dy, x, weight, down, up, bias, bias_down, bias_up, z, kept, scale, scale_tensor, activation,
-    dropout_p, seed, impl, strategy, needs,
+    dropout_p, seed, impl, strategy, needs, weight_scale=None, weight_offset=None,
 ):  # fmt: skip
-    dx = dy.new_empty(dy.shape[0], weight.shape[1])
+    dx = dy.new_empty(dy.shape[0], base.in_features(weight))
     like = (dx, down, up, scale_tensor, bias, bias_down, bias_up)
     return present(empty_like_wanted(like, needs), dy)
 
@@ -212,7 +226,7 @@ def _backward_fake(
 _ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor down, Tensor up, Tensor? bias, Tensor? bias_down, "
     "Tensor? bias_up, float scale, Tensor? scale_tensor, str activation, float dropout_p, "
-    "Tensor? seed, str impl, str strategy"
+    "Tensor? seed, str impl, str strategy, " + base.SCHEMA
 )
 _operator = define(f"{NAME}({_ARGUMENTS}) -> Tensor", _only_y, lambda *a: _forward_fake(*a)[0])
 _forward_operator = define(
@@ -222,7 +236,7 @@ _backward_operator = define(
     f"{NAME}_backward(Tensor dy, Tensor? x, Tensor weight, Tensor down, Tensor up, Tensor? bias, "
     "Tensor? bias_down, Tensor? bias_up, Tensor z, Tensor? kept, float scale, "
     "Tensor? scale_tensor, str activation, float dropout_p, Tensor? seed, str impl, str strategy, "
-    "bool[] needs) -> Tensor[]",
+    f"bool[] needs, {base.SCHEMA}) -> Tensor[]",
     _backward,
     _backward_fake,
 )
@@ -232,21 +246,22 @@ class _AdapterLinear(Operation):
     @staticmethod
     def forward(
         ctx, x, weight, down, up, bias, bias_down, bias_up, scale, scale_tensor, activation,
-        dropout_p, seed, impl, strategy,
+        dropout_p, seed, impl, strategy, weight_scale=None, weight_offset=None,
     ):  # fmt: skip
         with Operation.below_autograd():
             y, z, kept = _forward_operator(
                 x, weight, down, up, bias, bias_down, bias_up, scale, scale_tensor, activation,
-                dropout_p, seed, impl, strategy,
+                dropout_p, seed, impl, strategy, weight_scale, weight_offset,
             )  # fmt: skip
         need = ctx.needs_input_grad
         ctx.needs = (need[0], need[2], need[3], need[8], need[4], need[5], need[6])
-        plain, trains_down = strategy == "plain", need[2]
+        plain, trains_down = strategy.startswith("plain"), need[2]
         kept_x = x if trains_down and not plain else None
         kept = kept if trains_down or not plain else None
         ctx.save_for_backward(
-            kept_x, weight, down, up, bias, bias_down, bias_up, z, kept, scale_tensor, seed
-        )
+            kept_x, weight, down, up, bias, bias_down, bias_up, z, kept, weight_scale,
+            weight_offset, scale_tensor, seed,
+        )  # fmt: skip
         ctx.options = (activation, dropout_p, impl, strategy)
         ctx.scale = scale
         return y
@@ -254,18 +269,15 @@ class _AdapterLinear(Operation):
     @staticmethod
     @once
     def backward(ctx, dy):
-        *operands, scale_tensor, seed = ctx.saved_tensors
+        *operands, weight_scale, weight_offset, scale_tensor, seed = ctx.saved_tensors
         activation, dropout_p, impl, strategy = ctx.options
         with Operation.below_autograd():
             gradients = _backward_operator(
                 dy, *operands, ctx.scale, scale_tensor, activation, dropout_p, seed, impl,
-                strategy, list(ctx.needs),
+                strategy, list(ctx.needs), weight_scale, weight_offset,
             )  # fmt: skip
         dx, ddown, dup, dscale, dbias, dbias_down, dbias_up = wanted(gradients, ctx.needs)
-        return (
-            dx, None, ddown, dup, dbias, dbias_down, dbias_up, None, dscale, None, None, None,
-            None, None,
-        )  # fmt: skip
+        return dx, None, ddown, dup, dbias, dbias_down, dbias_up, None, dscale, *(None,) * 7
 
 
 differentiate(NAME, _AdapterLinear)

@@ -9,15 +9,15 @@ backward, never kept. With `s = x̃ Aᵀ`:
 """
 
 import torch
-from torch.nn import functional
 
+from ...core.base import Base
 from ...core.dropped import Dropout, add_dropped_product_, outer_dropped, project_dropped
-from ...core.products import column_sum, inner, outer_gradient, project
+from ...core.products import column_sum, inner
 
 
 def forward(
     x: torch.Tensor,  # [M, in]
-    weight: torch.Tensor,  # [out, in]
+    base: Base,  # of [out, in]
     lora_a: torch.Tensor,  # [rank, in]
     lora_b: torch.Tensor,  # [out, rank]
     bias: torch.Tensor | None,
@@ -29,16 +29,15 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return y [M, out] and s [M, rank], both of x's dtype."""
     a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-    y = functional.linear(x, weight, bias)
+    y = base.product(x, bias)
     s = project_dropped(x, a, Dropout(dropout_p, seed) if dropout_p else None)
-    y.addmm_(_scaled(s, scale_tensor), b.t(), alpha=scale)
-    return y, s
+    return add_dropped_product_(y, _scaled(s, scale_tensor), b.t(), None, scale), s
 
 
 def backward(
     dy: torch.Tensor,  # [M, out]
     x: torch.Tensor | None,  # [M, in]; None unless lora_a needs a gradient
-    weight: torch.Tensor,
+    base: Base,
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
     s: torch.Tensor,
@@ -54,16 +53,16 @@ def backward(
     mask = Dropout(dropout_p, seed) if dropout_p else None
     dx = da = db = dscale = dbias = None
     if needs_b:
-        db = outer_gradient(dy, _scaled(s, scale_tensor)).mul_(scale).to(lora_b.dtype)
+        db = outer_dropped(_scaled(s, scale_tensor), dy, None).t().mul_(scale).to(lora_b.dtype)
     if needs_x or needs_a or needs_scale:
-        unscaled = project(dy, lora_b.to(dy.dtype).t())
+        unscaled = project_dropped(dy, lora_b.to(dy.dtype).t(), None)
         if needs_scale:
             dscale = inner(unscaled, s).mul_(scale).to(scale_tensor.dtype)
         ds = _scaled(unscaled, scale_tensor) * scale
     if needs_a:
         da = outer_dropped(ds, x, mask).to(lora_a.dtype)
     if needs_x:
-        dx = torch.mm(dy, weight)
+        dx = base.input_gradient(dy)
         add_dropped_product_(dx, ds, lora_a.to(dy.dtype), mask)
     if needs_bias:
         dbias = column_sum(dy).to(dy.dtype)

@@ -2,7 +2,8 @@
 
 import torch
 
-from ...core import call, checks, tuning
+from ...core import base, call, checks, tuning
+from ...core.quantized import QuantizedWeight
 from ...core.registration import (
     Operation,
     define,
@@ -20,7 +21,7 @@ NAME = "lora_linear"
 
 def lora_linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | QuantizedWeight,
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
     scale: float | torch.Tensor,
@@ -36,7 +37,8 @@ def lora_linear(
         x: [..., in], floating. The call computes in x's dtype (autocast's under autocast) and
             accumulates in fp32; the result has that dtype.
         weight: [out, in], of the compute dtype (any floating dtype under autocast), any strides.
-            Frozen: one that requires a gradient is served by the reference only.
+            Frozen: one that requires a gradient is served by the reference only. Or a
+            `QuantizedWeight` of that shape (docs/quantization.md).
         lora_a: [rank, in], any floating dtype; its gradient comes in that dtype.
         lora_b: [out, rank], likewise.
         scale: a float, or a 0-d tensor, which receives a gradient. The scale itself, not
@@ -58,19 +60,21 @@ def lora_linear(
                 impl=impl)  # fmt: skip
     dtype = call.compute_dtype(x)
     p, seed = call.dropout(dropout_p, seed, x)
-    x, weight = x.to(dtype), weight.to(dtype)
+    x = x.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     scale = call.Scale.of(scale)
     with call.outside_autocast(x):
         if path.impl == "reference":
             keep, keep_scale = call.reference_mask(x.shape, p, seed, x.device)
             a, b = lora_a.to(dtype), lora_b.to(dtype)
+            weight = call.dense_weight(weight, dtype)
             return reference.lora_linear(x, weight, a, b, scale.value, bias, keep, keep_scale).to(
                 dtype
             )
+        data, quantizers = call.weight_tensors(weight, dtype)
         y = _operator(
-            x.reshape(-1, x.shape[-1]), weight, lora_a, lora_b, bias, scale.number, scale.tensor,
-            p, seed, path.impl, path.strategy,
+            x.reshape(-1, x.shape[-1]), data, lora_a, lora_b, bias, scale.number, scale.tensor,
+            p, seed, path.impl, path.strategy, *quantizers,
         )  # fmt: skip
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
@@ -80,7 +84,7 @@ def plan(
 ) -> call.Path:
     """Check the arguments of `lora_linear` and choose its path; runs nothing."""
     checks.input_tensor(NAME, x)
-    checks.tensor(NAME, "weight", weight, (None, x.shape[-1]), x)
+    checks.weight(NAME, weight, x)
     out_features, in_features = weight.shape
     checks.tensor(NAME, "lora_a", lora_a, (None, in_features), x)
     rank = lora_a.shape[0]
@@ -92,10 +96,14 @@ def plan(
     dtype = call.compute_dtype(x)
     if not call.autocasts(x):
         checks.same_dtype(NAME, "weight", weight, dtype)
-    impl, reason = call.implementation(NAME, impl, dtype, x.device, call.trains(weight))
-    if impl != "triton":
-        return call.Path(impl, "addmm" if impl == "eager" else "composed", reason)
+    packed = isinstance(weight, QuantizedWeight)
+    impl, reason = call.implementation(NAME, impl, dtype, x.device, call.trains(weight), packed)
+    if impl == "reference":
+        return call.Path(impl, "composed", reason)
     rows = x.numel() // max(in_features, 1)
+    if impl == "eager":
+        suffix, why = base.packed_strategy(weight, rows)
+        return call.Path(impl, "addmm" + suffix, reason + why)
     strategy, why = tuning.lora_strategy(
         rows, in_features, out_features, rank, dropout_p > 0, dtype, x.device
     )
@@ -107,7 +115,8 @@ def explain(x, weight, lora_a, lora_b, scale, **options) -> Choice:
     path = plan(x, weight, lora_a, lora_b, scale, **options)
     rows = x.numel() // max(x.shape[-1], 1)
     size = call.compute_dtype(x).itemsize
-    return Choice(NAME, *path, cost(rows, weight.shape[1], weight.shape[0], lora_a.shape[0], size))
+    total = cost(rows, weight.shape[1], weight.shape[0], lora_a.shape[0], size)
+    return Choice(NAME, *path, base.as_held(total, weight, size))
 
 
 def cost(m: int, k: int, n: int, rank: int, itemsize: int) -> Cost:
@@ -119,7 +128,10 @@ def cost(m: int, k: int, n: int, rank: int, itemsize: int) -> Cost:
 
 
 def _path(impl: str):
-    """The module that implements `impl`; both have `forward` and `backward` of one signature."""
+    """The module that implements `impl`; both have `forward` and `backward` of one signature.
+
+    But for the weight: the eager path takes a `Base`, the kernels a tensor.
+    """
     if impl == "eager":
         return eager
     from . import fused  # imports triton
@@ -128,8 +140,11 @@ def _path(impl: str):
 
 
 def _forward(
-    x, weight, lora_a, lora_b, bias, scale, scale_tensor, dropout_p, seed, impl, strategy
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x, weight, lora_a, lora_b, bias, scale, scale_tensor, dropout_p, seed, impl, strategy,
+    weight_scale=None, weight_offset=None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    if impl == "eager":
+        weight = base.of(weight, weight_scale, weight_offset, strategy)
     y, s = _path(impl).forward(
         x, weight, lora_a, lora_b, bias, scale, scale_tensor, dropout_p, seed, strategy
     )
@@ -137,8 +152,9 @@ def _forward(
 
 
 def _forward_fake(
-    x, weight, lora_a, lora_b, bias, scale, scale_tensor, dropout_p, seed, impl, strategy
-):
+    x, weight, lora_a, lora_b, bias, scale, scale_tensor, dropout_p, seed, impl, strategy,
+    weight_scale=None, weight_offset=None,
+):  # fmt: skip
     y = x.new_empty(x.shape[0], weight.shape[0])
     s_dtype = x.dtype if impl == "eager" else torch.float32
     return y, x.new_empty(x.shape[0], lora_a.shape[0], dtype=s_dtype)
@@ -149,8 +165,11 @@ def _only_y(*arguments) -> torch.Tensor:
 
 
 def _backward(
-    dy, x, weight, lora_a, lora_b, s, scale, scale_tensor, dropout_p, seed, impl, strategy, needs
-) -> list[torch.Tensor]:
+    dy, x, weight, lora_a, lora_b, s, scale, scale_tensor, dropout_p, seed, impl, strategy, needs,
+    weight_scale=None, weight_offset=None,
+) -> list[torch.Tensor]:  # fmt: skip
+    if impl == "eager":
+        weight = base.of(weight, weight_scale, weight_offset, strategy)
     gradients = _path(impl).backward(
         dy, x, weight, lora_a, lora_b, s, scale, scale_tensor, dropout_p, seed, strategy,
         tuple(needs),
@@ -159,16 +178,17 @@ def _backward(
 
 
 def _backward_fake(
-    dy, x, weight, lora_a, lora_b, s, scale, scale_tensor, dropout_p, seed, impl, strategy, needs
-):
-    (rows, out_features), in_features = dy.shape, weight.shape[1]
+    dy, x, weight, lora_a, lora_b, s, scale, scale_tensor, dropout_p, seed, impl, strategy, needs,
+    weight_scale=None, weight_offset=None,
+):  # fmt: skip
+    (rows, out_features), in_features = dy.shape, base.in_features(weight)
     dx, dbias = dy.new_empty(rows, in_features), dy.new_empty(out_features)
     return present(empty_like_wanted((dx, lora_a, lora_b, scale_tensor, dbias), needs), dy)
 
 
 _ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, float scale, "
-    "Tensor? scale_tensor, float dropout_p, Tensor? seed, str impl, str strategy"
+    "Tensor? scale_tensor, float dropout_p, Tensor? seed, str impl, str strategy, " + base.SCHEMA
 )
 _operator = define(f"{NAME}({_ARGUMENTS}) -> Tensor", _only_y, lambda *a: _forward_fake(*a)[0])
 _forward_operator = define(
@@ -177,7 +197,7 @@ _forward_operator = define(
 _backward_operator = define(
     f"{NAME}_backward(Tensor dy, Tensor? x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor s, "
     "float scale, Tensor? scale_tensor, float dropout_p, Tensor? seed, str impl, str strategy, "
-    "bool[] needs) -> Tensor[]",
+    f"bool[] needs, {base.SCHEMA}) -> Tensor[]",
     _backward,
     _backward_fake,
 )
@@ -186,32 +206,35 @@ _backward_operator = define(
 class _LoRALinear(Operation):
     @staticmethod
     def forward(
-        ctx, x, weight, lora_a, lora_b, bias, scale, scale_tensor, dropout_p, seed, impl, strategy
-    ):
+        ctx, x, weight, lora_a, lora_b, bias, scale, scale_tensor, dropout_p, seed, impl, strategy,
+        weight_scale=None, weight_offset=None,
+    ):  # fmt: skip
         with Operation.below_autograd():
             y, s = _forward_operator(
                 x, weight, lora_a, lora_b, bias, scale, scale_tensor, dropout_p, seed, impl,
-                strategy,
+                strategy, weight_scale, weight_offset,
             )  # fmt: skip
         need = ctx.needs_input_grad
         ctx.needs = (need[0], need[2], need[3], need[6], need[4])
         kept_x = x if ctx.needs[1] else None
-        ctx.save_for_backward(kept_x, weight, lora_a, lora_b, s, scale_tensor, seed)
+        ctx.save_for_backward(
+            kept_x, weight, lora_a, lora_b, s, scale_tensor, seed, weight_scale, weight_offset
+        )
         ctx.options = (scale, dropout_p, impl, strategy)
         return y
 
     @staticmethod
     @once
     def backward(ctx, dy):
-        x, weight, lora_a, lora_b, s, scale_tensor, seed = ctx.saved_tensors
+        x, weight, lora_a, lora_b, s, scale_tensor, seed, *quantizers = ctx.saved_tensors
         scale, dropout_p, impl, strategy = ctx.options
         with Operation.below_autograd():
             gradients = _backward_operator(
                 dy, x, weight, lora_a, lora_b, s, scale, scale_tensor, dropout_p, seed, impl,
-                strategy, list(ctx.needs),
+                strategy, list(ctx.needs), *quantizers,
             )  # fmt: skip
         dx, da, db, dscale, dbias = wanted(gradients, ctx.needs)
-        return dx, None, da, db, dbias, None, dscale, None, None, None, None
+        return dx, None, da, db, dbias, None, dscale, *(None,) * 6
 
 
 differentiate(NAME, _LoRALinear)

@@ -222,7 +222,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
         main(["info", "x"])
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "generate", "info"])
+@pytest.mark.parametrize("command", ["demo", "train", "generate", "info", "bench"])
 def test_help_shows_an_example(command, capsys):
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])

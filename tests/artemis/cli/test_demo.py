@@ -10,10 +10,10 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from artemis.benchmark.memory import peak_memory
 from artemis.cli import demo as command
 from artemis.cli import main
 from artemis.cli.demo.corpus import byte_tokenizer, help_topics, passages, python_sources
-from artemis.cli.demo.memory import peak_memory
 from artemis.cli.demo.recipe import QUICK, Workspace
 from artemis.cli.demo.report import render, share_of_improvement
 from artemis.errors import AdapterError

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "numpy")
 _DECISIVE_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
 
@@ -71,19 +70,33 @@ def versions() -> dict[str, str]:
 
 
 def source() -> dict[str, Any]:
-    """Commit, and whether any tracked or new file but a result differs from it."""
-    changed = _git("status", "--porcelain", "--", ".", ":!bench/results", ":!docs")
+    """Commit, and whether any tracked or new file but a result differs from it.
+
+    None and False where the package is installed, not a git checkout of its own.
+    """
+    package = Path(__file__).resolve().parent.parent
+    if _git("ls-files", "--error-unmatch", str(package / "__init__.py")) is None:
+        return {"commit": None, "dirty": False}
+    changed = _git(
+        "status", "--porcelain", "--", ":/", ":(top,exclude)bench/results", ":(top,exclude)docs"
+    )
     return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(changed)}
 
 
+def identity(facts: dict[str, Any]) -> tuple[Any, ...]:
+    """Equal for two runs whose times may stand in one table: chip, threads and torch."""
+    gpu = facts.get("gpu") or {}
+    return facts["processor"]["name"], facts["threads"], gpu.get("name"), facts["versions"]["torch"]
+
+
 def _git(*arguments: str) -> str | None:
-    return _output("git", *arguments)
+    return _output("git", "-C", str(Path(__file__).resolve().parent), *arguments)
 
 
 def _output(*command: str) -> str | None:
-    """What a program prints, run in the repository; None where it is missing or fails."""
+    """What a program prints; None where it is missing or fails."""
     try:
-        finished = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+        finished = subprocess.run(command, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return finished.stdout.strip()

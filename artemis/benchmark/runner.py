@@ -4,14 +4,16 @@ import gc
 import json
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy
+import torch
 from tqdm import tqdm
 
 Provider = Callable[[], object]
+Name = TypeVar("Name", bound=Hashable)
 
 
 class Spread(NamedTuple):
@@ -33,28 +35,42 @@ class Spread(NamedTuple):
 def interleaved(
     providers: Mapping[str, Provider], rounds: int, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Milliseconds of each provider in each round.
+    """Milliseconds of each provider in each round."""
+    times: dict[str, list[float]] = {name: [] for name in providers}
+    turns = in_turns(providers, warmup + rounds)
+    total = len(providers) * (warmup + rounds)
+    for number, name, milliseconds in tqdm(turns, "turns", total, disable=None, leave=False):
+        if number >= warmup:
+            times[name].append(milliseconds)
+    return times
+
+
+def in_turns(
+    providers: Mapping[Name, Provider],
+    rounds: int,
+    milliseconds: Callable[[Provider], float] | None = None,
+) -> Iterator[tuple[int, Name, float]]:
+    """`(round, provider, milliseconds)` as they come; by the clock unless `milliseconds` is given.
 
     A round runs every provider once, in an order of its own, so that a drift of the clock or a
     neighbour's burst meets all of them and nobody always follows the same one.
     """
-    times: dict[str, list[float]] = {name: [] for name in providers}
-    order = list(providers)
+    measure, order = milliseconds or _by_the_clock, list(providers)
     shuffle = random.Random(0).shuffle
-    for number in tqdm(range(warmup + rounds), "rounds", disable=None, leave=False):
+    for number in range(rounds):
         shuffle(order)
         for name in order:
-            milliseconds = _milliseconds(providers[name])
-            if number >= warmup:
-                times[name].append(milliseconds)
-    return times
+            yield number, name, measure(providers[name])
 
 
-def _milliseconds(provider: Provider) -> float:
+def _by_the_clock(provider: Provider) -> float:
+    """Milliseconds of a long call, garbage collected before it and a GPU's queue run empty."""
     gc.collect()
     gc.disable()
     start = time.perf_counter()
     provider()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     elapsed = time.perf_counter() - start
     gc.enable()
     return elapsed * 1e3

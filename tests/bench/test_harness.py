@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 
-from . import accuracy, profile_step, report, train_step
-from .cases import PRESETS, Case
-from .floors import Site, adapter_products
-from .providers import ARMS, TrainingStep
-from .targets import Ratio
+from artemis.benchmark.arms import TrainingStep
+from bench import accuracy, profile_step, report, train_step
+from bench.cases import PRESETS, Case
+from bench.floors import Site, adapter_products
+from bench.providers import ARMS
+from bench.targets import Ratio
 
 TINY = Case(hidden=64, intermediate=96, layers=2, vocabulary=96, batch=2, sequence=16)
 

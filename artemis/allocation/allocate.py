@@ -1,0 +1,183 @@
+"""`set_dynamic_rank_allocation`: ranks and widths where the scores are."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..bank import AdapterBank, find_bank
+from ..config import HybridAdapterConfig
+from ..errors import AdapterError, listed
+from ..merging import is_merged
+from ..plan import SiteSpec
+from .apportion import Claim, apportion
+from .report import ModuleAllocation, RankAllocation
+from .resize import resize
+
+Bounds = dict[str, tuple[int, int]]
+
+
+def set_dynamic_rank_allocation(
+    model: nn.Module,
+    scores: Mapping[str, float],
+    min_rank: int = 4,
+    max_rank: int = 32,
+    *,
+    min_width: int | None = None,
+    max_width: int | None = None,
+    budget: int | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    verbose: bool = True,
+) -> RankAllocation:
+    """Give each adapted module a rank or width in proportion to its score; change it in place.
+
+    Growing keeps what the model computes; shrinking drops what matters least and reports the error.
+    (Where bottlenecks are shared, one that grows over units that others trained takes them as they
+    are; that is reported too.) Parameters stay the same objects, their gradients are dropped.
+
+    Args:
+        model: a model with a hybrid adapter, not merged; before or after training.
+        scores: module path -> score from 0, for every adapted module, as
+            `analyze_layer_importance` returns them.
+        min_rank, max_rank: bounds of LoRA ranks.
+        min_width, max_width: bounds of bottleneck widths; default: the rank bounds times
+            `adapter_size / lora_rank`.
+        budget: parameters to spend on units, counted as if nothing were shared; default: what the
+            configuration's `lora_rank` and `adapter_size` would cost everywhere. It is met to
+            within one unit; the bounds win over the default, and an explicit budget outside them
+            is an error.
+        optimizer: one that trains the adapter; its state follows.
+        verbose: print the returned report.
+
+    Raises:
+        AdapterError: before anything has changed.
+    """
+    bank = _checked_bank(model)
+    bounds = _bounds(bank.config, min_rank, max_rank, min_width, max_width)
+    specs = bank.plan().sites
+    _check_scores(scores, specs)
+    claims = [_claim(spec, bank.config, float(scores[spec.path]), bounds) for spec in specs]
+    given = _budget(budget, claims)
+    sizes = dict(zip((s.path for s in specs), apportion(claims, given), strict=True))
+    stored_before = _stored(bank)
+    errors = resize(bank, sizes, optimizer)
+    modules = tuple(
+        ModuleAllocation(
+            spec.path, spec.kind, claim.score, spec.size, sizes[spec.path],
+            claim.cost * sizes[spec.path], errors[spec.path],
+        )
+        for spec, claim in zip(specs, claims, strict=True)
+    )  # fmt: skip
+    cost = sum(module.cost for module in modules)
+    report = RankAllocation(
+        modules, given, cost, stored_before, _stored(bank), _note(given, cost, claims)
+    )
+    if verbose:
+        print(report)
+    return report
+
+
+def unit_cost(spec: SiteSpec, config: HybridAdapterConfig) -> int:
+    """Parameters of one rank or one unit of a module, as if it shared none."""
+    if spec.kind == "lora":
+        return spec.in_features + spec.out_features
+    return 2 * spec.out_features + config.adapter_bias
+
+
+def usual_size(spec: SiteSpec, config: HybridAdapterConfig) -> int:
+    """The rank or width that the configuration gives every module."""
+    return config.lora_rank if spec.kind == "lora" else config.adapter_size
+
+
+def _claim(spec: SiteSpec, config: HybridAdapterConfig, score: float, bounds: Bounds) -> Claim:
+    least, most = bounds[spec.kind]
+    return Claim(score, unit_cost(spec, config), least, most, usual_size(spec, config))
+
+
+def _checked_bank(model: nn.Module) -> AdapterBank:
+    bank = find_bank(model)
+    if bank is None:
+        raise AdapterError(
+            f"{type(model).__name__} has no hybrid adapter; add_hybrid_adapter_to_model adds one"
+        )
+    if is_merged(model):
+        raise AdapterError("the adapter is merged into the base; call unmerge_adapter() first")
+    return bank
+
+
+def _bounds(
+    config: HybridAdapterConfig,
+    min_rank: int,
+    max_rank: int,
+    min_width: int | None,
+    max_width: int | None,
+) -> Bounds:
+    per_rank = config.adapter_size / config.lora_rank
+    given = {"min_rank": min_rank, "max_rank": max_rank}
+    for name, value in given.items():
+        _check_size(name, value)
+    given["min_width"] = max(1, round(min_rank * per_rank)) if min_width is None else min_width
+    given["max_width"] = max(1, round(max_rank * per_rank)) if max_width is None else max_width
+    for name, value in given.items():
+        _check_size(name, value)
+    for name in ("rank", "width"):
+        least, most = given[f"min_{name}"], given[f"max_{name}"]
+        if least > most:
+            raise AdapterError(
+                f"max_{name}: got {most}, allowed: an integer from min_{name}, which is {least}"
+            )
+    ranks = min_rank, max_rank
+    widths = given["min_width"], given["max_width"]
+    return {"lora": ranks, "bottleneck": widths, "block": widths}
+
+
+def _check_size(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise AdapterError(f"{name}: got {value!r}, allowed: an integer from 1")
+
+
+def _check_scores(scores: Mapping[str, float], specs: tuple[SiteSpec, ...]) -> None:
+    if not isinstance(scores, Mapping):
+        raise AdapterError(f"scores: got {scores!r}, allowed: a mapping from module path to score")
+    paths = {spec.path for spec in specs}
+    missing, unknown = sorted(paths - scores.keys()), sorted(scores.keys() - paths, key=str)
+    if missing or unknown:
+        parts = [f"none for {listed(missing)}"] * bool(missing)
+        parts += [f"one for {listed(unknown)}, not adapted"] * bool(unknown)
+        raise AdapterError(
+            f"scores: got {' and '.join(parts)}; allowed: one for every adapted module"
+        )
+    for path, score in scores.items():
+        number = isinstance(score, (int, float)) and not isinstance(score, bool)
+        if not number or not math.isfinite(score) or score < 0:
+            raise AdapterError(f"scores: got {score!r} for {path}, allowed: a finite number from 0")
+    if not any(scores.values()):
+        raise AdapterError("scores: got 0 for every module, allowed: at least one above 0")
+
+
+def _budget(budget: int | None, claims: list[Claim]) -> int:
+    if budget is None:
+        return sum(claim.cost * claim.usual for claim in claims)
+    least = sum(claim.cost * claim.least for claim in claims)
+    most = sum(claim.cost * claim.most for claim in claims)
+    whole = isinstance(budget, int) and not isinstance(budget, bool)
+    if not whole or not least <= budget <= most:
+        raise AdapterError(
+            f"budget: got {budget!r}, allowed: an integer from {least:,} (every module at its"
+            f" minimum) to {most:,} (at its maximum)"
+        )
+    return budget
+
+
+def _note(budget: int, cost: int, claims: list[Claim]) -> str:
+    if cost > budget:
+        return "the minimum of every module costs more than the budget; the bounds win"
+    if budget - cost >= max(claim.cost for claim in claims):
+        return "the maximum of every module costs less than the budget; the bounds win"
+    return ""
+
+
+def _stored(bank: AdapterBank) -> int:
+    return sum(parameter.numel() for parameter in bank.parameters())

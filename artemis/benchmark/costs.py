@@ -1,0 +1,37 @@
+"""What an operation must compute and move, whoever runs it."""
+
+from artemis_kernels import Cost
+
+from .operations import Operation, Sizes
+
+PASSES = ("forward", "backward", "both")
+
+
+def cost(operation: Operation, sizes: Sizes, provider: str, forward: Cost, itemsize: int) -> Cost:
+    """FLOPs and bytes of one forward and one backward; `forward` is what `explain` says of it.
+
+    Backward: dX of the base, each thin product twice; dY and what the forward read are read once,
+    dX and the adapter's gradients written once.
+    """
+    m, k, n, r = sizes
+    has_weight = operation.name != "bottleneck_adapter"
+    base = 2 * m * k * n * has_weight
+    if provider == "bare":
+        return Cost(2 * base, 2 * itemsize * (m * k + k * n + m * n))
+    adapter = r * (k + n)
+    moved = m * n + k * n * has_weight + 2 * m * k + 2 * adapter
+    return forward + Cost(base + 2 * (forward.flops - base), itemsize * moved)
+
+
+def cost_of_pass(
+    operation: Operation, sizes: Sizes, provider: str, forward: Cost, itemsize: int, which: str
+) -> Cost:
+    """The same for one of PASSES."""
+    both = cost(operation, sizes, provider, forward, itemsize)
+    if provider == "bare":
+        forward = Cost(both.flops // 2, both.bytes // 2)
+    if which == "both":
+        return both
+    if which == "forward":
+        return forward
+    return Cost(both.flops - forward.flops, both.bytes - forward.bytes)

@@ -1,0 +1,152 @@
+"""A step: one workload of one arm on one cell, and how it is built and run."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from . import accuracy
+from .arms import ARMS, TrainingStep
+from .memory import forget_peak, peak_memory
+from .models import Cell, build, random_tokens
+
+NEW_TOKENS = 16  # decoded in one run of the workload "decode"
+_GATE_SEQUENCES = 2  # of a part of a large model; small models are checked on their whole batch
+WORKLOADS = ("train", "prefill", "decode", "memory")
+
+
+class Step(NamedTuple):
+    """`workload` is one of WORKLOADS, `arm` a name of `ARMS`."""
+
+    workload: str
+    arm: str
+    cell: Cell
+
+    def __str__(self) -> str:
+        cell = self.cell
+        layers = "1 layer" if cell.layers == 1 else f"{cell.layers} layers"
+        return (
+            f"{self.workload} by {self.arm}, {cell.model}: {layers}, a vocabulary of"
+            f" {cell.vocabulary:,}, {cell.batch} × {cell.sequence:,} tokens"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a JSON line."""
+        cell = dataclasses.asdict(self.cell)
+        return {"workload": self.workload, "arm": self.arm, **cell}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Step":
+        """The step that a JSON line is about; its other values do not count."""
+        cell = Cell(**{field.name: values[field.name] for field in dataclasses.fields(Cell)})
+        return cls(values["workload"], values["arm"], cell)
+
+    @property
+    def estimated_bytes(self) -> float:
+        """About how much memory it takes: what the base's weights cost, and activations."""
+        arm, cell = ARMS[self.arm], self.cell
+        sizes, size = cell.architecture, ARMS[self.arm].dtype.itemsize
+        if self.workload in ("prefill", "decode"):
+            return sizes.parameters * size + cell.tokens * sizes.hidden * 64
+        a_token = sizes.layers * (12 * sizes.hidden + 5 * sizes.intermediate) * size
+        return sizes.parameters * arm.state_bytes + cell.tokens * (a_token + 14 * sizes.vocabulary)
+
+
+class Prepared(NamedTuple):
+    """`run` does `count` pieces of what is timed; `step` is its model, batch and optimizer."""
+
+    run: Callable[[], object]
+    count: int
+    step: TrainingStep
+
+
+def prepare(step: Step) -> Prepared:
+    """Build the model, adapt it, and say what a round runs."""
+    training = _training_step(step)
+    accuracy.fill_zeros(training.model)
+    if step.workload in ("train", "memory"):
+        return Prepared(training, 1, training)
+    training.model.eval()
+    if step.workload == "prefill":
+        return Prepared(lambda: _prefill(training), 1, training)
+    return Prepared(_decoding(training), NEW_TOKENS, training)
+
+
+def _training_step(step: Step, reference: bool = False) -> TrainingStep:
+    arm, cell = ARMS[step.arm], step.cell
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with device:
+        model = build(cell.architecture, arm.dtype, cell.sequence + NEW_TOKENS)
+        if not cell.whole and not arm.is_full:
+            model.get_input_embeddings().register_forward_hook(_let_gradients_reach)
+        adapt = arm.reference if reference else arm.adapt
+        batch = random_tokens(cell.vocabulary, cell.batch, cell.sequence).to(device)
+        return TrainingStep(adapt(model), batch, arm.autocast)
+
+
+def _let_gradients_reach(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
+    """A forward hook: the backward goes on to this output, as it would to a layer below."""
+    if torch.is_grad_enabled():
+        output.requires_grad_()
+
+
+def check(step: Step, prepared: Prepared) -> accuracy.Verdict:
+    """Hold an adapted model to its references: its gradients, or its logits where it only infers.
+
+    What is checked is what will be timed; its batch may be cut short.
+    """
+    arm, training = ARMS[step.arm], prepared.step
+    whole_batch = training.batch
+    if not step.cell.whole:
+        training.batch = whole_batch[:_GATE_SEQUENCES]
+    infers = step.workload in ("prefill", "decode")
+    try:
+        return accuracy.check(
+            training,
+            lambda: _training_step(step, reference=True),
+            arm.dtype,
+            arm.masks,
+            arm.tolerance,
+            accuracy.logits if infers else accuracy.gradients,
+        )
+    finally:
+        training.batch = whole_batch
+        training.model.train(not infers)
+
+
+def _prefill(training: TrainingStep) -> Any:
+    """Read the prompt; return the cache."""
+    with torch.inference_mode():
+        outputs = training.model(input_ids=training.batch, use_cache=True, logits_to_keep=1)
+    return outputs.past_key_values
+
+
+def _decoding(training: TrainingStep) -> Callable[[], None]:
+    """Decode NEW_TOKENS tokens after the prompt, each time from the same cache."""
+    cache = _prefill(training)
+    token = training.batch[:, -1:]
+
+    def run() -> None:
+        with torch.inference_mode():
+            for _ in range(NEW_TOKENS):
+                training.model(input_ids=token, past_key_values=cache, use_cache=True)
+            cache.crop(-NEW_TOKENS)
+
+    return run
+
+
+def measure_memory(step: Step) -> dict[str, int]:
+    """Bytes of two training steps, to be run in a process of its own.
+
+    `states`: weights, gradients and optimizer; `peak`: the most that the steps took at once beyond
+    what the process held before the model; the rest of it is activations and temporaries.
+    """
+    tiny = Cell("64x1", 1, 64, 1, 16, step.cell.whole)
+    prepare(step._replace(cell=tiny)).run()  # libraries load what they need at their first use
+    before = forget_peak()
+    prepared = prepare(step)
+    forget_peak()
+    for _ in range(2):
+        prepared.run()
+    return {"states": prepared.step.state_bytes, "peak": peak_memory() - before}

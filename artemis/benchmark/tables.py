@@ -1,0 +1,128 @@
+"""Tables of what was measured, as text for a terminal or as Markdown for a document."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+Record = dict[str, Any]
+GIGA = 1e9
+
+
+class Column(NamedTuple):
+    """A title, and the cell of a row; words stand on the left, numbers on the right."""
+
+    title: str
+    cell: Callable[[Record], str]
+    words: bool = False
+
+
+def _at(*path: str, form: str = "{:,.2f}", unit: float | None = None) -> Callable[[Record], str]:
+    """The number at a path of keys, or nothing where it is missing."""
+
+    def cell(row: Record) -> str:
+        value: Any = row
+        for key in path:
+            value = value.get(key) if value else None
+        if value is not None and unit is not None:
+            value /= unit
+        return "" if value is None else form.format(value)
+
+    return cell
+
+
+def _spread(row: Record) -> str:
+    return f"{row['ms']['p20']:,.0f}–{row['ms']['p80']:,.0f}" if "ms" in row else ""
+
+
+def _what(row: Record) -> str:
+    return row["what"] + (f" (no figure: {row['failed']})" if "failed" in row else "")
+
+
+_MODEL = (
+    Column("model", lambda row: row["model"], words=True),
+    Column("tokens a step", _at("tokens", form="{:,}")),
+    Column("sequence", _at("sequence", form="{:,}")),
+    Column("arm", _what, words=True),
+)
+_MEMORY = tuple(
+    Column(f"{name}, GB", _at("memory", name, unit=GIGA)) for name in ("states", "activations")
+)
+COLUMNS: dict[str, tuple[Column, ...]] = {
+    "train": (
+        *_MODEL,
+        Column("ms a step", _at("ms", "p50", form="{:,.0f}")),
+        Column("p20–p80", _spread),
+        Column("samples/s", _at("samples_per_second", form="{:,.3g}")),
+        Column("× full bf16 autocast", _at("speedup", "full-autocast")),
+        Column("× full fp32", _at("speedup", "full-fp32")),
+        Column("× full bf16", _at("speedup", "full-bf16")),
+        *_MEMORY,
+        Column("FLOPs", _at("flops_relative", form="{:.0%}")),
+        Column("device-seconds", _at("device_seconds_relative", form="{:.0%}")),
+    ),
+    "memory": (
+        *_MODEL,
+        *_MEMORY,
+        Column("peak, GB", _at("memory", "peak", unit=GIGA)),
+        Column("of full bf16 autocast", _at("peak_relative", form="{:.0%}")),
+    ),
+    "decode": (
+        _MODEL[0],
+        Column("batch", _at("batch", form="{:,}")),
+        Column("prompt", _at("sequence", form="{:,}")),
+        _MODEL[3],
+        Column("prefill tokens/s", _at("prefill", "tokens_per_second", form="{:,.0f}")),
+        Column("× plain bf16", _at("prefill", "speedup", "full-bf16")),
+        Column("× plain fp32", _at("prefill", "speedup", "full-fp32")),
+        Column("decode tokens/s", _at("decode", "tokens_per_second", form="{:,.4g}")),
+        Column("× plain bf16", _at("decode", "speedup", "full-bf16")),
+        Column("× plain fp32", _at("decode", "speedup", "full-fp32")),
+    ),
+    "kernels": (
+        Column("operation", lambda row: row["op"], words=True),
+        Column("layer", lambda row: row["layer"], words=True),
+        Column("tokens × in × out, rank", lambda row: "{m:,} × {k:,} × {n:,}, {r}".format(**row)),
+        Column("dropout", _at("dropout", form="{:g}")),
+        Column("pass", lambda row: row["pass"], words=True),
+        Column("provider", lambda row: row["provider"], words=True),
+        Column("ms", _at("ms", "p50", form="{:,.3g}")),
+        Column("GFLOP/s", _at("gflops", form="{:,.0f}")),
+        Column("GB/s", _at("gbs", form="{:,.1f}")),
+        Column("÷ floor", _at("over_floor")),
+        Column("÷ best peer", _at("over_best_peer")),
+        Column("error", _at("error", form="{:.1e}")),
+    ),
+}
+
+
+def text(table: str, rows: Sequence[Record]) -> str:
+    """Aligned columns under their titles, and how each model was measured."""
+    columns = COLUMNS[table]
+    lines = [[column.title for column in columns], *_cells(columns, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    shown = [
+        "  ".join(
+            cell.ljust(width) if column.words else cell.rjust(width)
+            for cell, width, column in zip(line, widths, columns, strict=True)
+        ).rstrip()
+        for line in lines
+    ]
+    return "\n".join([shown[0], "-" * len(shown[0]), *shown[1:], *_notes(rows)])
+
+
+def markdown(table: str, rows: Sequence[Record]) -> str:
+    """The same as a Markdown table, its notes below."""
+    columns = COLUMNS[table]
+    lines = [[column.title for column in columns]]
+    lines.append(["---" if column.words else "---:" for column in columns])
+    lines += _cells(columns, rows)
+    notes = "\n".join(f"- {note}" for note in _notes(rows))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n\n" + notes
+
+
+def _cells(columns: Sequence[Column], rows: Sequence[Record]) -> list[list[str]]:
+    return [[column.cell(row) for column in columns] for row in rows]
+
+
+def _notes(rows: Sequence[Record]) -> list[str]:
+    """`model: how`, each once."""
+    return list(dict.fromkeys(f"{row['model']}: {row['how']}" for row in rows if "how" in row))

@@ -1,0 +1,49 @@
+"""Times of short calls on a device, in turns."""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from .runner import in_turns
+
+_FLUSHED_BYTES = 1 << 28  # far past the last-level cache of a GPU or a CPU
+
+
+class Timer:
+    """Milliseconds: by events on a GPU, by the clock on a CPU.
+
+    With `flush` a large buffer is written before each call, so that operands come from memory, as
+    those of one layer after all the others do.
+    """
+
+    def __init__(self, device: torch.device, rounds: int, flush: bool = True) -> None:
+        self.on_gpu, self.rounds = device.type == "cuda", rounds
+        self.warmup = 0 if rounds == 1 else 2  # one round is a rehearsal, nothing to believe
+        size = _FLUSHED_BYTES if flush else 1
+        self.flushed = torch.empty(size, dtype=torch.uint8, device=device)
+
+    def milliseconds(self, call: Callable[[], object]) -> float:
+        self.flushed.zero_()
+        if not self.on_gpu:
+            start = time.perf_counter()
+            call()
+            return (time.perf_counter() - start) * 1e3
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    def best(self, call: Callable[[], object]) -> float:
+        """Seconds of the fastest of several calls."""
+        return min(self.interleaved({"": call})[""]) / 1e3
+
+    def interleaved(self, calls: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+        """Milliseconds of each call in each round, in an order of its own per round."""
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for number, name, ms in in_turns(calls, self.warmup + self.rounds, self.milliseconds):
+            if number >= self.warmup:
+                times[name].append(ms)
+        return times

@@ -1,0 +1,148 @@
+"""What to pack and how: options and model in, checked layers out; nothing is changed."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers.pytorch_utils import Conv1D
+
+from .. import architectures
+from ..bank import find_bank
+from ..errors import AdapterError, listed
+from ..layers import PACKED, weight_of
+from ..merging import is_merged
+from ..quantized_layers import packed_layers
+
+#: (bits, format of the user) -> format of the weight.
+_FORMATS = {(8, "int"): "int8", (8, "fp8"): "fp8", (4, "int"): "int4"}
+_ADAPTER_BITS = (32, 16, 8)
+_GROUP_SIZES = (256, 128, 64, 32, 16, 8)
+_LEAST_GROUP = 8
+
+
+@dataclass(frozen=True)
+class Options:
+    """How weights and adapters are to be held, checked; `format` is a `QuantizedWeight`'s."""
+
+    format: str
+    group_size: int | None
+    activation_bits: int | str
+    adapter_bits: int
+    include_head: bool
+
+
+def checked_options(
+    bits, format, group_size, activation_bits, adapter_bits, include_head, calibrated
+) -> Options:
+    """The options, or one `AdapterError` for the first that makes no sense."""
+    if (bits, format) not in _FORMATS or isinstance(bits, bool):
+        raise AdapterError(
+            f"bits, format: got {bits!r}, {format!r}, allowed: 8 with 'int' or 'fp8', 4 with 'int'"
+        )
+    packed = _FORMATS[bits, format]
+    if isinstance(adapter_bits, bool) or adapter_bits not in _ADAPTER_BITS:
+        raise AdapterError(f"adapter_bits: got {adapter_bits!r}, allowed: 32, 16 or 8")
+    if activation_bits not in ("auto", 8, 16) or (activation_bits == 8 and packed != "int8"):
+        raise AdapterError(
+            f"activation_bits: got {activation_bits!r}, allowed: 'auto' or 16, and 8 where weights"
+            f" are int8; these are {packed}"
+        )
+    if group_size is not None and (packed != "int4" or group_size not in _GROUP_SIZES):
+        raise AdapterError(
+            f"group_size: got {group_size!r}, allowed: with bits=4 one of {listed(_GROUP_SIZES)},"
+            " else None"
+        )
+    if calibrated and packed != "int4":
+        raise AdapterError(f"data: got some for {packed}, allowed: with bits=4, which it serves")
+    if not isinstance(include_head, bool):
+        raise AdapterError(f"include_head: got {include_head!r}, allowed: True or False")
+    return Options(packed, group_size, activation_bits, adapter_bits, include_head)
+
+
+def choose_layers(
+    model: nn.Module, options: Options
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The layers to pack by path, and path -> reason for every other linear layer.
+
+    Raises `AdapterError` where the model as a whole, or the shape or the values of a layer, forbid.
+    """
+    _check_model(model)
+    chosen, skipped = {}, {}
+    for path, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, Conv1D)):
+            continue
+        reason = _why_not(model, path, module, options)
+        if reason is None:
+            chosen[path] = module
+        else:
+            skipped[path] = reason
+    if not chosen:
+        reasons = listed(f"{path}: {reason}" for path, reason in skipped.items())
+        raise AdapterError(
+            f"{type(model).__name__} has no linear layer to quantize ({reasons or 'none at all'})"
+        )
+    problems = [f"{path} {p}" for path, m in chosen.items() for p in _problems(m, options)]
+    if problems:
+        raise AdapterError(f"cannot quantize to {options.format}: {listed(problems)}")
+    return chosen, skipped
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module) or isinstance(model, DistributedDataParallel):
+        raise AdapterError(
+            f"got a {type(model).__name__}, allowed: a torch.nn.Module that is not wrapped for"
+            " several processes yet"
+        )
+    if any(packed_layers(model)) or getattr(model, "is_quantized", False):
+        raise AdapterError(f"{type(model).__name__} is quantized already")
+    if find_bank(model) is not None and is_merged(model):
+        raise AdapterError("the adapter is merged into the base; call unmerge_adapter() first")
+
+
+def _why_not(model: nn.Module, path: str, module: nn.Module, options: Options) -> str | None:
+    bank = find_bank(model)
+    heads = architectures.classifier_heads(model) if bank is None else bank.heads
+    if any(path == head or path.startswith(f"{head}.") for head in heads):
+        return "a head that trains"
+    tied = _tied_to(model, path, module)
+    if module is architectures.output_head(model):
+        if not options.include_head:
+            return "the output head; include_head=True takes it too"
+        if tied:
+            raise AdapterError(
+                f"include_head: the weight of {path} is also {tied}, which stays: nothing would be"
+                " saved; allowed: False"
+            )
+    if type(module) not in PACKED:
+        return f"a {type(module).__name__}, whose forward may differ"
+    if "forward" in vars(module):
+        return "it carries a forward of its own"
+    if tied:
+        return f"its weight is also {tied}"
+    if not module.weight.is_floating_point():
+        return f"its weight is {module.weight.dtype}"
+    return None
+
+
+def _tied_to(model: nn.Module, path: str, module: nn.Module) -> str | None:
+    """Another name of the layer's weight, unless the whole layer has two."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner, _, _ = name.rpartition(".")
+        if parameter is module.weight and model.get_submodule(owner) is not module:
+            return name
+    return None
+
+
+def _problems(module: nn.Module, options: Options) -> Iterator[str]:
+    weight = weight_of(module)
+    size = options.group_size or _LEAST_GROUP
+    if not weight.numel():
+        yield "has no weights"
+    elif options.format == "int4" and weight.shape[1] % size:
+        yield f"has {weight.shape[1]} inputs, allowed: a multiple of {size}, or bits=8"
+    elif weight.is_meta:
+        yield "is on the meta device, without values"
+    elif not torch.isfinite(weight).all():
+        yield "holds inf or nan"

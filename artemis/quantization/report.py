@@ -1,0 +1,107 @@
+"""What quantizing a model did: bytes, errors, and what was left as it was."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import log10
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One packed layer; `relative_error` is rms(packed − weight) / rms(weight)."""
+
+    path: str
+    out_features: int
+    in_features: int
+    format: str
+    group_size: int | None
+    bytes_before: int
+    bytes_after: int
+    relative_error: float
+
+    @property
+    def snr_db(self) -> float | None:
+        """Signal to noise of the weight in dB; None where nothing was lost."""
+        return -20 * log10(self.relative_error) if self.relative_error else None
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What `quantize_adapter_model` did; printed, a table.
+
+    Attributes:
+        layers: every packed layer, in the model's order.
+        skipped: path of a linear layer left as it was -> why.
+        activation_bits: what the products' inputs are rounded to: "auto", 8 or 16.
+        model_bytes_before, model_bytes_after: parameters and buffers of the whole model.
+    """
+
+    layers: tuple[LayerReport, ...]
+    skipped: Mapping[str, str]
+    activation_bits: int | str
+    model_bytes_before: int
+    model_bytes_after: int
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of the packed layers' weights, as they were held."""
+        return sum(layer.bytes_before for layer in self.layers)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of the packed layers' weights now, scales and offsets included."""
+        return sum(layer.bytes_after for layer in self.layers)
+
+    @property
+    def of_16_bits(self) -> float:
+        """`bytes_after` over what the same weights take in 16 bits."""
+        return self.bytes_after / sum(2 * e.out_features * e.in_features for e in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        layers = [asdict(layer) | {"snr_db": layer.snr_db} for layer in self.layers]
+        totals = {
+            name: getattr(self, name) for name in ("bytes_before", "bytes_after", "of_16_bits")
+        }
+        return asdict(self) | totals | {"layers": layers, "skipped": dict(self.skipped)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "QuantizationReport":
+        """The reverse of `to_dict`."""
+        layers = tuple(
+            LayerReport(**{key: value for key, value in layer.items() if key != "snr_db"})
+            for layer in values["layers"]
+        )
+        rest = ("skipped", "activation_bits", "model_bytes_before", "model_bytes_after")
+        return cls(layers, **{key: values[key] for key in rest})
+
+    def __str__(self) -> str:
+        rows = [("layer", "shape", "format", "MB before", "after", "error", "SNR dB")]
+        for layer in self.layers:
+            group = f" / {layer.group_size}" if layer.group_size else ""
+            rows.append((
+                layer.path, f"{layer.out_features}x{layer.in_features}", layer.format + group,
+                _megabytes(layer.bytes_before), _megabytes(layer.bytes_after),
+                f"{layer.relative_error:.2%}",
+                "exact" if layer.snr_db is None else f"{layer.snr_db:.1f}",
+            ))  # fmt: skip
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(
+                cell.rjust(width) if column > 2 else cell.ljust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        ]
+        lines += [f"{path}  as it was: {reason}" for path, reason in self.skipped.items()]
+        lines.append(
+            f"{len(self.layers)} layers: {_megabytes(self.bytes_before)} MB, now"
+            f" {_megabytes(self.bytes_after)} MB ({self.of_16_bits:.3f} of 16 bits); whole model:"
+            f" {_megabytes(self.model_bytes_before)} MB, now"
+            f" {_megabytes(self.model_bytes_after)} MB"
+        )
+        return "\n".join(lines)
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.2f}"

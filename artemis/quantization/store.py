@@ -1,0 +1,251 @@
+"""A quantized base on disk: one safetensors file whose header says everything. No pickle.
+
+    quantized_base.safetensors   the packed weights and every other tensor of the base, each once;
+                                 in the header's metadata, under "quantized_base", one JSON object:
+                                 format, library version, the model's class, how each layer is
+                                 packed (the report), and which names stand for the same tensor
+
+Adapters are saved apart, as always: `model.save_adapter_parameters`.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PretrainedConfig
+
+from artemis_kernels import QuantizedWeight
+
+from ..atomic import replace_files
+from ..bank import BANK, find_bank
+from ..errors import AdapterError, listed
+from ..layers import weight_of
+from ..quantized_layers import PARTS, QUANTIZED, SAMPLE, pack, packed_layers
+from ..version import __version__
+from .report import LayerReport, QuantizationReport
+
+FILE = "quantized_base.safetensors"
+FORMAT_VERSION = 1
+_METADATA_KEY = "quantized_base"
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What a file holds, without its tensors' values."""
+
+    path: Path
+    class_name: str
+    report: QuantizationReport
+    #: Another name of a tensor -> the name that it is stored under.
+    aliases: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+def save_quantized(model: nn.Module, path: str | os.PathLike) -> None:
+    """Save the quantized base of `model`, without its adapter, into the directory `path`.
+
+    Killed at any moment, it leaves the old file or the new one; other files are not touched.
+
+    Raises `AdapterError` where the model is not quantized, or `path` is a file.
+    """
+    report = getattr(model, "quantization_report", None)
+    if report is None or not any(packed_layers(model)):
+        raise AdapterError(f"{type(model).__name__} is not quantized; quantize_adapter_model does")
+    directory = Path(path)
+    if directory.exists() and not directory.is_dir():
+        raise AdapterError(f"{directory}: got a file, allowed: a directory to save the base in")
+    tensors, aliases = _tensors(model)
+    header = json.dumps(
+        {
+            "format_version": FORMAT_VERSION,
+            "library_version": __version__,
+            "class_name": type(model).__name__,
+            "report": report.to_dict(),
+            "aliases": aliases,
+        }
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    replace_files(directory, {FILE: lambda file: save_file(tensors, file, {_METADATA_KEY: header})})
+
+
+def load_quantized(
+    model_or_config: nn.Module | PretrainedConfig, path: str | os.PathLike
+) -> nn.Module:
+    """Return the model that `save_quantized` saved in `path`.
+
+    Args:
+        model_or_config: a model of the saved one's class and sizes, neither quantized nor adapted,
+            whose tensors are replaced in place (on its device; one on the meta device lands on
+            the CPU); or its configuration, from which transformers' class of the saved name is
+            built without ever holding the full weights.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        AdapterError: a damaged or foreign file, or another model than the saved one; then nothing
+            is changed.
+    """
+    stored = _read(Path(path))
+    model = model_or_config
+    if isinstance(model, PretrainedConfig):
+        model = _empty(model, stored)
+    layers = _check(model, stored)
+    with safe_open(stored.path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    _put(model, stored, layers, tensors)
+    model.quantization_report = stored.report
+    return model
+
+
+def _tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Every tensor of the base under its first name, and the other names of each."""
+    names: dict[int, str] = {}
+    tensors, aliases = {}, {}
+    storages = set()
+    for name, tensor in _named(model):
+        if id(tensor) in names:
+            aliases[name] = names[id(tensor)]
+            continue
+        names[id(tensor)] = name
+        storage = tensor.untyped_storage().data_ptr()
+        shares = storage in storages  # views of one storage: safetensors takes none
+        storages.add(storage)
+        tensors[name] = tensor.detach().clone() if shares else tensor.detach().contiguous()
+    return tensors, aliases
+
+
+def _named(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Parameters and buffers of the base, those that `state_dict` leaves out included."""
+    both = (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    )
+    return [(name, tensor) for name, tensor in both if not name.startswith(f"{BANK}.")]
+
+
+def _read(path: Path) -> _Stored:
+    path = path / FILE if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"no quantized base at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            shapes = {n: tuple(file.get_slice(n).get_shape()) for n in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise AdapterError(f"{path}: damaged, or no safetensors file ({error})") from None
+    if _METADATA_KEY not in metadata:
+        raise AdapterError(f"{path}: a safetensors file, but not a quantized base's")
+    try:
+        header = json.loads(metadata[_METADATA_KEY])
+        version = header["format_version"]
+        if version != FORMAT_VERSION:
+            raise AdapterError(f"{path}: got format version {version!r}, allowed: {FORMAT_VERSION}")
+        report = QuantizationReport.from_dict(header["report"])
+        return _Stored(path, header["class_name"], report, header["aliases"], shapes)
+    except AdapterError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdapterError(f"{path}: its header is damaged ({error!r})") from None
+
+
+def _empty(config: PretrainedConfig, stored: _Stored) -> nn.Module:
+    """A model of the saved class on the meta device."""
+    cls = getattr(transformers, stored.class_name, None)
+    if cls is None:
+        raise AdapterError(
+            f"{stored.path}: transformers has no class {stored.class_name}; give the model itself"
+        )
+    with torch.device("meta"):
+        return cls(config).eval()
+
+
+def _check(model: nn.Module, stored: _Stored) -> dict[str, nn.Module]:
+    """The layers to pack by path; `AdapterError` where the file is not this model's."""
+    name = type(model).__name__
+    if find_bank(model) is not None or any(packed_layers(model)):
+        raise AdapterError(
+            f"{name} is adapted or quantized already, allowed: a plain model; load the adapter"
+            " after the base"
+        )
+    problems = []
+    if name != stored.class_name:
+        problems.append(f"the model is a {name}, the file's a {stored.class_name}")
+    modules, layers = dict(model.named_modules()), {}
+    for layer in stored.report.layers:
+        module = modules.get(layer.path)
+        if type(module) not in QUANTIZED:
+            problems.append(f"{layer.path} is a {type(module).__name__}, in the file a linear layer")
+        elif tuple(weight_of(module).shape) != (layer.out_features, layer.in_features):
+            problems.append(f"{layer.path} has shape {tuple(weight_of(module).shape)}, in the file")
+            problems[-1] += f" {layer.out_features, layer.in_features}"
+        else:
+            layers[layer.path] = module
+    if not problems:
+        problems = _differences(model, stored)
+    if problems:
+        raise AdapterError(f"{stored.path} does not fit the model: {listed(problems)}")
+    return layers
+
+
+def _differences(model: nn.Module, stored: _Stored) -> list[str]:
+    """Tensors that only one side has, or in another shape; packed layers are compared already."""
+    weights = {f"{layer.path}.weight" for layer in stored.report.layers}
+    parts = {f"{e.path}.{part}" for e in stored.report.layers for part in (*PARTS, SAMPLE)}
+    mine = {name: tuple(t.shape) for name, t in _named(model) if name not in weights}
+    theirs = {name: shape for name, shape in stored.shapes.items() if name not in parts}
+    theirs |= {name: stored.shapes.get(first) for name, first in stored.aliases.items()}
+    # Buffers outside the state may differ between versions; a model with values has its own.
+    optional = set() if _is_meta(model) else mine.keys() - model.state_dict().keys()
+    names = sorted((mine.keys() | theirs.keys()) - optional)
+    return [
+        f"{name} is {mine.get(name, 'missing')}, in the file {theirs.get(name, 'missing')}"
+        for name in names
+        if mine.get(name) != theirs.get(name)
+    ]
+
+
+def _is_meta(model: nn.Module) -> bool:
+    return any(tensor.is_meta for _, tensor in _named(model))
+
+
+def _put(
+    model: nn.Module,
+    stored: _Stored,
+    layers: Mapping[str, nn.Module],
+    tensors: dict[str, torch.Tensor],
+) -> None:
+    """Replace the model's tensors by the file's, which were compared with it."""
+    device = torch.device("cpu") if _is_meta(model) else next(model.parameters()).device
+    weights = {entry.path: _weight(stored, entry, tensors) for entry in stored.report.layers}
+    for path, weight in weights.items():
+        module = layers[path]
+        taken = tensors.pop(f"{path}.{SAMPLE}")
+        pack(module, QUANTIZED[type(module)], weight.to(device), taken.to(device))
+    placed = {name: tensor.to(device) for name, tensor in tensors.items()}
+    known = dict(_named(model))
+    made = {
+        name: nn.Parameter(tensor, known[name].requires_grad)
+        if isinstance(known[name], nn.Parameter)
+        else tensor
+        for name, tensor in placed.items()
+        if name in known
+    }
+    for name in known:
+        tensor = made.get(stored.aliases.get(name, name))
+        if tensor is not None:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, tensor)
+
+
+def _weight(
+    stored: _Stored, entry: LayerReport, tensors: dict[str, torch.Tensor]
+) -> QuantizedWeight:
+    parts = (tensors.pop(f"{entry.path}.{part}", None) for part in PARTS)
+    bits = stored.report.activation_bits
+    return QuantizedWeight(*parts, entry.format, entry.group_size, bits)

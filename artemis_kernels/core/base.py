@@ -1,0 +1,129 @@
+"""The frozen base of an eager path: one set of products, whatever the weight is held in.
+
+`PlainBase` calls BLAS on a tensor. `PackedBase` holds a `QuantizedWeight`: its products run in 8
+bits (`eight_bit.py`), or by weight only, through a copy of the weight in x's dtype unless there
+are few rows (decoding), where the packed weight is read once and never copied.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional
+
+from . import eight_bit, quantized
+from .device import multiplies_int8
+from .quantized import QuantizedWeight
+from .types import Cost
+
+MANY_ROWS = 16  # from here on int8 products of rounded rows beat bf16 and weight-only ones
+_FEW_ROWS = {"int8": 4, "fp8": 2, "int4": 2}  # up to here a copy of the weight costs more
+_BY_BYTES = (torch.float32, torch.bfloat16)
+
+
+#: The end of an operator's schema, for which `of` makes the base.
+SCHEMA = "Tensor? weight_scale=None, Tensor? weight_offset=None"
+
+
+class PlainBase(NamedTuple):
+    """A weight [out, in] of the compute dtype, any strides."""
+
+    weight: torch.Tensor
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`x Wᵀ + bias` [M, out]."""
+        return functional.linear(x, self.weight, bias)
+
+    def input_gradient(self, dy: torch.Tensor) -> torch.Tensor:
+        """`dY W` [M, in]."""
+        return torch.mm(dy, self.weight)
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight as a tensor, for the thin products `D W` and `g Wᵀ` of a folded bottleneck."""
+        return self.weight
+
+
+class PackedBase:
+    """A quantized weight, its products in 8 bits or by weight only; one object a call."""
+
+    def __init__(self, weight: QuantizedWeight, in_eight_bits: bool):
+        self.weight, self.in_eight_bits = weight, in_eight_bits
+        self._copy: torch.Tensor | None = None
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`x Wᵀ + bias` [M, out] in x's dtype."""
+        weight = self.weight
+        if self.in_eight_bits:
+            return eight_bit.linear(x, weight.data, weight.scale, bias)
+        y = self._few_rows(x) if x.shape[0] <= _FEW_ROWS[weight.format] else None
+        if y is None:
+            return functional.linear(x, self.dense(x.dtype), bias)
+        return (y if bias is None else y + bias).to(x.dtype)
+
+    def input_gradient(self, dy: torch.Tensor) -> torch.Tensor:
+        """`dY W` [M, in] in dY's dtype; in 8 bits, of the rounded `dY ⊙ scale`."""
+        if self.in_eight_bits:
+            return eight_bit.input_gradient(dy, self.weight.data, self.weight.scale)
+        return torch.mm(dy, self.dense(dy.dtype))
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight [out, in] in `dtype`: a copy, made once a call."""
+        if self._copy is None or self._copy.dtype != dtype:
+            self._copy = quantized.dequantized(self.weight, dtype)
+        return self._copy
+
+    def _few_rows(self, x: torch.Tensor) -> torch.Tensor | None:
+        """`x Wᵀ` in fp32, every byte of the weight read once; None where nothing does that."""
+        if x.device.type != "cpu" or x.dtype not in _BY_BYTES or not x.numel():
+            return None
+        out_features, columns = self.weight.shape
+        if self.weight.format != "int8" or out_features % 16 or columns % 32:
+            return quantized.few_rows(x, self.weight)  # torch's reads past the end of odd sizes
+        ones = x.new_ones(out_features)  # the scales would be rounded to x's dtype
+        y = torch._weight_int8pack_mm(x.contiguous(), self.weight.data.contiguous(), ones)
+        return y.float().mul_(self.weight.scale)
+
+
+Base = PlainBase | PackedBase
+
+
+def of(
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    strategy: str,
+) -> Base:
+    """The base that an operator's tensors and strategy stand for (see `packed_strategy`)."""
+    if scale is None:
+        return PlainBase(weight)
+    return PackedBase(QuantizedWeight.of_parts(weight, scale, offset), strategy.endswith("_int8"))
+
+
+def packed_strategy(weight: object, rows: int) -> tuple[str, str]:
+    """What a quantized weight adds to the name of a strategy, and why; nothing for a tensor."""
+    if not isinstance(weight, QuantizedWeight):
+        return "", ""
+    bits, native_int8 = weight.activation_bits, multiplies_int8(weight.device)
+    if bits == 8:
+        how = "" if native_int8 else ", in float32: this processor has no int8 dot product"
+        return "_int8", f" and activation_bits is 8{how}"
+    if bits == 16:
+        return "_weight_only", " and activation_bits is 16"
+    if weight.format != "int8":
+        return "_weight_only", f" and products of 8-bit activations need int8, not {weight.format}"
+    if not native_int8:
+        return "_weight_only", f" and no int8 dot product serves {weight.device.type!r} here"
+    if rows < MANY_ROWS:
+        return "_weight_only", f" and fewer than {MANY_ROWS} rows gain nothing from int8 products"
+    return "_int8", " and int8 products are twice as fast here"
+
+
+def as_held(cost: Cost, weight: object, itemsize: int) -> Cost:
+    """`cost`, reckoned for a weight of `itemsize` bytes a number, with those of a quantized one."""
+    if not isinstance(weight, QuantizedWeight):
+        return cost
+    return cost + Cost(0, weight.nbytes - itemsize * weight.shape[0] * weight.shape[1])
+
+
+def in_features(weight: torch.Tensor) -> int:
+    """Input features of an operator's weight, packed or not."""
+    return weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)

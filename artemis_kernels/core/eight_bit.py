@@ -1,0 +1,147 @@
+"""Products of a frozen int8 weight with rows rounded to 8 bits, each row by its own scale.
+
+    x Wᵀ:   q = round(x / s),         y  = (q Wqᵀ)·s·w + bias       w: the weight's row scales
+    dY W:   q = round((dY ⊙ w) / s),  dX = (q Wq)·s                 Wq: the one int8 copy
+
+The sums are exact in int32. A few columns of x may be tens of times larger than the rest (Dettmers
+et al., arXiv 2208.07339): one row scale would then round all others to nothing, so columns whose
+largest value exceeds `_APART` medians are kept out of q and multiplied in x's dtype. Each function
+has two ways, a pass of `native/eight_bit.c` or plain torch, which agree to the last bit.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from . import native
+from .device import multiplies_int8
+
+_APART = 4.0  # times the median column's largest value
+_FEWEST_PER_COLUMN_APART = 64  # at most one column in so many, at least one
+_EXACT = 1024  # int8 products whose sum fp32 holds exactly: 1024·127·128 < 2²⁴
+_TINIEST = 1e-36  # rows below are zeros: 127 / tiny would overflow
+_ROWS_OF_A_MAXIMUM = 64  # as in native/eight_bit.c
+
+
+class Rounded(NamedTuple):
+    """`v ≈ q·scale` outside the columns `apart`, for v = x ⊙ factor."""
+
+    q: torch.Tensor  # int8 [M, K]
+    scale: torch.Tensor  # fp32 [M]; nan where the row holds inf or nan
+    apart: torch.Tensor | None  # int64 [P], columns of x that are not in q
+
+
+def linear(
+    x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """`x Wᵀ + bias` for x [M, in], data int8 [out, in], scale fp32 [out]; in x's dtype."""
+    rounded = round_rows(x, None)
+    y = restore(integer_product(rounded.q, data.t()), rounded.scale, x.dtype, scale, bias)
+    if rounded.apart is not None:
+        columns = data[:, rounded.apart].float() * scale[:, None]
+        y.addmm_(x[:, rounded.apart], columns.to(x.dtype).t())
+    return y
+
+
+def input_gradient(dy: torch.Tensor, data: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`dY W` for dY [M, out]; in dY's dtype."""
+    rounded = round_rows(dy, scale)
+    dx = restore(integer_product(rounded.q, data), rounded.scale, dy.dtype)
+    if rounded.apart is not None:
+        rows = data[rounded.apart].float() * scale[rounded.apart, None]
+        dx.addmm_(dy[:, rounded.apart], rows.to(dy.dtype))
+    return dx
+
+
+def round_rows(x: torch.Tensor, factor: torch.Tensor | None) -> Rounded:
+    """Round `x ⊙ factor` to 8 bits, row by row; x [M, K], factor fp32 [K] or None (ones)."""
+    x = x.contiguous()
+    largest = _column_max(x)
+    apart = outliers(largest if factor is None else largest * factor.abs())
+    if apart is not None:
+        factor = torch.ones_like(largest) if factor is None else factor.clone()
+        factor[apart] = 0.0
+    library = native.library_for(x)
+    if library is None:
+        return Rounded(*_round_rows(x, factor), apart)
+    q, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape[0])
+    getattr(library, f"artemis_quantize_{native.NAMES[x.dtype]}")(
+        x.data_ptr(), None if factor is None else factor.data_ptr(), q.data_ptr(),
+        scale.data_ptr(), *x.shape, torch.get_num_threads(),
+    )  # fmt: skip
+    return Rounded(q, scale, apart)
+
+
+def _round_rows(x: torch.Tensor, factor: torch.Tensor | None):
+    v = x.float() if factor is None else x.float() * factor
+    largest = v.abs().amax(1, keepdim=True) if v.shape[1] else v.new_zeros(v.shape[0], 1)
+    finite = torch.isfinite(largest)
+    usable = finite & (largest > _TINIEST)
+    inverse = torch.where(usable, torch.full_like(largest, 127.0) / largest, 0.0)
+    scale = torch.where(usable, largest / 127.0, torch.where(finite, 0.0, torch.nan))
+    return torch.where(usable, v * inverse, 0.0).round_().to(torch.int8), scale[:, 0]
+
+
+def outliers(largest: torch.Tensor) -> torch.Tensor | None:
+    """Columns to be kept apart, given the largest magnitude [K] of each; None for none."""
+    if largest.numel() < 2:
+        return None
+    above = (largest > _APART * largest.nanmedian()).nonzero()[:, 0]
+    if not above.numel():
+        return None
+    most = max(1, largest.numel() // _FEWEST_PER_COLUMN_APART)
+    if above.numel() > most:
+        above = above[largest[above].topk(most).indices]
+    return above
+
+
+def _column_max(x: torch.Tensor) -> torch.Tensor:
+    """max |x| over rows, fp32 [K]; nan where a column holds one."""
+    m, k = x.shape
+    library = native.library_for(x)
+    if library is None or m == 0:
+        return x.abs().amax(0).float() if m else x.new_zeros(k, dtype=torch.float32)
+    parts = torch.empty(-(-m // _ROWS_OF_A_MAXIMUM), k, dtype=torch.int32)
+    getattr(library, f"artemis_column_max_{native.NAMES[x.dtype]}")(
+        x.data_ptr(), parts.data_ptr(), m, k, torch.get_num_threads()
+    )
+    return parts.amax(0).view(torch.float32)
+
+
+def integer_product(q: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """`q w` for int8 [M, K] and [K, N] of any strides: exact int32 sums."""
+    if 0 in (*q.shape, w.shape[1]):
+        return q.new_zeros(q.shape[0], w.shape[1], dtype=torch.int32)
+    if multiplies_int8(q.device):
+        return torch._int_mm(q, w)
+    acc = q.new_zeros(q.shape[0], w.shape[1], dtype=torch.int32)
+    for left, right in zip(q.split(_EXACT, 1), w.split(_EXACT, 0), strict=True):
+        acc += torch.mm(left.float(), right.float()).to(torch.int32)
+    return acc
+
+
+def restore(
+    acc: torch.Tensor,
+    row: torch.Tensor,
+    dtype: torch.dtype,
+    column: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`acc·row[:, None]·column + bias` for int32 acc [M, N], rounded once to `dtype`.
+
+    row fp32 [M]; column fp32 [N] or None; bias [N] or None, only with a column.
+    """
+    bias = None if bias is None else bias.float().contiguous()
+    library = native.library().handle if acc.device.type == "cpu" else None
+    if library is None or dtype not in native.NAMES:
+        y = acc.float() * row[:, None]
+        y = y if column is None else y * column
+        return (y if bias is None else y + bias).to(dtype)
+    y = torch.empty(acc.shape, dtype=dtype)
+    column = None if column is None else column.contiguous()
+    pointers = (None if part is None else part.data_ptr() for part in (column, bias))
+    getattr(library, f"artemis_restore_{native.NAMES[dtype]}")(
+        acc.data_ptr(), row.data_ptr(), *pointers, y.data_ptr(), *acc.shape,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y

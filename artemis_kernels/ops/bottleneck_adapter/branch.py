@@ -1,0 +1,106 @@
+"""`σ·(dropout(act(z)) Uᵀ + b_u)` on the eager path: what every bottleneck adds, and its backward.
+
+With `h = dropout(act(z))`:
+
+    dU = σ·dYᵀ h     db_u = σ·Σ dY     dh = dY U     dz = σ·dh·mask/keep·act'(z)
+    dσ = Σ dh ⊙ h + Σ dY·b_u
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from ...core.dropped import Dropout
+from ...core.products import accumulator, column_sum, inner, outer_gradient, project
+from ...core.units import Units
+
+
+class BranchNeeds(NamedTuple):
+    """Which gradients of the branch are asked for."""
+
+    dz: bool
+    up: bool
+    scale: bool
+    bias_up: bool
+
+
+class BranchGradients(NamedTuple):
+    """Gradients inside the branch: dz [M, width] and its sum over rows [width] in fp32 or better,
+    the others of their parameters' shapes and dtypes; None where not needed."""
+
+    dz: torch.Tensor | None = None
+    dz_sum: torch.Tensor | None = None
+    dup: torch.Tensor | None = None
+    dscale: torch.Tensor | None = None
+    dbias_up: torch.Tensor | None = None
+
+
+class Branch(NamedTuple):
+    """The operands of the branch; `σ = scale · scale_tensor`."""
+
+    up: torch.Tensor  # [out, width]
+    bias_up: torch.Tensor | None
+    scale: float
+    scale_tensor: torch.Tensor | None
+    activation: str
+    dropout_p: float
+    seed: torch.Tensor | None
+
+    def added(self, start: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """`start` [M, out] plus the branch, as a new tensor, for z [M, width]."""
+        return torch.addmm(start, *self._factors(z), alpha=self.scale)
+
+    def add_(self, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """Add the branch to y [M, out] in place, for z [M, width]."""
+        return y.addmm_(*self._factors(z), alpha=self.scale)
+
+    def backward(self, dy: torch.Tensor, z: torch.Tensor, needs: BranchNeeds) -> BranchGradients:
+        """Gradients for dy [M, out]."""
+        if not any(needs):
+            return BranchGradients()
+        width, wide = z.shape[1], dy.dtype == accumulator(dy.dtype)
+        through_bias = self.bias_up is not None and (needs.scale or needs.bias_up)
+        column = through_bias and not wide
+        needs_h = needs.up or column
+        dh = project(dy, self.up.to(dy.dtype).t())
+        units = self._units.backward(z, dh, self.scale, column, needs_h)
+        dup = dscale = dbias_up = summed = None
+        if needs_h:
+            joint = outer_gradient(dy, units.h).mul_(self.scale)
+            dup = joint[:, :width].to(self.up.dtype, memory_format=torch.contiguous_format)
+        if through_bias:
+            # A product adds row by row: in fp32 that loses digits which a sum by halves keeps.
+            summed = column_sum(dy) * self.scale if wide else joint[:, width]
+        if needs.bias_up:
+            through = summed if self.scale_tensor is None else summed * self.scale_tensor
+            dbias_up = through.to(self.bias_up.dtype)
+        if needs.scale:
+            dscale = units.inner * self.scale
+            if through_bias:
+                dscale = dscale + inner(summed, self.bias_up)
+            dscale = dscale.to(self.scale_tensor.dtype)
+        return BranchGradients(units.dz, units.dz_sum, dup if needs.up else None, dscale, dbias_up)
+
+    @property
+    def _units(self) -> Units:
+        mask = Dropout(self.dropout_p, self.seed) if self.dropout_p else None
+        return Units(self.activation, self.scale_tensor, mask)
+
+    def _factors(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """h and Uᵀ, with a unit of ones and the bias as its row of Uᵀ where there is a bias."""
+        up, biased = self.up.to(z.dtype), self.bias_up is not None
+        if biased:
+            bias = self.bias_up.to(accumulator(self.bias_up.dtype))
+            if self.scale_tensor is not None:
+                bias = bias * self.scale_tensor
+            up = torch.cat((up, bias.to(z.dtype).unsqueeze(1)), 1)
+        return self._units.forward(z, biased), up.t()
+
+
+def preactivation(
+    x: torch.Tensor, down: torch.Tensor, bias_down: torch.Tensor | None
+) -> torch.Tensor:
+    """`z = x Dᵀ + b_d`, in x's dtype."""
+    if bias_down is None:
+        return project(x, down.to(x.dtype))
+    return torch.addmm(bias_down.to(x.dtype), x, down.to(x.dtype).t())

@@ -1,0 +1,144 @@
+"""`quantized_linear`: a packed weight's bare product, for layers that carry no adapter."""
+
+import torch
+
+from ...core import base, call, checks
+from ...core.products import column_sum
+from ...core.quantized import QuantizedWeight
+from ...core.registration import (
+    Operation,
+    define,
+    differentiate,
+    empty_like_wanted,
+    once,
+    present,
+    wanted,
+)
+from ...core.types import Choice, Cost
+from . import reference
+
+NAME = "quantized_linear"
+
+
+def quantized_linear(
+    x: torch.Tensor,
+    weight: QuantizedWeight,
+    *,
+    bias: torch.Tensor | None = None,
+    impl: str | None = None,
+) -> torch.Tensor:
+    """Return `x Wᵀ + bias` for a weight in 8 or 4 bits (docs/quantization.md).
+
+    Args:
+        x: [..., in], floating. The call computes in x's dtype (autocast's under autocast); the
+            result has that dtype.
+        weight: of shape [out, in]; frozen.
+        bias: [out] or None, any floating dtype.
+        impl: None for the best that applies, or "eager", "reference".
+
+    Returns:
+        [..., out]. Gradients flow to x and bias.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype or device, naming it.
+        Unavailable: `impl="triton"`: the kernels take tensors.
+    """
+    path = plan(x, weight, bias=bias, impl=impl)
+    dtype = call.compute_dtype(x)
+    x = x.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    with call.outside_autocast(x):
+        if path.impl == "reference":
+            return reference.quantized_linear(x, call.dense_weight(weight, dtype), bias).to(dtype)
+        data, quantizers = call.weight_tensors(weight, dtype)
+        y = _operator(x.reshape(-1, x.shape[-1]), data, bias, path.strategy, *quantizers)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def plan(x, weight, *, bias=None, impl=None) -> call.Path:
+    """Check the arguments of `quantized_linear` and choose its path; runs nothing."""
+    checks.input_tensor(NAME, x)
+    if not isinstance(weight, QuantizedWeight):
+        raise TypeError(
+            f"{NAME}: weight must be a QuantizedWeight, got {type(weight).__name__};"
+            " torch.nn.functional.linear takes tensors"
+        )
+    checks.weight(NAME, weight, x)
+    checks.optional(NAME, "bias", bias, (weight.shape[0],), x)
+    checks.options(NAME, 0.0, impl)
+    dtype = call.compute_dtype(x)
+    impl, reason = call.implementation(NAME, impl, dtype, x.device, False, quantized=True)
+    if impl == "reference":
+        return call.Path(impl, "composed", reason)
+    suffix, why = base.packed_strategy(weight, x.numel() // max(weight.shape[1], 1))
+    return call.Path(impl, "product" + suffix, reason + why)
+
+
+def explain(x, weight, **options) -> Choice:
+    """The path `quantized_linear` takes for these arguments, why, and what it costs."""
+    path = plan(x, weight, **options)
+    rows = x.numel() // max(x.shape[-1], 1)
+    size = call.compute_dtype(x).itemsize
+    return Choice(
+        NAME, *path, base.as_held(cost(rows, *reversed(weight.shape), size), weight, size)
+    )
+
+
+def cost(m: int, k: int, n: int, itemsize: int) -> Cost:
+    """Forward: x and W read, y written, once."""
+    return Cost(flops=2 * m * k * n, bytes=itemsize * (m * k + k * n + m * n))
+
+
+def _forward(x, weight, bias, strategy, weight_scale=None, weight_offset=None) -> torch.Tensor:
+    return base.of(weight, weight_scale, weight_offset, strategy).product(x, bias)
+
+
+def _forward_fake(x, weight, bias, strategy, weight_scale=None, weight_offset=None):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _backward(dy, weight, strategy, needs, weight_scale=None, weight_offset=None):
+    needs_x, needs_bias = needs
+    packed = base.of(weight, weight_scale, weight_offset, strategy)
+    dx = packed.input_gradient(dy) if needs_x else None
+    dbias = column_sum(dy).to(dy.dtype) if needs_bias else None
+    return present((dx, dbias), dy)
+
+
+def _backward_fake(dy, weight, strategy, needs, weight_scale=None, weight_offset=None):
+    dx, dbias = dy.new_empty(dy.shape[0], base.in_features(weight)), dy.new_empty(dy.shape[1])
+    return present(empty_like_wanted((dx, dbias), needs), dy)
+
+
+_ARGUMENTS = f"Tensor x, Tensor weight, Tensor? bias, str strategy, {base.SCHEMA}"
+_operator = define(f"{NAME}({_ARGUMENTS}) -> Tensor", _forward, _forward_fake)
+_forward_operator = define(f"{NAME}_forward({_ARGUMENTS}) -> Tensor", _forward, _forward_fake)
+_backward_operator = define(
+    f"{NAME}_backward(Tensor dy, Tensor weight, str strategy, bool[] needs, {base.SCHEMA})"
+    " -> Tensor[]",
+    _backward,
+    _backward_fake,
+)
+
+
+class _QuantizedLinear(Operation):
+    @staticmethod
+    def forward(ctx, x, weight, bias, strategy, weight_scale=None, weight_offset=None):
+        with Operation.below_autograd():
+            y = _forward_operator(x, weight, bias, strategy, weight_scale, weight_offset)
+        ctx.needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[2])
+        ctx.save_for_backward(weight, weight_scale, weight_offset)
+        ctx.strategy = strategy
+        return y
+
+    @staticmethod
+    @once
+    def backward(ctx, dy):
+        weight, *quantizers = ctx.saved_tensors
+        with Operation.below_autograd():
+            gradients = _backward_operator(dy, weight, ctx.strategy, list(ctx.needs), *quantizers)
+        dx, dbias = wanted(gradients, ctx.needs)
+        return dx, None, dbias, *(None,) * 3
+
+
+differentiate(NAME, _QuantizedLinear)

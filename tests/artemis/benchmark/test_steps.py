@@ -1,0 +1,99 @@
+"""Steps: what they train, how they are counted, and what the gate refuses."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from artemis.benchmark import accuracy, steps
+from artemis.benchmark.arms import ARMS, TrainingStep, hybrid
+from artemis.benchmark.flops import training_flops
+from artemis.benchmark.models import Cell, architecture, build, random_tokens
+from artemis.benchmark.steps import Step, check, prepare
+
+CELL = Cell("64x2", 2, 96, 2, 16, whole=True)
+ADAPTERS = [name for name, arm in ARMS.items() if not arm.is_full]
+
+
+@pytest.mark.parametrize("arm", ADAPTERS)
+@pytest.mark.parametrize("workload", ["train", "decode"])
+def test_the_gate_passes_every_arm(arm, workload):
+    step = Step(workload, arm, CELL)
+    assert check(step, prepare(step)).passed
+
+
+def forget_input_gradients(model: nn.Module) -> None:
+    """Cut the gradient through every down projection's base, as a wrong fast step might."""
+    for layer in model.model.layers:
+        layer.mlp.down_proj.register_forward_pre_hook(lambda module, args: (args[0].detach(),))
+
+
+@pytest.mark.parametrize("tolerance", [None, 0.25])
+def test_the_gate_refuses_a_step_that_drops_dx(tolerance):
+    """Also with the wide tolerance of an arm that rounds its base."""
+
+    def step(impl=None) -> TrainingStep:
+        model = hybrid(build(CELL.architecture, torch.float32, 32), impl=impl)
+        return TrainingStep(model, random_tokens(96, 2, 16))
+
+    def verdict(training: TrainingStep) -> accuracy.Verdict:
+        reference = lambda: step(impl="reference")  # noqa: E731
+        return accuracy.check(training, reference, torch.float32, tolerance=tolerance)
+
+    right, wrong = step(), step()
+    forget_input_gradients(wrong.model)
+    assert verdict(right).passed
+    assert not verdict(wrong).passed
+
+
+def test_a_part_is_trained_down_to_its_input():
+    """Where nothing below the first layer learns, its projections still compute dX."""
+    cell = Cell("64x2", 1, 96, 2, 16, whole=False)
+    training = prepare(Step("train", "hybrid", cell)).step
+    seen = []
+    query = training.model.model.layers[0].self_attn.q_proj
+    query.register_full_backward_hook(lambda module, dx, dy: seen.append(dx[0]))
+    training.backward()
+    assert seen[0].any()
+
+
+def test_no_layers_and_a_frozen_base_still_run_a_backward():
+    prepared = prepare(Step("train", "hybrid", Cell("64x2", 0, 96, 2, 16, whole=False)))
+    prepared.run()
+    assert prepared.step.trained_parameters == 0
+
+
+def test_states_are_weights_gradients_and_moments():
+    prepared = prepare(Step("memory", "full-fp32", CELL))
+    prepared.run()
+    count = sum(p.numel() for p in prepared.step.model.parameters())
+    assert prepared.step.state_bytes == pytest.approx(16 * count, rel=1e-2)  # and step counts
+
+
+@pytest.mark.parametrize("arm", ["full-fp32", "peft"])
+def test_flops_are_those_of_the_step_itself(arm):
+    """Counted on the meta device from one and two layers, against the running model of three."""
+    sizes = architecture("64x3")
+    cell = Cell("64x3", 3, sizes.vocabulary, 2, 16, whole=True)
+    training = prepare(Step("train", arm, cell)).step
+    training.model.config._attn_implementation = "eager"  # attention's products in the open
+    with FlopCounterMode(display=False) as counter:
+        training.backward()
+    assert training_flops(arm, sizes, 2, 16) == counter.get_total_flops()
+
+
+def test_decoding_starts_from_the_same_cache_each_time():
+    training = prepare(Step("decode", "hybrid", CELL)).step
+    lengths = []
+    forward = training.model.forward
+
+    def watched(**arguments):
+        lengths.append(arguments["past_key_values"].get_seq_length())
+        return forward(**arguments)
+
+    run = steps._decoding(training)
+    training.model.forward = watched
+    run()
+    run()
+    once = list(range(16, 16 + steps.NEW_TOKENS))
+    assert lengths == once * 2

@@ -1,0 +1,183 @@
+"""artemis bench at tiny sizes: what it prints, what it appends, what it does not measure twice."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from artemis.benchmark import worker
+from artemis.benchmark.arms import ARMS, hybrid
+from artemis.cli import main
+
+TRAIN = [
+    "bench", "train", "--models", "64x3", "--measure", "parts", "--tokens", "32",
+    "--sequence", "16", "--rounds", "2", "--arms", "full-autocast", "hybrid",
+]  # fmt: skip
+
+
+def records(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The file that a first run leaves."""
+    path = tmp_path_factory.mktemp("bench") / "train.jsonl"
+    assert main([*TRAIN, "--json", str(path)]) == 0
+    return path
+
+
+def test_train_writes_what_its_row_is_made_of(trained):
+    found = records(trained)
+    head, rows = found[0], [record for record in found if record["kind"] == "row"]
+    assert head["kind"] == "run" and head["processor"]["name"] and head["versions"]["torch"]
+    assert all(record["run"] == head["run"] for record in found)
+    assert {row["arm"] for row in rows} == {"full-autocast", "hybrid"}
+    assert all("extrapolated from 1 and 2" in row["how"] for row in rows)
+    hybrid = next(row for row in rows if row["arm"] == "hybrid")
+    full = next(row for row in rows if row["arm"] == "full-autocast")
+    assert hybrid["gate"]["passed"]
+    assert hybrid["speedup"]["full-autocast"] == pytest.approx(
+        full["ms"]["p50"] / hybrid["ms"]["p50"], abs=1e-3
+    )
+    assert hybrid["memory"]["states"] < full["memory"]["states"]
+    times = {
+        record["layers"]: sorted(record["ms"])
+        for record in found
+        if record["kind"] == "step" and record["arm"] == "hybrid" and record["workload"] == "train"
+    }
+    one, two = (sum(times[layers]) / 2 for layers in (1, 2))  # of two rounds: the median
+    assert hybrid["ms"]["p50"] == pytest.approx(one + 2 * (two - one), abs=0.02)
+    assert hybrid["samples_per_second"] == pytest.approx(2e3 / hybrid["ms"]["p50"], rel=1e-3)
+
+
+def test_resuming_measures_nothing_twice(trained, capsys, monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr("artemis.benchmark.session._lines", refuse)
+    before = [r for r in records(trained) if r["kind"] == "row"]
+    assert main([*TRAIN, "--resume", str(trained)]) == 0
+    after = [r for r in records(trained) if r["kind"] == "row"][len(before) :]
+    without_run = [[{**row, "run": None} for row in rows] for rows in (before, after)]
+    assert without_run[0] == without_run[1]
+    assert "hybrid, bf16 base" in capsys.readouterr().out
+    assert all(r["kind"] in ("run", "row") for r in records(trained)[-3:])
+    with pytest.raises(AssertionError, match="a process was started"):
+        main([*TRAIN, "--rounds", "4", "--resume", str(trained)])
+
+
+def test_results_of_another_commit_are_taken_with_a_warning(trained, tmp_path, capsys):
+    lines = records(trained)
+    lines[0]["commit"] = "0" * 40
+    path = tmp_path / "older.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main([*TRAIN, "--resume", str(path)]) == 0
+    assert f"warning: --resume: {path} holds results of another commit" in capsys.readouterr().err
+
+
+def test_a_file_of_another_machine_is_not_resumed(trained, tmp_path, capsys):
+    lines = records(trained)
+    lines[0]["processor"]["name"] = "Abacus"
+    path = tmp_path / "other.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert main([*TRAIN, "--resume", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert "was measured on Abacus" in error and error.count("\n") == 1
+
+
+def test_a_wrong_arm_is_not_timed(tmp_path, capsys, monkeypatch):
+    """One that skips the gradient through a frozen layer: faster, and no training step."""
+
+    def wrong(model):
+        adapted = hybrid(model)
+        for layer in model.model.layers:
+            layer.mlp.up_proj.register_forward_pre_hook(lambda module, args: (args[0].detach(),))
+        return adapted
+
+    arm = replace(ARMS["hybrid"], name="wrong", what="a step that drops dX", adapt=wrong)
+    monkeypatch.setitem(ARMS, "wrong", arm)
+    monkeypatch.setattr("artemis.benchmark.session._lines", worker.run)  # where the arm is known
+    path = tmp_path / "wrong.jsonl"
+    arguments = ["bench", "train", "--models", "64x1", "--tokens", "32", "--sequence", "16"]
+    arguments += ["--arms", "wrong", "hybrid", "--rounds", "2", "--json", str(path)]
+    assert main(arguments) == 1
+    assert "not timed, since inaccurate: a step that drops dX" in capsys.readouterr().err
+    found = {row["arm"]: row for row in records(path) if row["kind"] == "row"}
+    assert "ms" in found["hybrid"] and "ms" not in found["wrong"]
+    assert not any("ms" in r for r in records(path) if r.get("arm") == "wrong")
+
+
+def test_decode_and_its_picture(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    path, picture = tmp_path / "decode.jsonl", tmp_path / "decode.png"
+    arguments = ["bench", "decode", "--models", "64x1", "--prompt", "16", "--rounds", "2"]
+    arguments += ["--arms", "full-bf16", "hybrid", "--json", str(path), "--plot", str(picture)]
+    assert main(arguments) == 0
+    rows = [record for record in records(path) if record["kind"] == "row"]
+    for row in rows:
+        decode = row["decode"]
+        expected = 1e3 / decode["ms"]["p50"]
+        assert decode["tokens_per_second"] == pytest.approx(expected, rel=1e-3)
+        assert row["prefill"]["tokens_per_second"] > decode["tokens_per_second"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "decode tokens/s" in capsys.readouterr().out
+
+
+def test_memory(tmp_path):
+    path = tmp_path / "memory.jsonl"
+    arguments = ["bench", "memory", "--models", "128x2", "--tokens", "64", "--sequence", "32"]
+    assert main([*arguments, "--arms", "full-autocast", "hybrid", "--json", str(path)]) == 0
+    full, hybrid = (record for record in records(path) if record["kind"] == "row")
+    parameters = 2 * 4096 * 128 + 2 * 128 * (4 * 128 + 3 * 352)
+    assert full["memory"]["states"] == pytest.approx(16 * parameters, rel=0.01)
+    assert full["memory"]["peak"] > full["memory"]["states"] > hybrid["memory"]["states"]
+
+
+def test_kernels_and_their_roofline(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    path, picture = tmp_path / "kernels.jsonl", tmp_path / "kernels.png"
+    arguments = ["bench", "kernels", "--models", "64x1", "--layers", "q", "gate", "block"]
+    arguments += ["--tokens", "1", "32", "--rounds", "2"]
+    assert main([*arguments, "--json", str(path), "--plot", str(picture)]) == 0
+    rows = [record for record in records(path) if record["kind"] == "row"]
+    assert {row["provider"] for row in rows} >= {"artemis", "plain", "addmm", "bare"}
+    assert {row["pass"] for row in rows} == {"forward", "both"}
+    assert all(row["gate"]["passed"] for row in rows)
+    for row in rows:
+        assert row["over_floor"] > 0 and row["gflops"] > 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    count = len(rows)
+    assert main([*arguments, "--resume", str(path)]) == 0
+    assert sum(record["kind"] == "row" for record in records(path)) == count
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--models", "llama-2-8b"], "'llama-2-8b', allowed: HIDDENxLAYERS or"),
+        (["train", "--models", "100x2"], "got '100x2', allowed: a hidden size in multiples of 64"),
+        (["train", "--tokens", "100"], "--tokens: got 100, allowed: multiples of 128"),
+        (["train", "--arms", "full"], "--arms: got 'full', allowed: full-fp32"),
+        (["train", "--rounds", "1"], "--rounds: got 1, allowed: an integer from 2"),
+        (["decode", "--arms", "full-autocast"], "--arms: got 'full-autocast', allowed:"),
+        (["decode", "--prompt", "1"], "--prompt: got 1, allowed: integers from 2"),
+        (["memory", "--models", "64x1", "--measure", "parts"], "allowed: from 2 layers"),
+        (["kernels", "--layers", "w"], "--layers: got 'w', allowed: q, k, v"),
+        (["kernels", "--ranks", "0"], "--ranks: got 0, allowed: integers from 1"),
+    ],
+)
+def test_errors_are_one_line(capsys, arguments, message):
+    assert main(["bench", *arguments]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert message in captured.err
+
+
+def test_a_plot_without_matplotlib_fails_before_anything_runs(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main([*TRAIN, "--plot", "x.png"]) == 1
+    assert "--plot needs matplotlib" in capsys.readouterr().err

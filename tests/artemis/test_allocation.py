@@ -1,0 +1,419 @@
+"""Allocation: budgets and bounds, and what resizing does to the function, file and optimizer."""
+
+import math
+
+import pytest
+import torch
+
+from artemis import (
+    AdapterError,
+    load_hybrid_adapter,
+    read_adapter,
+    set_dynamic_rank_allocation,
+)
+from artemis.allocation.apportion import Claim, apportion
+
+from .models import adapted, assert_same_state, bert, fill_bank, gpt2, llama, snapshot, tokens
+
+BOUNDS = dict(min_rank=2, max_rank=12, verbose=False)
+
+
+def uneven(model, seed: int = 0) -> dict[str, float]:
+    """Scores that differ, one of them zero."""
+    paths = list(model.hybrid_adapter.sites)
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(len(paths), generator=generator).square().tolist()
+    return dict(zip(paths, scores, strict=True)) | {paths[3]: 0.0}
+
+
+def sizes(model) -> dict[str, int]:
+    return {path: site.spec.size for path, site in model.hybrid_adapter.sites.items()}
+
+
+def cost(model) -> int:
+    """Parameters of units as if nothing were shared, from the definition."""
+    total = 0
+    for site in model.hybrid_adapter.sites.values():
+        spec = site.spec
+        if spec.kind == "lora":
+            total += spec.size * (spec.in_features + spec.out_features)
+        else:
+            total += spec.size * (2 * spec.out_features + 1)
+    return total
+
+
+def product(model, path: str) -> torch.Tensor:
+    """A LoRA module's update `gain · B A`, fp64."""
+    bank, site = model.hybrid_adapter, model.hybrid_adapter.sites[path]
+    tensors = {name: t.detach().double() for name, t in bank.tensors(site.layout).items()}
+    return tensors.get("gain", torch.tensor(1.0)) * tensors["lora_b"] @ tensors["lora_a"]
+
+
+def test_equal_scores_give_the_uniform_configuration():
+    claims = [Claim(0.2, 5, 4, 32, 8), Claim(0.2, 7, 32, 256, 64), Claim(0.2, 3, 4, 32, 8)]
+    assert apportion(claims, 8 * 5 + 64 * 7 + 8 * 3) == [8, 64, 8]
+
+
+def test_it_is_websters_method():
+    """A textbook's seven seats; the method of d'Hondt would give 4, 2, 1."""
+    claims = [Claim(votes, 1, 0, 7, 1) for votes in (53, 24, 23)]
+    assert apportion(claims, 7) == [3, 2, 2]
+
+
+def test_sizes_follow_scores_within_bounds():
+    claims = [Claim(score, 1, 1, 20, 8) for score in (0.1, 0.2, 0.3, 0.0, 5.0)]
+    assert apportion(claims, 1 + 20 + 30) == [5, 10, 15, 1, 20]
+
+
+def test_nothing_that_fits_is_left_unspent():
+    claims = [Claim(0.5, 7, 1, 9, 4), Claim(0.3, 5, 1, 9, 4), Claim(0.2, 11, 1, 9, 4)]
+    for budget in range(23, 23 * 9):
+        found = apportion(claims, budget)
+        left = budget - sum(c.cost * n for c, n in zip(claims, found, strict=True))
+        assert left >= 0
+        assert all(left < c.cost for c, n in zip(claims, found, strict=True) if n < c.most)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_default_budget_is_that_of_the_uniform_configuration(shared):
+    model = adapted(llama(), shared_parameters=shared)
+    uniform = cost(model)
+    report = set_dynamic_rank_allocation(model, uneven(model), **BOUNDS)
+    dearest = max(m.cost // m.after for m in report.modules)
+    assert report.budget == uniform
+    assert report.cost == cost(model) and uniform - dearest < report.cost <= uniform
+    assert len(set(sizes(model).values())) > 3
+    for module in report.modules:
+        assert (2 if module.kind == "lora" else 4) <= module.after
+        assert module.after <= (12 if module.kind == "lora" else 24)
+        assert sizes(model)[module.path] == module.after
+    assert report.stored == sum(p.numel() for p in model.hybrid_adapter.parameters())
+
+
+@pytest.mark.parametrize("build", [llama, gpt2, bert])
+@pytest.mark.parametrize("shared", [True, False])
+def test_growing_keeps_the_function(build, shared):
+    names = {
+        gpt2: dict(target_modules=["attn.c_attn", "mlp.c_fc"], apply_lora_to=["attn.c_attn"]),
+        bert: dict(target_modules=["query", "intermediate.dense"], apply_lora_to=["query"]),
+    }
+    model = adapted(build(), shared_parameters=shared, **names.get(build, {}))
+    x = tokens()
+    before = model(x).logits
+    report = set_dynamic_rank_allocation(
+        model, uneven(model), 4, 16, budget=2 * cost(model), verbose=False
+    )
+    torch.testing.assert_close(model(x).logits, before, rtol=1e-5, atol=1e-5)
+    assert all(m.after >= m.before and m.error == 0 for m in report.modules)
+    bank = model.hybrid_adapter
+    for site in bank.sites.values():  # a new unit can learn: not both of its sides are zero
+        tensors = bank.tensors(site.layout)
+        reads = tensors["lora_a"] if site.spec.kind == "lora" else tensors["down"]
+        assert reads.abs().sum(1).min() > 0
+
+
+def test_an_unshared_cut_is_the_best_approximation():
+    model = adapted(llama(), shared_parameters=False)
+    paths = [p for p, site in model.hybrid_adapter.sites.items() if site.spec.kind == "lora"]
+    before = {path: product(model, path) for path in paths}
+    budget = 3 * cost(model) // 4
+    report = set_dynamic_rank_allocation(model, uneven(model), 2, 4, budget=budget, verbose=False)
+    cut = 0
+    for module in report.modules:
+        if module.path not in before:
+            continue
+        values = torch.linalg.svdvals(before[module.path])
+        optimum = values[module.after :].square().sum().sqrt()
+        error = (product(model, module.path) - before[module.path]).norm()
+        torch.testing.assert_close(error, optimum, rtol=1e-4, atol=1e-5)
+        assert module.error == pytest.approx((optimum / values.norm()).item(), abs=1e-5)
+        cut += module.after < module.before
+    assert cut
+
+
+def test_a_shared_cut_beats_the_plain_one_and_spares_the_others():
+    model = adapted(llama(num_hidden_layers=4), lora_rank=8, adapter_size=16)
+    scores = {p: 1.0 if ".0." in p or ".1." in p else 0.1 for p in model.hybrid_adapter.sites}
+    paths = [p for p, site in model.hybrid_adapter.sites.items() if site.spec.kind == "lora"]
+    before = {path: product(model, path) for path in paths}
+    bank = model.hybrid_adapter
+    plain = {}
+    for path in paths:
+        tensors = bank.tensors(bank.sites[path].layout)
+        b, a = tensors["lora_b"].double(), tensors["lora_a"].double()
+        plain[path] = (tensors["gain"] * b[:, 2:] @ a[2:]).norm().item()
+    budget = 5 * cost(model) // 8
+    report = set_dynamic_rank_allocation(model, scores, 2, 8, budget=budget, verbose=False)
+    lost = gained = 0.0
+    for module in report.modules:
+        if module.kind != "lora":
+            continue
+        error = (product(model, module.path) - before[module.path]).norm()
+        assert module.error == pytest.approx((error / before[module.path].norm()).item(), abs=1e-5)
+        if module.after == 8:
+            assert module.error < 1e-6  # the bank was rotated, and B made up for it
+        elif module.after == 2:
+            lost, gained = lost + error.item() ** 2, gained + plain[module.path] ** 2
+    assert 0 < lost < 0.9 * gained
+
+
+def test_a_cut_bottleneck_keeps_its_strongest_units():
+    model = adapted(llama(), shared_parameters=False, activation="relu", lora_rank=4)
+    bank = model.hybrid_adapter
+    path = "model.layers.0.mlp.up_proj"
+    key = bank.sites[path].spec.own_key
+    with torch.no_grad():  # unit 6 is strong, 1 weaker, the others nothing
+        strength = torch.tensor([0.0, 0.5, 0, 0, 0, 0, 2.0, 0])
+        bank.up[key].copy_(torch.randn_like(bank.up[key]) * strength)
+    x = tokens()
+    logits = model(x).logits
+    scores = dict.fromkeys(bank.sites, 1.0) | {path: 0.0}
+    least = cost(model) - 6 * (2 * 48 + 1)  # what two units of it leave
+    report = set_dynamic_rank_allocation(
+        model, scores, 1, 4, min_width=2, max_width=8, budget=least, verbose=False
+    )
+    module = next(m for m in report.modules if m.path == path)
+    assert (module.before, module.after, module.error) == (8, 2, 0.0)
+    torch.testing.assert_close(model(x).logits, logits, rtol=1e-5, atol=1e-5)
+
+
+def test_shared_units_are_permuted_for_all_and_the_uncut_keep_their_function():
+    model = adapted(llama(), target_modules=["q_proj", "up_proj"], apply_lora_to=["q_proj"])
+    bank = model.hybrid_adapter
+    cut, kept = (p for p in bank.sites if p.endswith("up_proj"))
+    with torch.no_grad():
+        bank.up["up_proj/32x48"][:, :4] *= 0.01  # the leading units are the weak ones
+        bank.gain[bank.sites[cut].spec.own_key].fill_(1e-3)
+    scores = dict.fromkeys(bank.sites, 1.0) | {cut: 0.0}
+    x = tokens()
+    before = model(x).logits
+    budget = cost(model) - 4 * (2 * 48 + 1)
+    report = {m.path: m for m in set_dynamic_rank_allocation(
+        model, scores, 2, 4, min_width=4, max_width=8, budget=budget, verbose=False
+    ).modules}  # fmt: skip
+    assert (report[cut].after, report[kept].after) == (4, 8)
+    assert 0 < report[cut].error < 0.1 and report[kept].error == 0
+    torch.testing.assert_close(model(x).logits, before, rtol=1e-3, atol=1e-3)
+
+
+def test_growing_over_units_that_others_trained_is_reported():
+    model = adapted(llama(), target_modules=["up_proj"], apply_lora_to=[])
+    first, second = model.hybrid_adapter.sites
+    small = dict(min_width=2, max_width=8, verbose=False)
+    unit = 2 * 48 + 1
+    set_dynamic_rank_allocation(model, {first: 0.0, second: 1.0}, budget=10 * unit, **small)
+    assert list(sizes(model).values()) == [2, 8]
+    fill_bank(model)
+    report = set_dynamic_rank_allocation(
+        model, {first: 1.0, second: 1.0}, budget=16 * unit, **small
+    )
+    assert report.modules[0].after > report.modules[0].before
+    assert report.modules[0].error > 0 and report.modules[1].error == 0
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_memory_is_freed(shared):
+    model = adapted(llama(), shared_parameters=shared, lora_rank=8, adapter_size=32)
+    bank = model.hybrid_adapter
+
+    def held() -> int:
+        return sum(p.untyped_storage().nbytes() for p in bank.parameters())
+
+    before = held()
+    least = cost(model) // 4
+    report = set_dynamic_rank_allocation(
+        model, dict.fromkeys(bank.sites, 1.0), 2, 8, budget=least, verbose=False
+    )
+    own = report.stored - report.cost if not shared else 0
+    assert held() == 4 * report.stored < before / 2 + 4 * abs(own)
+    assert set(sizes(model).values()) == {2, 8}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_saved_and_loaded(tmp_path, shared):
+    model = adapted(llama(), shared_parameters=shared)
+    set_dynamic_rank_allocation(model, uneven(model), **BOUNDS)
+    fill_bank(model)
+    x = tokens()
+    model.save_adapter_parameters(tmp_path)
+    base = llama()
+    base.load_state_dict({k: v for k, v in model.state_dict().items() if "hybrid" not in k})
+    other = load_hybrid_adapter(base, tmp_path)
+    assert sizes(other) == sizes(model)
+    assert torch.equal(other(x).logits, model(x).logits)
+    assert {m.path: m.size for m in read_adapter(tmp_path).modules()} == sizes(model)
+
+
+def train(model, optimizer, steps: int) -> float:
+    torch.manual_seed(1)
+    batch = tokens(4)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
+def test_training_goes_on(shared, kind):
+    model = adapted(llama(), fill=False, shared_parameters=shared)
+    options = dict(momentum=0.9) if kind is torch.optim.SGD else {}
+    optimizer = kind(model.hybrid_adapter.parameters(), lr=1e-2, **options)
+    before = train(model, optimizer, 4)
+    set_dynamic_rank_allocation(model, uneven(model), optimizer=optimizer, **BOUNDS)
+    for parameter, state in optimizer.state.items():
+        for value in state.values():
+            assert (
+                not isinstance(value, torch.Tensor)
+                or value.dim() == 0
+                or (value.shape == parameter.shape)
+            )
+    assert train(model, optimizer, 8) < before
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_growing_allocation_leaves_the_trajectory_of_the_old_units(shared):
+    """With momentum, the next update of old units is what it would have been."""
+    outcomes = []
+    for grow in (False, True):
+        torch.manual_seed(0)
+        model = adapted(llama(), fill=False, shared_parameters=shared)
+        optimizer = torch.optim.AdamW(model.hybrid_adapter.parameters(), lr=1e-2)
+        train(model, optimizer, 3)
+        if grow:
+            scores = dict.fromkeys(model.hybrid_adapter.sites, 1.0)
+            set_dynamic_rank_allocation(
+                model, scores, 4, 8, budget=2 * cost(model), optimizer=optimizer, verbose=False
+            )
+        train(model, optimizer, 1)
+        outcomes.append({n: p.detach() for n, p in model.hybrid_adapter.named_parameters()})
+    for name, old in outcomes[0].items():
+        new = outcomes[1][name][tuple(slice(n) for n in old.shape)]
+        torch.testing.assert_close(new, old, rtol=1e-4, atol=1e-6)
+
+
+def test_the_first_moment_rotates_like_a_gradient():
+    """Momentum and a fresh gradient at the same point stay proportional through a rotation."""
+    model = adapted(llama(), shared_parameters=False)
+    optimizer = torch.optim.SGD(model.hybrid_adapter.parameters(), lr=0.0, momentum=0.5)
+    batch = tokens(4)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(batch, labels=batch).loss.backward()
+        optimizer.step()
+
+    step()
+    bank = model.hybrid_adapter
+    path = "model.layers.0.self_attn.q_proj"
+    key = bank.sites[path].spec.own_key
+    with torch.no_grad():  # rank 2 in truth, in four units: a cut to 2 loses nothing
+        bank.lora_b[key][:, 2:] = bank.lora_b[key][:, :2] @ torch.randn(2, 2)
+    optimizer.state.clear()
+    step()
+    scores = dict.fromkeys(bank.sites, 1.0) | {path: 0.0}
+    report = set_dynamic_rank_allocation(
+        model, scores, 2, 4, budget=cost(model) - 128, optimizer=optimizer, verbose=False
+    )
+    module = next(m for m in report.modules if m.path == path)
+    assert module.after == 2 and module.error < 1e-5
+    momentum = optimizer.state[bank.lora_b[key]]["momentum_buffer"].clone()
+    optimizer.zero_grad()
+    model(batch, labels=batch).loss.backward()
+    torch.testing.assert_close(momentum, bank.lora_b[key].grad, rtol=1e-2, atol=1e-5)
+
+
+def test_ties_and_runs_are_deterministic():
+    reports = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        model = adapted(llama())
+        scores = dict.fromkeys(model.hybrid_adapter.sites, 1.0)
+        reports.append(set_dynamic_rank_allocation(
+            model, scores, 1, 8, budget=cost(model) - 100, verbose=False))  # fmt: skip
+    assert reports[0] == reports[1]
+
+
+def test_both_ends():
+    for least, most, end in ((8, 12, 0), (1, 2, 1)):
+        model = adapted(llama())
+        report = set_dynamic_rank_allocation(model, uneven(model), least, most, verbose=False)
+        expected = {"lora": (least, most)[end], "bottleneck": (2 * least, 2 * most)[end]}
+        assert all(m.after == expected[m.kind] for m in report.modules)
+        assert "the bounds win" in report.note
+
+
+def test_one_module():
+    model = adapted(llama(), target_modules=["model.layers.1.self_attn.q_proj"],
+                    apply_lora_to=["model.layers.1.self_attn.q_proj"])  # fmt: skip
+    (path,) = model.hybrid_adapter.sites
+    report = set_dynamic_rank_allocation(model, {path: 0.3}, 2, 9, verbose=False)
+    assert report.sizes == {path: 4}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(scores=lambda s: s | {next(iter(s)): math.nan}), "got nan for model.layers.0"),
+        (dict(scores=lambda s: s | {next(iter(s)): -1.0}), "got -1.0"),
+        (dict(scores=lambda s: s | {next(iter(s)): math.inf}), "got inf"),
+        (dict(scores=lambda s: s | {"lm_head": 1.0}), "one for lm_head, not adapted"),
+        (dict(scores=lambda s: dict(list(s.items())[1:])), "none for model.layers.0"),
+        (dict(scores=lambda s: dict.fromkeys(s, 0.0)), "0 for every module"),
+        (dict(min_rank=0), "min_rank: got 0"),
+        (dict(min_rank=9, max_rank=8), "max_rank: got 8"),
+        (dict(min_width=30, max_width=8), "max_width: got 8"),
+        (dict(budget=10), "budget: got 10, allowed: an integer from"),
+        (dict(budget=10**9), "budget: got 1000000000"),
+        (dict(budget=1e5), "budget: got 100000.0"),
+    ],
+)
+def test_refusals_change_nothing(change, message):
+    model = adapted(llama())
+    state, before = snapshot(model), sizes(model)
+    scores = change.pop("scores", dict)(uneven(model))
+    with pytest.raises(AdapterError, match=message):
+        set_dynamic_rank_allocation(model, scores, **{"min_rank": 2, "max_rank": 12} | change)
+    assert_same_state(model, state)
+    assert sizes(model) == before
+
+
+def test_a_foreign_optimizer_state_changes_nothing():
+    model = adapted(llama())
+    optimizer = torch.optim.SGD(model.hybrid_adapter.parameters(), lr=0.1)
+    some = next(iter(model.hybrid_adapter.parameters()))
+    optimizer.state[some]["blocks"] = torch.zeros(7)
+    state, before = snapshot(model), sizes(model)
+    with pytest.raises(AdapterError, match="optimizer: SGD keeps 'blocks'"):
+        set_dynamic_rank_allocation(model, uneven(model), optimizer=optimizer, **BOUNDS)
+    assert_same_state(model, state)
+    assert sizes(model) == before
+
+
+def test_no_adapter_and_a_merged_one_are_refused():
+    with pytest.raises(AdapterError, match="has no hybrid adapter"):
+        set_dynamic_rank_allocation(llama(), {})
+    model = adapted(llama())
+    model.merge_adapter()
+    with pytest.raises(AdapterError, match="unmerge_adapter"):
+        set_dynamic_rank_allocation(model, uneven(model))
+
+
+def test_it_prints_what_it_did(capsys):
+    model = adapted(llama())
+    report = set_dynamic_rank_allocation(model, uneven(model), 2, 12)
+    printed = capsys.readouterr().out
+    assert printed == f"{report}\n"
+    for module in report.modules:
+        assert f"{module.path} " in printed
+    assert f"{report.budget:,}" in printed
+
+
+def test_pictures(tmp_path):
+    pytest.importorskip("matplotlib")
+    model = adapted(llama())
+    report = set_dynamic_rank_allocation(model, uneven(model), **BOUNDS)
+    report.plot(tmp_path / "ranks.png")
+    assert (tmp_path / "ranks.png").read_bytes()[:4] == b"\x89PNG"

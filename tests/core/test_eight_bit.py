@@ -1,0 +1,152 @@
+"""Products in 8 bits: exact integers, the rounding of rows, columns kept apart."""
+
+import pytest
+import torch
+
+from artemis_kernels import QuantizedWeight
+from artemis_kernels.core import eight_bit, native
+from artemis_kernels.core.native import Native
+
+SHAPES = [(0, 8, 6), (1, 33, 17), (2, 1, 1), (15, 40, 24), (129, 130, 20), (33, 1301, 5), (3, 8, 0)]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Call it to switch the compiled passes and the processor's int8 products off."""
+
+    def switch_off():
+        monkeypatch.setattr(native, "library", lambda: Native(None, "switched off"))
+        monkeypatch.setattr(eight_bit, "multiplies_int8", lambda device: False)
+
+    return switch_off
+
+
+def integers(*shape: int) -> torch.Tensor:
+    return torch.randint(-128, 128, shape, dtype=torch.int8)
+
+
+@pytest.mark.parametrize("way", ["processor", "plain"])
+@pytest.mark.parametrize(("m", "k", "n"), SHAPES, ids=str)
+def test_sums_are_exact(m, k, n, way, plain):
+    """Against int64 in numpy, both ways round, extreme values among them."""
+    if way == "plain":
+        plain()
+    q, w = integers(m, k), integers(n, k)
+    q[:, : k // 2], w[:, : k // 2] = -128, -128
+    q[:1], w[:1] = 127, -127  # at k = 1301 an odd sum beyond 2²⁴, which fp32 cannot hold
+    truth = q.numpy().astype("int64") @ w.numpy().astype("int64").T
+    assert (eight_bit.integer_product(q, w.t()).numpy() == truth).all()
+    assert (eight_bit.integer_product(q, w.t().contiguous()).numpy() == truth).all()
+    assert eight_bit.integer_product(q, w.t()).dtype == torch.int32
+
+
+@pytest.mark.parametrize("factor", [False, True], ids=["plain-x", "scaled-x"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("m", "k"), [(1, 1), (5, 33), (65, 1100), (129, 64)])
+def test_rows_are_rounded_to_the_nearest_of_255_levels(m, k, dtype, factor):
+    x, by = torch.randn(m, k).to(dtype), torch.rand(k) + 0.5 if factor else None
+    q, scale, apart = eight_bit.round_rows(x, by)
+    v = x.double() if by is None else x.double() * by.double()
+    if apart is not None:
+        v[:, apart] = 0
+    torch.testing.assert_close(scale.double(), v.abs().amax(1) / 127, rtol=1e-6, atol=0)
+    assert ((q * scale.double()[:, None] - v).abs() <= 0.5001 * scale.double()[:, None]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_compiled_and_plain_agree_to_the_bit(dtype, plain):
+    x, w = torch.randn(70, 513).to(dtype), QuantizedWeight.quantize(torch.randn(65, 513))
+    x[:, 9] *= 60
+    x[3], x[4, 7], x[5, 8] = 0, torch.nan, torch.inf
+    bias, dy = torch.randn(65), torch.randn(70, 65).to(dtype)
+
+    def everything():
+        rounded = eight_bit.round_rows(x, None)
+        acc = eight_bit.integer_product(rounded.q, w.data.t())
+        assert 9 in rounded.apart
+        return (
+            *rounded,
+            *eight_bit.round_rows(dy, w.scale)[:2],
+            eight_bit.restore(acc, rounded.scale, dtype, w.scale, bias),
+            eight_bit.restore(acc, rounded.scale, dtype, w.scale),
+            eight_bit.restore(acc, rounded.scale, dtype),
+        )
+
+    compiled = everything()
+    plain()
+    for before, after in zip(compiled, everything(), strict=True):
+        assert before.dtype == after.dtype
+        assert torch.equal(before.nan_to_num(nan=7.0), after.nan_to_num(nan=7.0))
+
+
+def test_zeros_tiny_rows_and_rows_that_are_not_finite():
+    x = torch.randn(6, 40)
+    x[0], x[1], x[2] = 0, 1e-38, 1e-30
+    x[3, 5], x[4, 6] = torch.nan, -torch.inf
+    weight = QuantizedWeight.quantize(torch.randn(24, 40))
+    y = eight_bit.linear(x, weight.data, weight.scale, None)
+    assert (y[:2].abs() < 1e-36).all()
+    assert not torch.isfinite(y[3:5]).any()
+    truth = x.double() @ weight.dequantize(torch.float64).t()
+    for row in (2, 5):  # a neighbour's nan or inf stays with the neighbour
+        assert (y[row] - truth[row]).norm() < 0.03 * truth[row].norm()
+
+
+def relative_error(actual: torch.Tensor, truth: torch.Tensor) -> float:
+    return ((actual.double() - truth).norm() / truth.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("magnitude", [1, 50, 1000])
+def test_outlying_features(magnitude, dtype):
+    """0.2 % of the features far above the rest: within 1.5 times of weight-only's error.
+
+    Looked at over the rest too, which a row scale stretched by the outliers would round away.
+    """
+    w = torch.randn(96, 1024) / 32
+    weight = QuantizedWeight.quantize(w)
+    x = torch.randn(80, 1024)
+    outlying = [100, 900]
+    x[:, outlying] *= magnitude
+    x = x.to(dtype)
+    truth = x.double() @ w.double().t()
+    weight_only = x.double() @ weight.dequantize(torch.float64).t()
+    y = eight_bit.linear(x, weight.data, weight.scale, None)
+    assert relative_error(y, truth) <= 1.5 * relative_error(weight_only, truth)
+    rounded = eight_bit.round_rows(x, None)
+    assert (rounded.apart is None) == (magnitude == 1)
+    rest = x.double()
+    rest[:, outlying if magnitude > 1 else []] = 0
+    back = rounded.q * rounded.scale.double()[:, None]
+    assert relative_error(back, rest) < 0.01
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_outlying_gradients(dtype):
+    weight = QuantizedWeight.quantize(torch.randn(256, 96))
+    dy = torch.randn(70, 256)
+    dy[:, [3, 200]] *= 100
+    dy = dy.to(dtype)
+    truth = dy.double() @ weight.dequantize(torch.float64)
+    assert relative_error(eight_bit.input_gradient(dy, weight.data, weight.scale), truth) < 0.005
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 63, 64, 65, 130])
+def test_one_large_value_anywhere_sets_its_column_apart(rows, dtype):
+    """A first token may carry all there is of a feature (Sun et al., arXiv 2402.17762)."""
+    for row in {0, rows // 2, rows - 1}:
+        x = torch.ones(rows, 70, dtype=dtype)
+        x[row, 5] = -300
+        assert eight_bit.round_rows(x, None).apart.tolist() == [5]
+
+
+def test_few_columns_are_kept_apart_however_many_stand_out():
+    largest = torch.ones(640)
+    assert eight_bit.outliers(largest) is None
+    largest[:100] = torch.arange(100.0, 200.0)
+    assert sorted(eight_bit.outliers(largest).tolist()) == list(range(90, 100))
+    assert eight_bit.outliers(torch.tensor([1.0, 1.0, 9.0])).tolist() == [2]
+    assert eight_bit.outliers(torch.tensor([5.0])) is None
+    assert eight_bit.outliers(torch.empty(0)) is None
