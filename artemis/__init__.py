@@ -9,21 +9,33 @@ from .importance import analyze_layer_importance
 from .merging import MergeReport
 from .orthogonality import orthogonality_penalty
 from .plots import plot_importance
+from .quantization import (
+    LayerReport,
+    QuantizationReport,
+    load_quantized,
+    quantize_adapter_model,
+    save_quantized,
+)
 from .version import __version__
 
 __all__ = [
     "AdapterError",
     "AdapterFile",
     "HybridAdapterConfig",
+    "LayerReport",
     "MergeReport",
     "ModuleAllocation",
+    "QuantizationReport",
     "RankAllocation",
     "__version__",
     "add_hybrid_adapter_to_model",
     "analyze_layer_importance",
     "load_hybrid_adapter",
+    "load_quantized",
     "orthogonality_penalty",
     "plot_importance",
+    "quantize_adapter_model",
     "read_adapter",
+    "save_quantized",
     "set_dynamic_rank_allocation",
 ]

@@ -7,7 +7,7 @@ from uuid import uuid4
 
 
 def replace_files(directory: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
-    """Write each file beside its place in `directory`, then move all there; the last one commits."""
+    """Write each file beside its place, then move all into `directory`; the last one commits."""
     staged: dict[str, Path] = {}
     try:
         for name, write in writers.items():

@@ -38,7 +38,7 @@ class LayerWeight(QuantizedWeight):
 
 
 class FixedBuffers:
-    """Mixin for a module: the buffers that `fixed_buffers` names move with it, and keep their dtype.
+    """Mixin for modules: the buffers that `fixed_buffers` names are moved, and never cast.
 
     Seen as bytes they are no floating tensors, which `.to(dtype)`, `.half()`, ... leave alone.
     """
@@ -67,10 +67,12 @@ class _Packed(FixedBuffers):
     @property
     def weight(self) -> LayerWeight:
         """The weight (out, in), also where the layer stored it the other way round."""
-        parts = (self._buffers[name] for name in PARTS)
-        packing, sample = self.packing, self._buffers[SAMPLE]
+        data, scale, offset = (self._buffers[name] for name in PARTS)
+        packing, dtype = self.packing, self._buffers[SAMPLE].dtype
+        if packing.format == "fp8":
+            data = data.view(torch.float8_e4m3fn)
         return LayerWeight(
-            *parts, packing.format, packing.group_size, packing.activation_bits, sample.dtype
+            data, scale, offset, packing.format, packing.group_size, packing.activation_bits, dtype
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -122,7 +124,9 @@ def pack(
     """
     del module.weight
     module.packing = Packing(weight.format, weight.group_size, weight.activation_bits)
-    tensors = (weight.data, weight.scale, weight.offset)
+    # As bytes, since a tensor in fp8 does not pickle.
+    data = weight.data.view(torch.uint8) if weight.format == "fp8" else weight.data
+    tensors = (data, weight.scale, weight.offset)
     for name, tensor in zip(PARTS, tensors, strict=True):
         module.register_buffer(name, tensor)
     module.register_buffer(SAMPLE, taken)

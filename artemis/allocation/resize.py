@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from ..bank import AdapterBank, initial, site_tensors
+from ..bank import AdapterBank, check_writable, initial, site_tensors
 from ..sites import Site
 from .change import Change
 from .optimizer import check_states, move_states
@@ -26,6 +26,7 @@ def resize(
     """
     if all(site.spec.size == sizes[path] for path, site in bank.sites.items()):
         return dict.fromkeys(sizes, 0.0)
+    check_writable(bank, "given other sizes")
     changes: list[Change] = []
     errors: dict[str, float] = {}
     for sites in _groups(bank):

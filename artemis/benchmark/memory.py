@@ -1,5 +1,6 @@
 """The largest memory that this process has used."""
 
+import ctypes
 import os
 import resource
 import sys
@@ -29,6 +30,9 @@ def forget_peak() -> int:
         return torch.cuda.memory_allocated()
     if not STATUS.exists():
         return peak_memory()
+    # What building the model has freed would count as in use: glibc keeps it for later.
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
     _RESET.write_text("5")  # proc(5): VmHWM becomes VmRSS
     return _status("VmRSS")
 

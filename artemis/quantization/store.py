@@ -147,11 +147,16 @@ def _read(path: Path) -> _Stored:
         if version != FORMAT_VERSION:
             raise AdapterError(f"{path}: got format version {version!r}, allowed: {FORMAT_VERSION}")
         report = QuantizationReport.from_dict(header["report"])
-        return _Stored(path, header["class_name"], report, header["aliases"], shapes)
+        stored = _Stored(path, header["class_name"], report, header["aliases"], shapes)
     except AdapterError:
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterError(f"{path}: its header is damaged ({error!r})") from None
+    needed = {f"{entry.path}.{part}" for entry in report.layers for part in (*PARTS[:2], SAMPLE)}
+    missing = sorted((needed | set(stored.aliases.values())) - shapes.keys())
+    if missing:
+        raise AdapterError(f"{path}: damaged, it lacks {listed(missing)}")
+    return stored
 
 
 def _empty(config: PretrainedConfig, stored: _Stored) -> nn.Module:
@@ -162,7 +167,15 @@ def _empty(config: PretrainedConfig, stored: _Stored) -> nn.Module:
             f"{stored.path}: transformers has no class {stored.class_name}; give the model itself"
         )
     with torch.device("meta"):
-        return cls(config).eval()
+        model = cls(config).eval()
+    for module in model.modules():
+        lost = [n for n, v in vars(module).items() if isinstance(v, torch.Tensor) and v.is_meta]
+        if lost:  # neither parameters nor buffers, so no file holds them
+            raise AdapterError(
+                f"{stored.class_name} keeps tensors that are not saved ({listed(lost)}); give the"
+                " model itself"
+            )
+    return model
 
 
 def _check(model: nn.Module, stored: _Stored) -> dict[str, nn.Module]:
@@ -179,13 +192,13 @@ def _check(model: nn.Module, stored: _Stored) -> dict[str, nn.Module]:
     modules, layers = dict(model.named_modules()), {}
     for layer in stored.report.layers:
         module = modules.get(layer.path)
-        if type(module) not in QUANTIZED:
-            problems.append(f"{layer.path} is a {type(module).__name__}, in the file a linear layer")
-        elif tuple(weight_of(module).shape) != (layer.out_features, layer.in_features):
-            problems.append(f"{layer.path} has shape {tuple(weight_of(module).shape)}, in the file")
-            problems[-1] += f" {layer.out_features, layer.in_features}"
-        else:
+        shape = tuple(weight_of(module).shape) if type(module) in QUANTIZED else None
+        if shape == (layer.out_features, layer.in_features):
             layers[layer.path] = module
+        else:
+            what = type(module).__name__ if shape is None else f"{shape[0]}x{shape[1]}"
+            wanted = f"{layer.out_features}x{layer.in_features}"
+            problems.append(f"{layer.path} is {what}, in the file a linear layer of {wanted}")
     if not problems:
         problems = _differences(model, stored)
     if problems:
@@ -246,6 +259,14 @@ def _put(
 def _weight(
     stored: _Stored, entry: LayerReport, tensors: dict[str, torch.Tensor]
 ) -> QuantizedWeight:
-    parts = (tensors.pop(f"{entry.path}.{part}", None) for part in PARTS)
+    data, scale, offset = (tensors.pop(f"{entry.path}.{part}", None) for part in PARTS)
+    if entry.format == "fp8":
+        data = data.view(torch.float8_e4m3fn)
     bits = stored.report.activation_bits
-    return QuantizedWeight(*parts, entry.format, entry.group_size, bits)
+    try:
+        weight = QuantizedWeight(data, scale, offset, entry.format, entry.group_size, bits)
+    except ValueError as error:
+        raise AdapterError(f"{stored.path}: {entry.path} is damaged ({error})") from None
+    if weight.shape != (entry.out_features, entry.in_features):
+        raise AdapterError(f"{stored.path}: {entry.path} is damaged: got {tuple(weight.shape)}")
+    return weight

@@ -1,6 +1,6 @@
 """Training on transformers' Trainer: `Trainer`, the training file, text data."""
 
-from .config import DataConfig, RunConfig, TrainingConfig
+from .config import BaseConfig, DataConfig, RunConfig, TrainingConfig
 from .data import TokenBlocks, cut_blocks, load_blocks
 from .loading import attention_for, default_device, load_base, resolve_precision
 from .progress import show_progress
@@ -9,6 +9,7 @@ from .run import count_parameters, run_training, tokens_per_second
 from .trainer import Trainer
 
 __all__ = [
+    "BaseConfig",
     "DataConfig",
     "RankAllocationCallback",
     "RunConfig",

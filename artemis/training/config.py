@@ -2,6 +2,8 @@
 
 ```yaml
 model: path/or/name           # a causal language model for transformers
+base:                         # BaseConfig: the frozen base in fewer bits
+  bits: 8
 data:                         # DataConfig
   train: [train.jsonl]
 hybrid_adapter:               # HybridAdapterConfig; without this section the whole model is trained
@@ -23,8 +25,41 @@ from transformers import TrainingArguments
 
 from ..config import HybridAdapterConfig
 from ..errors import AdapterError
+from ..quantization.choice import checked_options
 from . import schema
 from .loading import PRECISIONS, default_device
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """How the base under an adapter is held; a model that is trained whole stays as it is.
+
+    Attributes:
+        bits: 8 or 4, of the linear layers' weights; None keeps them.
+        format: with 8 bits int or fp8.
+        group_size: with 4 bits, how many weights share a scale; None fits it to the layer.
+        activation_bits: 8 rounds what int8 weights are multiplied by, 16 does not, auto does where
+            it is faster.
+        include_head: take the output head too.
+    """
+
+    SECTION: ClassVar[str] = "base"
+
+    bits: int | None = schema.choice(8, 4, None, default=None)
+    format: str = schema.choice("int", "fp8", default="int")
+    group_size: int | None = schema.choice(256, 128, 64, 32, 16, 8, None, default=None)
+    activation_bits: int | str = schema.choice("auto", 8, 16, default="auto")
+    include_head: bool = schema.flag(False)
+
+    def __post_init__(self):
+        schema.check_fields(self)
+        if self.bits is not None:
+            checked_options(
+                self.bits, self.format, self.group_size, self.activation_bits, 32,
+                self.include_head, calibrated=False,
+            )  # fmt: skip
+        elif any(getattr(self, item.name) != item.default for item in dataclasses.fields(self)):
+            raise AdapterError("base.bits: got None, allowed: 8 or 4 beside other settings")
 
 
 @dataclass(frozen=True)
@@ -144,6 +179,7 @@ class RunConfig:
     """A whole training file."""
 
     model: str
+    base: BaseConfig
     data: DataConfig
     hybrid_adapter: HybridAdapterConfig | None
     training: TrainingConfig
@@ -180,9 +216,17 @@ class RunConfig:
         if "data" not in values:
             raise AdapterError("data: not given, allowed: a mapping with `train` files")
         adapter = values.get("hybrid_adapter")
+        adapter = None if adapter is None else HybridAdapterConfig.from_dict(adapter)
+        base = schema.from_mapping(BaseConfig, values.get("base"))
+        if base.bits is not None and (adapter is None or not adapter.enabled):
+            raise AdapterError(
+                f"base.bits: got {base.bits} without a hybrid_adapter, allowed: with one, over a"
+                " frozen base"
+            )
         return cls(
             model=model,
+            base=base,
             data=schema.from_mapping(DataConfig, values["data"]),
-            hybrid_adapter=None if adapter is None else HybridAdapterConfig.from_dict(adapter),
+            hybrid_adapter=adapter,
             training=schema.from_mapping(TrainingConfig, values.get("training")),
         )

@@ -4,8 +4,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..hybrid import add_hybrid_adapter_to_model
+from ..quantization import quantize_adapter_model
 from ..quantized_layers import packed_numbers
-from .config import DataConfig, RunConfig
+from .config import BaseConfig, DataConfig, RunConfig
 from .data import TokenBlocks, load_blocks
 from .loading import attention_for, default_device, load_base, resolve_precision
 from .progress import show_progress
@@ -34,6 +35,8 @@ def run_training(config: RunConfig, resume: bool = False) -> dict[str, float | i
     model, tokenizer = load_base(config.model, dtype if hybrid else torch.float32, attention)
     train_data, eval_data = _load_data(config.data, tokenizer)
     if hybrid:
+        if config.base.bits is not None:
+            _quantize(model, config.base)
         set_seed(settings.seed)
         add_hybrid_adapter_to_model(model, config.hybrid_adapter)
 
@@ -55,6 +58,14 @@ def run_training(config: RunConfig, resume: bool = False) -> dict[str, float | i
         "tokens_per_second": tokens_per_second(outcome.metrics, config.data.sequence_length),
         **count_parameters(model),
     }
+
+
+def _quantize(model: PreTrainedModel, base: BaseConfig) -> None:
+    """Before the adapter is added, which so stays in its own dtype."""
+    quantize_adapter_model(
+        model, base.bits, format=base.format, group_size=base.group_size,
+        activation_bits=base.activation_bits, include_head=base.include_head,
+    )  # fmt: skip
 
 
 def _load_data(

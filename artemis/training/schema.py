@@ -42,9 +42,14 @@ def flag(default: bool) -> Any:
     return rule(lambda value: isinstance(value, bool), "true or false", default=default)
 
 
-def choice(*options: str, default: str) -> Any:
-    """One of the options."""
-    return rule(lambda value: value in options, f"one of {', '.join(options)}", default=default)
+def choice(*options: str | int | None, default: str | int | None) -> Any:
+    """One of the options; None is written null."""
+    allowed = ", ".join("null" if option is None else str(option) for option in options)
+    return rule(
+        lambda value: any(value == o and type(value) is type(o) for o in options),
+        f"one of {allowed}",
+        default=default,
+    )
 
 
 def integer(least: int, default: int) -> Any:

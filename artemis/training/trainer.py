@@ -6,13 +6,15 @@ What differs from the parent:
   state, never the base; resuming from it continues the run bit for bit on a CPU;
 - the orthogonality penalty is added once per optimizer step, whatever the accumulation;
 - gains and biases of the adapter are not decayed;
-- one process drives one GPU (several: `torchrun`), never `torch.nn.DataParallel`.
+- one process drives one GPU (several: `torchrun`), never `torch.nn.DataParallel`;
+- an adapter in 16 bits is trained, with a warning.
 
 A model without an adapter is trained and saved as transformers does it, so that full fine-tuning
 and the hybrid can be compared under the same trainer.
 """
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Tr
 
 from ..adapter_file import read_adapter
 from ..allocation.resize import resize
-from ..bank import find_bank
-from ..errors import AdapterError
+from ..bank import check_writable, find_bank
+from ..errors import AdapterError, listed
 from ..orthogonality import orthogonality_penalty
 from .config import TrainingConfig
 
@@ -66,8 +68,8 @@ class Trainer(transformers.Trainer):
                 beside a model.
 
         Raises:
-            AdapterError: there is no model; the checkpoint is missing or incomplete; or an adapter
-                would be sharded (FSDP, DeepSpeed).
+            AdapterError: there is no model; the checkpoint is missing or incomplete; an adapter
+                would be sharded (FSDP, DeepSpeed), or is held in 8 bits.
         """
         checkpoint = kwargs.pop("resume_from_checkpoint", None)
         if isinstance(model_or_checkpoint, nn.Module):
@@ -75,8 +77,8 @@ class Trainer(transformers.Trainer):
         elif model_or_checkpoint is not None:
             checkpoint = model_or_checkpoint
         self._require_model()
-        if _hybrid(self.model) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise AdapterError("a hybrid adapter cannot be sharded by FSDP or DeepSpeed; use DDP")
+        if _hybrid(self.model):
+            self._check_adapter()
         if checkpoint:
             checkpoint = _complete_checkpoint(checkpoint, self.args.output_dir)
         return super().train(checkpoint or None, *args, **kwargs)
@@ -108,6 +110,20 @@ class Trainer(transformers.Trainer):
         if isinstance(self.model, _NoModel):
             raise AdapterError(
                 "the trainer has no model yet: pass one to Trainer(model=...) or to train(model)"
+            )
+
+    def _check_adapter(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise AdapterError("a hybrid adapter cannot be sharded by FSDP or DeepSpeed; use DDP")
+        bank = find_bank(self.model)
+        check_writable(bank, "trained")
+        narrow = {p.dtype for p in bank.parameters() if p.requires_grad and p.itemsize < 4}
+        if narrow:
+            # Attributed to who called train.
+            warnings.warn(
+                f"the adapter is held in {listed(narrow)}: an update smaller than half a step of"
+                " that is lost; train it in float32 (adapter_bits=32, adapter_dtype: float32)",
+                stacklevel=3,
             )
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:

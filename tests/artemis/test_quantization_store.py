@@ -1,0 +1,162 @@
+"""Saving a quantized base and loading it back: bit for bit, or refused and nothing changed."""
+
+import copy
+import json
+import os
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from artemis import AdapterError, load_hybrid_adapter, load_quantized, save_quantized
+from artemis.quantized_layers import packed_layers
+from tests.artemis.models import adapted, assert_same_state, bert, gpt2, llama, snapshot, t5, tokens
+from tests.artemis.test_quantization import FORMATS, quantized
+
+FILE = "quantized_base.safetensors"
+
+
+def header(path) -> dict:
+    with safe_open(path / FILE, framework="pt") as file:
+        return json.loads(file.metadata()["quantized_base"])
+
+
+def rewritten(path, change) -> None:
+    """The file at `path` after `change(header, tensors)`."""
+    tensors, values = load_file(path / FILE), header(path)
+    change(values, tensors)
+    save_file(tensors, path / FILE, {"quantized_base": json.dumps(values)})
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("build", [llama, gpt2, bert, t5])
+def test_round_trip(build, format, tmp_path):
+    model, ids = quantized(build(), format), tokens()
+    batch = dict(input_ids=ids, **(dict(decoder_input_ids=ids) if build is t5 else {}))
+    expected, state = model(**batch).logits, snapshot(model)
+    save_quantized(model, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    for target in (model.config, build(), build().bfloat16()):
+        loaded = load_quantized(target, tmp_path)
+        assert loaded is target or target is model.config
+        assert_same_state(loaded, state)
+        assert torch.equal(loaded(**batch).logits, expected)
+        assert loaded.quantization_report == model.quantization_report
+        assert [type(m) for m in loaded.modules()] == [type(m) for m in model.modules()]
+        activation_bits = {m.weight.activation_bits for _, m in packed_layers(loaded)}
+        assert activation_bits == {model.quantization_report.activation_bits}
+        assert not loaded.training
+        head, embedding = loaded.get_output_embeddings(), loaded.get_input_embeddings()
+        tied = build in (gpt2, t5)
+        assert head is None or (head.weight is embedding.weight) == tied
+
+
+def test_base_and_adapter_are_saved_apart(tmp_path):
+    model, ids = quantized(adapted(llama()), "int4"), tokens()
+    expected = model(ids).logits
+    save_quantized(model, tmp_path / "base")
+    model.save_adapter_parameters(tmp_path / "adapter")
+    assert not any("adapter" in name for name in load_file(tmp_path / "base" / FILE))
+    base = load_quantized(model.config, tmp_path / "base")
+    assert not torch.equal(base(ids).logits, expected)
+    loaded = load_hybrid_adapter(base, tmp_path / "adapter", strict=True)
+    assert torch.equal(loaded(ids).logits, expected)
+
+
+def test_loading_a_configuration_never_makes_the_full_weights(tmp_path, monkeypatch):
+    model = quantized(llama())
+    save_quantized(model, tmp_path)
+    made = []
+    init = nn.Linear.__init__
+
+    def recording(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        made.append(self.weight.device.type)
+
+    monkeypatch.setattr(nn.Linear, "__init__", recording)
+    loaded = load_quantized(model.config, tmp_path)
+    assert set(made) == {"meta"}
+    assert not any(t.is_meta for t in (*loaded.parameters(), *loaded.buffers()))
+
+
+def test_a_save_cut_short_leaves_the_old_file(tmp_path, monkeypatch):
+    old = quantized(llama())
+    save_quantized(old, tmp_path)
+
+    def dying(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", dying)
+        with pytest.raises(KeyboardInterrupt):
+            save_quantized(quantized(llama()), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    assert_same_state(load_quantized(llama(), tmp_path), snapshot(old))
+
+
+def test_what_does_not_fit_changes_nothing(tmp_path):
+    save_quantized(quantized(llama()), tmp_path)
+    for model, words in (
+        (llama(intermediate_size=64), r"mlp\.gate_proj is 64x32, in the file a linear .* 48x32"),
+        (llama(num_hidden_layers=1), r"layers\.1\.self_attn\.q_proj is NoneType"),
+        (llama(num_hidden_layers=3), r"layers\.2\.\S+ is \(32,\), in the file missing"),
+        (gpt2(), "the model is a GPT2LMHeadModel, the file's a LlamaForCausalLM"),
+        (quantized(llama()), "adapted or quantized already"),
+        (adapted(llama()), "adapted or quantized already"),
+    ):
+        state = snapshot(model)
+        with pytest.raises(AdapterError, match=words):
+            load_quantized(model, tmp_path)
+        assert_same_state(model, state)
+
+
+def test_damaged_and_foreign_files(tmp_path):
+    model, path = quantized(llama()), "model.layers.1.mlp.up_proj"
+    save_quantized(model, tmp_path)
+    whole = (tmp_path / FILE).read_bytes()
+    damages = (
+        (lambda h, t: h.update(format_version=9), "got format version 9, allowed: 1"),
+        (lambda h, t: h.pop("report"), "its header is damaged"),
+        (lambda h, t: t.pop(f"{path}.weight_scale"), rf"damaged, it lacks {path}\.weight_scale"),
+        (
+            lambda h, t: t.update({f"{path}.weight_scale": torch.ones(3)}),
+            rf"{path} is damaged \(QuantizedWeight: scale must be",
+        ),
+        (lambda h, t: t.pop("model.norm.weight"), r"model\.norm\.weight is \(32,\), in the file"),
+        (lambda h, t: h.update(class_name="Nothing"), "the file's a Nothing"),
+    )
+    for change, words in damages:
+        (tmp_path / FILE).write_bytes(whole)
+        rewritten(tmp_path, change)
+        plain = llama()
+        state = snapshot(plain)
+        with pytest.raises(AdapterError, match=words):
+            load_quantized(plain, tmp_path)
+        assert_same_state(plain, state)
+    with pytest.raises(AdapterError, match="transformers has no class Nothing"):
+        load_quantized(model.config, tmp_path)
+    (tmp_path / FILE).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(AdapterError, match="damaged, or no safetensors file"):
+        load_quantized(llama(), tmp_path)
+    save_file({"a": torch.zeros(1)}, tmp_path / FILE)
+    with pytest.raises(AdapterError, match="not a quantized base's"):
+        load_quantized(llama(), tmp_path)
+    with pytest.raises(FileNotFoundError, match="no quantized base at"):
+        load_quantized(llama(), tmp_path / "nowhere")
+
+
+def test_what_cannot_be_saved(tmp_path):
+    with pytest.raises(AdapterError, match="is not quantized"):
+        save_quantized(llama(), tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(AdapterError, match="got a file, allowed: a directory"):
+        save_quantized(quantized(llama()), tmp_path / "file")
+
+
+def test_a_copy_saves_the_same(tmp_path):
+    model = quantized(llama(), "int4")
+    save_quantized(model, tmp_path / "a")
+    save_quantized(copy.deepcopy(model), tmp_path / "b")
+    assert (tmp_path / "a" / FILE).read_bytes() == (tmp_path / "b" / FILE).read_bytes()

@@ -1,0 +1,86 @@
+"""`quantized_linear`: the bare product of a packed weight, judged by the dequantized one."""
+
+import pytest
+import torch
+
+import artemis_kernels
+from artemis_kernels import QuantizedWeight, Unavailable, explain, quantized_linear
+from artemis_kernels.ops.quantized_linear.reference import quantized_linear as reference
+from tests import kit
+
+FORMATS = ("int8", "fp8", "int4")
+
+
+def operands(rows: int, dtype, format: str, activation_bits=16):
+    tensors = {"x": torch.randn(rows, 3, 40).to(dtype), "bias": torch.randn(24).to(dtype)}
+    weight = QuantizedWeight.quantize(torch.randn(24, 40), format, activation_bits=activation_bits)
+    return tensors, weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 50])
+@pytest.mark.parametrize("format", FORMATS)
+def test_follows_the_dequantized_product(format, rows, dtype):
+    tensors, weight = operands(rows, dtype, format)
+    kit.assert_follows_reference(
+        lambda **t: quantized_linear(weight=weight, **t),
+        lambda x, bias: reference(x, weight.dequantize(x.dtype), bias),
+        tensors, ["x", "bias"], c=1.25,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("subset", kit.subsets(["x", "bias"]))
+def test_every_subset_of_gradients(subset):
+    tensors, weight = operands(2, torch.float32, "int8")
+    whole = kit.outcome(quantized_linear, tensors, ["x", "bias"], weight=weight)
+    part = kit.outcome(quantized_linear, tensors, subset, weight=weight)
+    kit.assert_same_outcome(part, {name: whole[name] for name in ("y", *subset)})
+
+
+def test_eight_bit_inputs_err_by_their_rounding_and_no_more():
+    """x and dY rounded to 127 steps a row: an rms error near 1/127/√3 of the row's maximum."""
+    tensors, weight = operands(20, torch.float32, "int8", activation_bits=8)
+    assert explain(quantized_linear, weight=weight, **tensors).strategy == "product_int8"
+    got = kit.outcome(quantized_linear, tensors, ["x"], torch.randn(20, 3, 24), weight=weight)
+    torch.manual_seed(0)
+    dy = torch.randn(20, 3, 24)
+    got = kit.outcome(quantized_linear, tensors, ["x"], dy, weight=weight)
+    exact = kit.outcome(reference, tensors, ["x"], dy, weight=weight.dequantize(torch.float32))
+    for name in ("y", "x"):
+        error = (got[name] - exact[name]).norm() / exact[name].norm()
+        assert 1e-4 < error < 0.02, name
+
+
+def test_agrees_with_a_lora_of_zero_bit_for_bit():
+    tensors, weight = operands(50, torch.bfloat16, "int8", activation_bits=8)
+    zero = artemis_kernels.lora_linear(
+        tensors["x"], weight, torch.randn(4, 40), torch.zeros(24, 4), 1.0, bias=tensors["bias"]
+    )
+    assert torch.equal(quantized_linear(weight=weight, **tensors), zero)
+
+
+def test_refusals():
+    tensors, weight = operands(2, torch.float32, "int8")
+    with pytest.raises(TypeError, match="must be a QuantizedWeight, got Tensor"):
+        quantized_linear(tensors["x"], weight.dequantize())
+    with pytest.raises(ValueError, match=r"bias must have shape \(24\)"):
+        quantized_linear(tensors["x"], weight, bias=torch.zeros(3))
+    with pytest.raises(Unavailable, match="the weight is quantized"):
+        quantized_linear(tensors["x"], weight, impl="triton")
+
+
+def test_the_operator_is_whole_to_torch():
+    """Schema, fake, autograd registration and traced gradients; and one graph under compile."""
+    tensors, weight = operands(2, torch.float32, "int4")
+    x = tensors["x"].reshape(-1, 40).requires_grad_()
+    parts = (weight.data, tensors["bias"], "product_weight_only", weight.scale, weight.offset)
+    torch.library.opcheck(torch.ops.artemis.quantized_linear.default, (x, *parts))
+    run = torch.compile(
+        lambda x: quantized_linear(x, weight, bias=tensors["bias"]),
+        backend="aot_eager", fullgraph=True,
+    )  # fmt: skip
+    kit.assert_same_outcome(
+        kit.outcome(run, {"x": x.detach()}, ["x"]),
+        kit.outcome(lambda x: quantized_linear(x, weight, bias=tensors["bias"]),
+                    {"x": x.detach()}, ["x"]),
+    )  # fmt: skip
