@@ -2,6 +2,7 @@
 
 from .adapter_file import AdapterFile, read_adapter
 from .allocation import ModuleAllocation, RankAllocation, set_dynamic_rank_allocation
+from .automatic import RankChoice, choose_ranks
 from .config import HybridAdapterConfig
 from .errors import AdapterError
 from .hybrid import add_hybrid_adapter_to_model, load_hybrid_adapter
@@ -27,9 +28,11 @@ __all__ = [
     "ModuleAllocation",
     "QuantizationReport",
     "RankAllocation",
+    "RankChoice",
     "__version__",
     "add_hybrid_adapter_to_model",
     "analyze_layer_importance",
+    "choose_ranks",
     "load_hybrid_adapter",
     "load_quantized",
     "orthogonality_penalty",

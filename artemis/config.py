@@ -19,6 +19,8 @@ DEFAULT_TARGETS = (
 DEFAULT_LORA = ("q_proj", "k_proj", "v_proj", "o_proj")
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "identity")
 IMPLEMENTATIONS = ("triton", "eager", "reference")
+#: A `lora_rank` still to be chosen from the data.
+AUTO = "auto"
 
 Names = tuple[str, ...] | str
 
@@ -90,8 +92,12 @@ class HybridAdapterConfig:
     """
 
     enabled: bool = _flag(True)
-    #: rows of LoRA's A
-    lora_rank: int = _size(8)
+    #: rows of LoRA's A; "auto": to be chosen from the task's data (`choose_ranks`)
+    lora_rank: int | str = _rule(
+        lambda value: value == AUTO or (_is_integer(value) and value >= 1),
+        f"an integer from 1, or {AUTO}",
+        8,
+    )
     #: units of a bottleneck
     adapter_size: int = _size(64)
     #: dropout on a bottleneck's units

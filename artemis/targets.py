@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from . import architectures
-from .config import DEFAULT_LORA, DEFAULT_TARGETS, HybridAdapterConfig, Names
+from .config import AUTO, DEFAULT_LORA, DEFAULT_TARGETS, HybridAdapterConfig, Names
 from .errors import AdapterError, listed, nearest
 from .plan import Plan, SiteSpec
 
@@ -33,6 +33,11 @@ def make_plan(model: nn.Module, config: HybridAdapterConfig) -> Plan:
 
     Nothing is changed. Targets within a head are left out: a head trains as it is.
     """
+    if config.lora_rank == AUTO:
+        raise AdapterError(
+            f"hybrid_adapter.lora_rank: got {AUTO!r}, allowed: an integer; choose_ranks(model,"
+            " dataset, config) finds one, and `artemis train` does so by itself"
+        )
     paths = [path for path, _ in model.named_modules() if path]
     matched = {path: entry for path in paths if (entry := matching(config.target_modules, path))}
     if not matched:

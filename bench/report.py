@@ -3,7 +3,7 @@
     python -m bench.report            # fill every `<!-- begin: NAME -->` ... `<!-- end: NAME -->`
     python -m bench.report --check    # change nothing; exit status 1 where a document is behind
 
-NAME is `training-step`, `training-step-ratios`, `training-step-profile`, `importance`,
+NAME is `training-step`, `attention`, `training-step-ratios`, `training-step-profile`, `importance`,
 `importance-cases` or `demo`, or `bench-TABLE` for what `artemis bench TABLE --json` wrote. Of
 several runs of one size and precision on one machine, the last counts.
 """
@@ -136,6 +136,22 @@ def _step_row(arm: Record, tokens: int) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def attention(records: list[Record]) -> str:
+    """Either attention at each length; the last measurement of each counts."""
+    last = {(r["precision"], r["sequence"]): r for r in records if r.get("kind") == "attention"}
+    if not last:
+        return ""
+    rows = [
+        f"| {precision} | {length:,} | {ms['sdpa']['p50']:,.0f} | {ms['eager']['p50']:,.0f} |"
+        for (precision, length), ms in ((key, record["ms"]) for key, record in last.items())
+    ]
+    header = [
+        "| precision | tokens a sequence | fused, ms | plain, ms |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    return "\n".join([*header, *rows, "", origin(next(iter(last.values()))), ""])
+
+
 def training_step_ratios(records: list[Record]) -> str:
     """The ratios, all runs in one table."""
     rows = [
@@ -225,6 +241,7 @@ def demo(records: list[Record]) -> str:
 
 
 SECTIONS: dict[str, Callable[[list[Record]], str]] = {
+    "attention": attention,
     "training-step": training_step,
     "training-step-ratios": training_step_ratios,
     "training-step-profile": training_step_profile,

@@ -99,7 +99,7 @@ def _headline(record: dict[str, Any]) -> str:
         f" {record['versions']['torch']}: fp32 {peak['gemm_fp32_gflops']:.0f} and bf16"
         f" {peak['gemm_bf16_gflops']:.0f} GFLOP/s, copy {peak['copy_gbs']:.1f} GB/s\n"
         f"Llama of hidden {case['hidden']}, {case['layers']} layers, {case['tokens']} tokens a"
-        f" step in sequences of {case['sequence']}; sdpa attention, fused AdamW\n"
+        f" step in sequences of {case['sequence']}; fused AdamW\n"
     )
 
 

@@ -12,7 +12,7 @@ import yaml
 
 from artemis import HybridAdapterConfig
 from artemis.hybrid import _METHODS
-from artemis.training import DataConfig, RunConfig, TrainingConfig
+from artemis.training import BaseConfig, DataConfig, RunConfig, TrainingConfig
 
 ROOT = Path(__file__).parents[1]
 API, GUIDE = ROOT / "docs/api.md", ROOT / "docs/user-guide.md"
@@ -22,6 +22,7 @@ MODULES = (
     "artemis_kernels.nn",
     "artemis",
     "artemis.utils.hybrid_adapter",
+    "artemis.utils.quantization",
     "artemis.training",
 )
 MISSING = dataclasses.MISSING
@@ -97,6 +98,7 @@ def default_of(entry: dataclasses.Field):
     ("config", "title"),
     [
         (HybridAdapterConfig, "The configuration"),
+        (BaseConfig, "`artemis train`"),
         (DataConfig, "`artemis train`"),
         (TrainingConfig, "`artemis train`"),
     ],
@@ -112,7 +114,8 @@ def test_guide_tables_hold_every_key_and_its_default(config, title):
 def test_guide_tables_hold_no_other_key():
     known = {item.name for item in dataclasses.fields(HybridAdapterConfig)}
     assert set(rows(section(GUIDE, "The configuration"))) == known
-    known = {n.name for c in (RunConfig, DataConfig, TrainingConfig) for n in dataclasses.fields(c)}
+    sections = (RunConfig, BaseConfig, DataConfig, TrainingConfig)
+    known = {item.name for config in sections for item in dataclasses.fields(config)}
     assert set(rows(section(GUIDE, "`artemis train`"))) == known
 
 
@@ -121,7 +124,8 @@ def test_guide_training_file_is_whole_and_valid():
     values = yaml.safe_load(text)
     RunConfig.from_dict(values)
     assert set(values) == {item.name for item in dataclasses.fields(RunConfig)}
-    for name, config in (("data", DataConfig), ("training", TrainingConfig)):
+    sections = (("base", BaseConfig), ("data", DataConfig), ("training", TrainingConfig))
+    for name, config in sections:
         assert set(values[name]) == {item.name for item in dataclasses.fields(config)}
 
 

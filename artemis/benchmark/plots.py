@@ -73,11 +73,31 @@ def roofline(path: Path, rows: Sequence[Record], peaks: Record) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _figure(width: float):
+def accuracies(path: Path, rows: Sequence[Record]) -> None:
+    """A panel for every data set: the accuracy of each arm with its interval."""
+    names = list(dict.fromkeys(row["dataset"] for row in rows))
+    figure, panels = _figure(2.5 + 4.0 * len(names), panels=len(names))
+    for axes, name in zip(panels, names, strict=True):
+        arms = [row for row in rows if row["dataset"] == name][::-1]
+        values = [100 * row["accuracy"]["value"] for row in arms]
+        ends = [[100 * (row["accuracy"][end] or row["accuracy"]["value"]) for row in arms]
+                for end in ("low", "high")]  # fmt: skip
+        below = [value - low for value, low in zip(values, ends[0], strict=True)]
+        above = [high - value for value, high in zip(values, ends[1], strict=True)]
+        axes.errorbar(values, range(len(arms)), xerr=[below, above], fmt="o", capsize=3)
+        axes.set_yticks(range(len(arms)), [row["what"] for row in arms], fontsize=8)
+        axes.set_xlabel(f"{name}: accuracy, %")
+        axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
+def _figure(width: float, panels: int | None = None):
     from matplotlib.figure import Figure  # no pyplot: no display, nothing global
 
     figure = Figure((width, 4.5), layout="constrained")
-    return figure, figure.subplots()
+    if panels is None:
+        return figure, figure.subplots()
+    return figure, figure.subplots(1, panels, squeeze=False)[0]
 
 
 def _group(row: Record) -> str:

@@ -96,7 +96,17 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
 
 def text(table: str, rows: Sequence[Record]) -> str:
     """Aligned columns under their titles, and how each model was measured."""
-    columns = COLUMNS[table]
+    return "\n".join([aligned(COLUMNS[table], rows), *_notes(rows)])
+
+
+def markdown(table: str, rows: Sequence[Record]) -> str:
+    """The same as a Markdown table, its notes below."""
+    notes = "\n".join(f"- {note}" for note in _notes(rows))
+    return piped(COLUMNS[table], rows) + "\n\n" + notes
+
+
+def aligned(columns: Sequence[Column], rows: Sequence[Record]) -> str:
+    """Columns of equal width under their titles."""
     lines = [[column.title for column in columns], *_cells(columns, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     shown = [
@@ -106,17 +116,15 @@ def text(table: str, rows: Sequence[Record]) -> str:
         ).rstrip()
         for line in lines
     ]
-    return "\n".join([shown[0], "-" * len(shown[0]), *shown[1:], *_notes(rows)])
+    return "\n".join([shown[0], "-" * len(shown[0]), *shown[1:]])
 
 
-def markdown(table: str, rows: Sequence[Record]) -> str:
-    """The same as a Markdown table, its notes below."""
-    columns = COLUMNS[table]
+def piped(columns: Sequence[Column], rows: Sequence[Record]) -> str:
+    """A Markdown table."""
     lines = [[column.title for column in columns]]
     lines.append(["---" if column.words else "---:" for column in columns])
     lines += _cells(columns, rows)
-    notes = "\n".join(f"- {note}" for note in _notes(rows))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n\n" + notes
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _cells(columns: Sequence[Column], rows: Sequence[Record]) -> list[list[str]]:

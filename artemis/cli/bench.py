@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from ..errors import AdapterError
+from . import bench_quality
 
 NAME = "bench"
 SUMMARY = "measure training, decoding, memory and single operations on this machine"
@@ -18,7 +19,10 @@ _CHOICES = {
     "kernels": "operations on real layer shapes, against their peers and their floor",
     "decode": "reading a prompt and decoding after it, adapters unmerged",
     "memory": "peak memory of a training step, states and activations apart",
+    bench_quality.NAME: bench_quality.SUMMARY,
 }
+#: What an example of a benchmark cannot do without.
+_NEEDS = {"quality": " --model DIR --data trec.train.jsonl trec.test.jsonl"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             name,
             help=summary,
             description=f"{summary[0].upper()}{summary[1:]}.",
-            epilog=f"example:\n  artemis bench {name} --json {name}.jsonl --plot {name}.png",
+            epilog=f"example:\n  artemis bench {name}{_NEEDS.get(name, '')} --json {name}.jsonl"
+            f" --plot {name}.png",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         _ADD[name](kind)
@@ -106,10 +111,14 @@ _ADD = {
     "kernels": _add_kernels,
     "decode": _add_decode,
     "memory": _add_training_arguments,
+    bench_quality.NAME: bench_quality.add_arguments,
 }
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.benchmark == bench_quality.NAME:
+        bench_quality.run(args)
+        return
     from ..benchmark import plots  # here: the other commands need none of it
     from ..benchmark.session import Session
     from ..benchmark.tables import text

@@ -2,10 +2,10 @@
 
 ```yaml
 model: path/or/name           # a causal language model for transformers
-base:                         # BaseConfig: the frozen base in fewer bits
-  bits: 8
 data:                         # DataConfig
   train: [train.jsonl]
+base:                         # BaseConfig: the frozen base in fewer bits
+  bits: 8
 hybrid_adapter:               # HybridAdapterConfig; without this section the whole model is trained
   lora_rank: 8
 training:                     # TrainingConfig
@@ -179,8 +179,8 @@ class RunConfig:
     """A whole training file."""
 
     model: str
-    base: BaseConfig
     data: DataConfig
+    base: BaseConfig
     hybrid_adapter: HybridAdapterConfig | None
     training: TrainingConfig
 
@@ -225,8 +225,8 @@ class RunConfig:
             )
         return cls(
             model=model,
-            base=base,
             data=schema.from_mapping(DataConfig, values["data"]),
+            base=base,
             hybrid_adapter=adapter,
             training=schema.from_mapping(TrainingConfig, values.get("training")),
         )

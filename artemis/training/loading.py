@@ -37,9 +37,9 @@ def resolve_precision(precision: str, device: torch.device | None = None) -> tor
 def attention_for(dtype: torch.dtype, device: torch.device, sequence_length: int | None) -> str:
     """The attention implementation that trains fastest: "sdpa", or "eager" in one case.
 
-    torch's fused attention has a slow bf16 backward on a CPU. Up to 512 tokens a sequence the plain
-    form takes a tenth off a whole training step there (12 to 17 % at 128, 9 % at 512), at 1,024 it
-    costs half as much again. `sequence_length` None: not known.
+    torch's fused attention has a slow bf16 backward on a CPU: up to 512 tokens a sequence the plain
+    form is faster there, beyond it is slower (docs/benchmarks.md, Attention). `sequence_length`
+    None: not known.
     """
     short = sequence_length is not None and sequence_length <= _SHORT
     return "eager" if dtype == torch.bfloat16 and device.type == "cpu" and short else "sdpa"

@@ -1,19 +1,25 @@
 """The job that a training file describes."""
 
+import sys
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from ..allocation import set_dynamic_rank_allocation
+from ..automatic import choose_ranks
+from ..config import AUTO, HybridAdapterConfig
 from ..hybrid import add_hybrid_adapter_to_model
 from ..quantization import quantize_adapter_model
 from ..quantized_layers import packed_numbers
-from .config import BaseConfig, DataConfig, RunConfig
+from .config import BaseConfig, DataConfig, RunConfig, TrainingConfig
 from .data import TokenBlocks, load_blocks
 from .loading import attention_for, default_device, load_base, resolve_precision
 from .progress import show_progress
 from .trainer import Trainer
 
 
-def run_training(config: RunConfig, resume: bool = False) -> dict[str, float | int | str | None]:
+def run_training(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     """Train, save into `training.output_dir`, and evaluate where there is held-out data.
 
     Args:
@@ -22,7 +28,7 @@ def run_training(config: RunConfig, resume: bool = False) -> dict[str, float | i
 
     Returns:
         What `artemis train --json` prints. Losses are means over tokens, in nats; `eval_loss` is
-        None without held-out data.
+        None without held-out data. `lora_rank` says what `lora_rank: auto` chose, else None.
 
     Raises:
         AdapterError: the model, the data or the configuration cannot be used.
@@ -34,11 +40,11 @@ def run_training(config: RunConfig, resume: bool = False) -> dict[str, float | i
     attention = attention_for(dtype, default_device(), config.data.sequence_length)
     model, tokenizer = load_base(config.model, dtype if hybrid else torch.float32, attention)
     train_data, eval_data = _load_data(config.data, tokenizer)
+    chosen = None
     if hybrid:
         if config.base.bits is not None:
             _quantize(model, config.base)
-        set_seed(settings.seed)
-        add_hybrid_adapter_to_model(model, config.hybrid_adapter)
+        chosen = _add_adapter(model, config.hybrid_adapter, train_data, settings)
 
     trainer = Trainer(
         model,
@@ -56,8 +62,32 @@ def run_training(config: RunConfig, resume: bool = False) -> dict[str, float | i
         "train_loss": outcome.training_loss,
         "eval_loss": trainer.evaluate()["eval_loss"] if eval_data else None,
         "tokens_per_second": tokens_per_second(outcome.metrics, config.data.sequence_length),
+        "lora_rank": chosen,
         **count_parameters(model),
     }
+
+
+def _add_adapter(
+    model: PreTrainedModel,
+    config: HybridAdapterConfig,
+    data: TokenBlocks,
+    settings: TrainingConfig,
+) -> dict[str, Any] | None:
+    """Add the adapter; return what was chosen for `lora_rank: auto`, and say it."""
+    choice = None
+    if config.lora_rank == AUTO:
+        choice = choose_ranks(model, data, config, batch_size=settings.batch_size)
+        config = choice.config
+        print(choice.reason, file=sys.stderr)
+    set_seed(settings.seed)
+    add_hybrid_adapter_to_model(model, config)
+    if choice is None:
+        return None
+    report = set_dynamic_rank_allocation(
+        model, choice.scores, choice.min_rank, choice.max_rank, verbose=False
+    )
+    print(report, file=sys.stderr)
+    return {**choice.to_dict(), "sizes": report.sizes}
 
 
 def _quantize(model: PreTrainedModel, base: BaseConfig) -> None:

@@ -184,8 +184,8 @@ EAGER = (
     Fault(
         "dropout missing from h in the gradient of up",
         f"{CORE}/native/units.c",
-        "value[c] = factor[c] > 0 ? value[c] * factor[c] : 0;                      \\\n                            slope",
-        "value[c] = value[c] * 1.0f;                                               \\\n                            slope",
+        " " * 28 + "value[c] = factor[c] > 0 ? value[c] * factor[c] : 0;",
+        " " * 28 + "value[c] = value[c] * 1.0f;",
         ("tests/ops/test_bottleneck_adapter.py::test_dropout",),
     ),
     Fault(
@@ -379,8 +379,8 @@ MODEL = (
     Fault(
         "Conv1D's weight not transposed",
         "artemis/layers.py",
-        "else module.weight.t()",
-        "else module.weight",
+        "return module.weight.t()",
+        "return module.weight",
         ("tests/artemis/test_injection.py", "-k", "fresh"),
     ),
     Fault(
@@ -392,7 +392,7 @@ MODEL = (
     ),
     Fault(
         "an adapter written in place: dying in mid-save leaves half a file",
-        "artemis/adapter_file.py",
+        "artemis/atomic.py",
         "            os.replace(path, directory / name)",
         "            (directory / name).write_bytes(path.read_bytes())",
         ("tests/artemis/test_interrupted_save.py", "-k", "dying or killed"),

@@ -27,8 +27,6 @@ _TARGETS = (
     (("q_lin", "k_lin", "v_lin", "out_lin"), ("lin1", "lin2")),
     (("c_attn", "attn.c_proj"), ("c_fc", "mlp.c_proj")),
 )
-#: How many batches importance is measured on.
-SCORED = 16
 Scores = dict[str, float]
 
 
@@ -160,9 +158,7 @@ def _allocated(
 
     def prepare(model: Classifier, batches: list[Batch], seed: int) -> None:
         add_hybrid_adapter_to_model(model, hybrid_config(model))
-        scores = analyze_layer_importance(
-            model, batches, batches=SCORED, loss=lambda m, batch: m(**batch)["loss"]
-        )
+        scores = analyze_layer_importance(model, batches, loss=lambda m, batch: m(**batch)["loss"])
         set_dynamic_rank_allocation(model, given(scores, seed), verbose=False)
 
     return prepare

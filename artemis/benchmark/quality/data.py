@@ -19,16 +19,18 @@ _POOL = 16
 
 @dataclass(frozen=True)
 class Examples:
-    """Token ids of each text, and int64 labels [examples]."""
+    """Token ids of each text, int64 labels [examples], and their places in the file."""
 
     tokens: Sequence[list[int]]
     labels: torch.Tensor
+    places: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def take(self, indices: torch.Tensor) -> "Examples":
-        return Examples([self.tokens[i] for i in indices.tolist()], self.labels[indices])
+        tokens = [self.tokens[i] for i in indices.tolist()]
+        return Examples(tokens, self.labels[indices], self.places[indices])
 
     def batch(self, indices: Sequence[int], pad: int) -> Batch:
         """The model's arguments for some examples, padded on the right to the longest."""
@@ -113,6 +115,7 @@ def load_task(
         Examples(
             tokenizer([text for text, _ in part], truncation=True, max_length=length)["input_ids"],
             torch.tensor([numbers[label] for _, label in part]),
+            torch.arange(len(part)),
         )
         for part in (train, test)
     ]

@@ -87,7 +87,9 @@ def _train(
     own = {id(parameter) for parameter in head}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
     optimizer = torch.optim.AdamW(
-        [{"params": rest, "lr": rate}, {"params": head, "lr": HEAD_RATE}], weight_decay=0.0
+        [{"params": rest, "lr": rate}, {"params": head, "lr": HEAD_RATE}],
+        weight_decay=0.0,
+        fused=True,
     )
     steps = len(batches) * recipe.epochs
     schedule = get_linear_schedule_with_warmup(optimizer, round(_WARMUP * steps), steps)

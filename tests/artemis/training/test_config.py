@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from artemis import AdapterError, HybridAdapterConfig
-from artemis.training import DataConfig, RunConfig, TrainingConfig
+from artemis.training import BaseConfig, DataConfig, RunConfig, TrainingConfig
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 MINIMAL = {"model": "base", "data": {"train": "text.txt"}}
@@ -17,6 +17,8 @@ def test_the_example_is_complete_and_loads():
     values = yaml.safe_load((EXAMPLES / "train.yaml").read_text())
     config = RunConfig.from_yaml(EXAMPLES / "train.yaml")
     assert set(values) == {field.name for field in fields(RunConfig)}
+    assert set(values["base"]) == {field.name for field in fields(BaseConfig)}
+    assert config.base == BaseConfig()
     assert set(values["data"]) == {field.name for field in fields(DataConfig)}
     assert set(values["training"]) == {field.name for field in fields(TrainingConfig)}
     assert config.training.learning_rate == 1e-3
