@@ -28,8 +28,8 @@ class RankChoice:
     """What `choose_ranks` chose; printed, the reason.
 
     `config` is the configuration with `rank` as its `lora_rank`, for `add_hybrid_adapter_to_model`;
-    `scores`, `min_rank` and `max_rank` are for `set_dynamic_rank_allocation`. `directions`: for each
-    LoRA module the number of directions that carry `SHARE` of what halves of the data agree on.
+    `scores`, `min_rank` and `max_rank` are for `set_dynamic_rank_allocation`. `directions`: for
+    each LoRA module how many directions carry `SHARE` of what halves of the data agree on.
     """
 
     config: HybridAdapterConfig
@@ -133,12 +133,12 @@ def directions_needed(one: torch.Tensor, other: torch.Tensor) -> int:
     """How many leading directions carry `SHARE` of what two estimates of a matrix agree on.
 
     The singular directions of each [out, in] estimate are weighed by `σᵢ · uᵢᵀ M vᵢ` with M the
-    other one, whose expectation is the signal's energy along them if the errors are independent.
+    other one: errors that are independent cancel there. All together are the product of the two
+    estimates, what they agree on; where that is not above 0 the answer is 1.
     """
-    energy = _energy(one, other) + _energy(other, one)
-    total = energy.cumsum(0)
-    reached = total >= SHARE * total.max()
-    return int(reached.nonzero()[0]) + 1 if total.max() > 0 else 1
+    energy = (_energy(one, other) + _energy(other, one)).cumsum(0)
+    reached = energy >= SHARE * energy[-1]
+    return int(reached.nonzero()[0]) + 1 if energy[-1] > 0 else 1
 
 
 def _energy(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -44,8 +44,8 @@ class FixedBuffers:
     """
 
     def fixed_buffers(self) -> Iterable[str]:
-        """Names of the buffers."""
-        return PARTS
+        """Names of the buffers; none here."""
+        return ()
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         names = [name for name in self.fixed_buffers() if self._buffers[name] is not None]
@@ -64,6 +64,9 @@ class _Packed(FixedBuffers):
 
     packing: Packing
 
+    def fixed_buffers(self) -> Iterable[str]:
+        return PARTS
+
     @property
     def weight(self) -> LayerWeight:
         """The weight (out, in), also where the layer stored it the other way round."""
@@ -75,13 +78,13 @@ class _Packed(FixedBuffers):
             data, scale, offset, packing.format, packing.group_size, packing.activation_bits, dtype
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in] -> [..., out]."""
-        return quantized_linear(x, self.weight, bias=self.bias)
-
 
 class QuantizedLinear(_Packed, nn.Linear):
     """`nn.Linear` over a packed weight."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[..., in] -> [..., out]."""
+        return quantized_linear(input, self.weight, bias=self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weight={self.packing.format}"
@@ -89,6 +92,10 @@ class QuantizedLinear(_Packed, nn.Linear):
 
 class QuantizedConv1D(_Packed, Conv1D):
     """transformers' `Conv1D` (GPT-2) over a packed weight, stored (out, in)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in] -> [..., out]."""
+        return quantized_linear(x, self.weight, bias=self.bias)
 
     def __repr__(self) -> str:
         return f"QuantizedConv1D(nf={self.nf}, nx={self.nx}, weight={self.packing.format})"

@@ -4,8 +4,8 @@
     python -m bench.report --check    # change nothing; exit status 1 where a document is behind
 
 NAME is `training-step`, `attention`, `training-step-ratios`, `training-step-profile`, `importance`,
-`importance-cases` or `demo`, or `bench-TABLE` for what `artemis bench TABLE --json` wrote. Of
-several runs of one size and precision on one machine, the last counts.
+`importance-cases`, `quality`, `quality-trials` or `demo`, or `bench-TABLE` for what `artemis bench
+TABLE --json` wrote. Of several runs of one size and precision on one machine, the last counts.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from artemis.benchmark.runner import read
 from artemis.benchmark.tables import COLUMNS, markdown
 from artemis.cli.demo.report import render
 
-from . import ROOT, importance_tables
+from . import ROOT, importance_tables, quality_tables
 from .profile_step import GROUPS
 
 RESULTS = ROOT / "bench" / "results"
@@ -248,6 +248,8 @@ SECTIONS: dict[str, Callable[[list[Record]], str]] = {
     "demo": demo,
     "importance": importance_tables.summary,
     "importance-cases": importance_tables.all_cases,
+    "quality": quality_tables.summary,
+    "quality-trials": quality_tables.trials,
     **{f"bench-{table}": partial(bench_table, table) for table in COLUMNS},
 }
 

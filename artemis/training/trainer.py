@@ -7,7 +7,7 @@ What differs from the parent:
 - the orthogonality penalty is added once per optimizer step, whatever the accumulation;
 - gains and biases of the adapter are not decayed;
 - one process drives one GPU (several: `torchrun`), never `torch.nn.DataParallel`;
-- an adapter in 16 bits is trained, with a warning.
+- an adapter in 16 bits is trained, with a warning; a packed base is not sent round by DDP.
 
 A model without an adapter is trained and saved as transformers does it, so that full fine-tuning
 and the hybrid can be compared under the same trainer.
@@ -30,6 +30,7 @@ from ..allocation.resize import resize
 from ..bank import check_writable, find_bank
 from ..errors import AdapterError, listed
 from ..orthogonality import orthogonality_penalty
+from ..quantized_layers import packed_layers
 from .config import TrainingConfig
 
 
@@ -117,6 +118,9 @@ class Trainer(transformers.Trainer):
             raise AdapterError("a hybrid adapter cannot be sharded by FSDP or DeepSpeed; use DDP")
         bank = find_bank(self.model)
         check_writable(bank, "trained")
+        if self.args.ddp_broadcast_buffers is None and any(packed_layers(self.model)):
+            # DDP sends buffers round at every forward, and a packed base lies in buffers.
+            self.args.ddp_broadcast_buffers = False
         narrow = {p.dtype for p in bank.parameters() if p.requires_grad and p.itemsize < 4}
         if narrow:
             # Attributed to who called train.

@@ -1,9 +1,7 @@
 """A dropped x on the CPU: alone, or inside a thin product that never stores it.
 
 Each function has two ways: a pass of `native/dropped.c`, or plain torch with `rng.dropout_mask`.
-Both drop the same elements. Without a mask, the passes serve bf16 products with few rows, where
-BLAS spends more on preparing a product than on computing it. `seed` is the one-element tensor of
-the call.
+Both drop the same elements. `seed` is the one-element tensor of the call.
 """
 
 import ctypes
@@ -15,7 +13,6 @@ from . import native, rng
 from .products import outer_gradient, project
 
 _MOST_ROWS = 32  # of the thin factor; beyond, BLAS on a stored x̃ is faster
-_MOST_ROWS_UNMASKED = 16
 
 
 class Dropout(NamedTuple):
@@ -39,22 +36,28 @@ def dropped(x: torch.Tensor, mask: Dropout) -> torch.Tensor:
     if library is None:
         keep = rng.dropout_mask(x.shape, *mask, x.device)
         return torch.where(keep, x * rng.keep_scale(mask.p), 0)
-    out = torch.empty_like(x)
-    function = getattr(library, f"artemis_dropout_{native.NAMES[x.dtype]}")
-    function(
-        x.data_ptr(),
-        out.data_ptr(),
-        x.numel(),
-        *Dropout.arguments(mask),
-        0,
+    return _drop(library, x, torch.empty_like(x), mask, accumulate=False)
+
+
+def add_dropped_(y: torch.Tensor, x: torch.Tensor, mask: Dropout) -> torch.Tensor:
+    """`y += dropped(x)` in place, for y and x of one shape, both row-major."""
+    library = native.library_for(x)
+    if library is None:
+        return y.add_(dropped(x, mask))
+    return _drop(library, x, y, mask, accumulate=True)
+
+
+def _drop(library, x: torch.Tensor, out: torch.Tensor, mask: Dropout, accumulate: bool):
+    getattr(library, f"artemis_dropout_{native.NAMES[x.dtype]}")(
+        x.data_ptr(), out.data_ptr(), x.numel(), *Dropout.arguments(mask), accumulate,
         torch.get_num_threads(),
-    )
+    )  # fmt: skip
     return out
 
 
 def project_dropped(x: torch.Tensor, f: torch.Tensor, mask: Dropout | None) -> torch.Tensor:
     """`dropped(x) fᵀ` for x [M, K] and f [R, K], in x's dtype."""
-    library = _passes(x, f.shape[0], mask)
+    library = _passes(x, f.shape[0], mask, (torch.float32, torch.bfloat16))
     if library is None:
         return project(x if mask is None else dropped(x, mask), f)
     x, f = x.contiguous(), f.to(torch.float32).contiguous()
@@ -65,7 +68,7 @@ def project_dropped(x: torch.Tensor, f: torch.Tensor, mask: Dropout | None) -> t
 
 def outer_dropped(ds: torch.Tensor, x: torch.Tensor, mask: Dropout | None) -> torch.Tensor:
     """`dsᵀ dropped(x)` for ds [M, R] and x [M, K]: fp32 from the compiled pass, else x's dtype."""
-    library = _passes(x, ds.shape[1], mask)
+    library = _passes(x, ds.shape[1], mask, (torch.float32,))
     if library is None:
         return outer_gradient(ds, x if mask is None else dropped(x, mask))
     rows_of_a_part = 64  # as in native/dropped.c
@@ -76,26 +79,26 @@ def outer_dropped(ds: torch.Tensor, x: torch.Tensor, mask: Dropout | None) -> to
 
 
 def add_dropped_product_(
-    dx: torch.Tensor, ds: torch.Tensor, a: torch.Tensor, mask: Dropout | None, factor: float = 1.0
+    dx: torch.Tensor, ds: torch.Tensor, a: torch.Tensor, mask: Dropout | None
 ) -> torch.Tensor:
-    """`dx += factor·dropped(ds a)` in place, for dx [M, K] row-major, ds [M, R] and a [R, K]."""
-    library = _passes(dx, ds.shape[1], mask)
+    """`dx += dropped(ds a)` in place, for dx [M, K] row-major, ds [M, R] and a [R, K]."""
+    library = _passes(dx, ds.shape[1], mask, (torch.float32,))
     if library is None:
         if mask is None:
-            return dx.addmm_(ds, a.to(dx.dtype), alpha=factor)
-        return dx.add_(dropped(torch.mm(ds, a.to(dx.dtype)), mask), alpha=factor)
+            return dx.addmm_(ds, a)
+        return add_dropped_(dx, torch.mm(ds, a), mask)
     ds, a = ds.to(torch.float32).contiguous(), a.to(torch.float32).contiguous()
-    if factor != 1.0:
-        a = a * factor
     _product(library, "expand", dx.dtype, (ds, a, dx), (*dx.shape, ds.shape[1]), mask)
     return dx
 
 
-def _passes(x: torch.Tensor, rank: int, mask: Dropout | None) -> ctypes.CDLL | None:
-    """The compiled passes where they beat BLAS: the thin factor has few rows."""
-    if mask is None and (x.dtype != torch.bfloat16 or rank > _MOST_ROWS_UNMASKED):
+def _passes(
+    x: torch.Tensor, rank: int, mask: Dropout | None, dtypes: tuple[torch.dtype, ...]
+) -> ctypes.CDLL | None:
+    """The compiled passes where they beat BLAS on a stored x̃: few rows, and one of `dtypes`."""
+    if mask is None or rank > _MOST_ROWS or x.dtype not in dtypes:
         return None
-    return native.library_for(x) if rank <= _MOST_ROWS else None
+    return native.library_for(x)
 
 
 def _product(library, name: str, dtype: torch.dtype, tensors, sizes, mask: Dropout | None) -> None:

@@ -392,55 +392,6 @@ def test_heads_that_train_and_tied_weights_stay():
     assert "model.layers.0.mlp.up_proj" in skipped
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (dict(bits=3), "bits, format: got 3, 'int', allowed: 8"),
-        (dict(bits=True), "bits, format: got True"),
-        (dict(bits=4, format="fp8"), "bits, format: got 4, 'fp8'"),
-        (dict(adapter_bits=4), "adapter_bits: got 4, allowed: 32, 16 or 8"),
-        (dict(activation_bits=4), "activation_bits: got 4"),
-        (dict(bits=4, activation_bits=8), "these are int4"),
-        (dict(group_size=32), "group_size: got 32"),
-        (dict(bits=4, group_size=12), "group_size: got 12"),
-        (dict(bits=4, group_size=32), "down_proj has 48 inputs, allowed: a multiple of 32"),
-        (dict(data=[]), "data: got some for int8"),
-        (dict(bits=4, data=[]), "data: got no batch"),
-        (dict(include_head=1), "include_head: got 1"),
-    ],
-)
-def test_bad_options_change_nothing(options, words):
-    model = adapted(llama())
-    state, classes = snapshot(model), [type(m) for m in model.modules()]
-    with pytest.raises(AdapterError, match=words):
-        quantize_adapter_model(model, **options)
-    assert_same_state(model, state)
-    assert [type(m) for m in model.modules()] == classes
-    assert not hasattr(model, "quantization_report")
-
-
-def test_bad_models_are_refused_and_left():
-    twice = quantized(llama())
-    with pytest.raises(AdapterError, match="is quantized already"):
-        quantize_adapter_model(twice)
-    merged = adapted(llama())
-    merged.merge_adapter()
-    with pytest.raises(AdapterError, match="call unmerge_adapter"):
-        quantize_adapter_model(merged)
-    broken = llama()
-    with torch.no_grad():
-        broken.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
-    with pytest.raises(AdapterError, match=r"layers\.1\.mlp\.up_proj holds inf or nan"):
-        quantize_adapter_model(broken)
-    assert not any(packed_layers(broken))
-    with pytest.raises(AdapterError, match="no linear layer to quantize"):
-        quantize_adapter_model(nn.Sequential(nn.Embedding(3, 4)))
-    with pytest.raises(AdapterError, match="include_head: the weight of lm_head is also"):
-        quantize_adapter_model(llama(tie_word_embeddings=True), include_head=True)
-    with pytest.raises(AdapterError, match="got a int, allowed: a torch.nn.Module"):
-        quantize_adapter_model(3)
-
-
 def test_no_warning_is_raised():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

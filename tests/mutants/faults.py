@@ -107,8 +107,8 @@ EAGER = (
     Fault(
         "scale squared in the forward",
         f"{KERNELS}/ops/lora_linear/eager.py",
-        "b.t(), None, scale)",
-        "b.t(), None, scale * scale)",
+        "b.t(), alpha=scale)",
+        "b.t(), alpha=scale * scale)",
         ("tests/ops/test_lora_linear.py::test_number_as_scale_without_bias",),
     ),
     Fault(
@@ -128,14 +128,14 @@ EAGER = (
     Fault(
         "low-rank part overwrites dX instead of adding to it",
         f"{CORE}/dropped.py",
-        "return dx.addmm_(ds, a.to(dx.dtype), alpha=factor)",
-        "return dx.addmm_(ds, a.to(dx.dtype), alpha=factor, beta=0)",
+        "return dx.addmm_(ds, a)",
+        "return dx.addmm_(ds, a, beta=0)",
         ("tests/ops/test_lora_linear.py::test_hard_shapes",),
     ),
     Fault(
         "gradient of x not masked",
         f"{CORE}/dropped.py",
-        "    library = _passes(dx, ds.shape[1], mask)",
+        "    library = _passes(dx, ds.shape[1], mask, (torch.float32,))",
         "    mask, library = None, None",
         (LORA_DROPOUT,),
     ),
@@ -467,6 +467,41 @@ QUANTIZED = (
         "w->offset[index]",
         "w->offset[n * groups]",
         ("tests/core/test_quantized.py", "-k", "dequantize"),
+    ),
+    Fault(
+        "dX lost where a packed layer has no adapter",
+        f"{KERNELS}/ops/quantized_linear/op.py",
+        "packed.input_gradient(dy)",
+        "packed.input_gradient(0 * dy)",
+        ("tests/ops/test_quantized_linear.py", "-k", "follows"),
+    ),
+    Fault(
+        "a packed layer's scales cast with the model",
+        "artemis/quantized_layers.py",
+        "return PARTS",
+        "return PARTS[:1]",
+        ("tests/artemis/test_quantization.py", "-k", "casts"),
+    ),
+    Fault(
+        "a packed base known by its rounded numbers",
+        "artemis/identity.py",
+        "getattr(module, SAMPLE)",
+        "sample(module.weight.dequantize())",
+        ("tests/artemis/test_quantization.py", "-k", "knows_its_base"),
+    ),
+    Fault(
+        "the calibration's data not used",
+        "artemis/quantization/quantize.py",
+        "importance.get(path)",
+        "None",
+        ("tests/artemis/test_quantization.py", "-k", "data_weighs"),
+    ),
+    Fault(
+        "a tied tensor loaded under one of its names only",
+        "artemis/quantization/store.py",
+        "made.get(stored.aliases.get(name, name))",
+        "made.get(name)",
+        ("tests/artemis/test_quantization_store.py", "-k", "round_trip"),
     ),
 )
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from ...allocation import set_dynamic_rank_allocation
+from ...allocation.allocate import unit_cost, usual_size
 from ...bank import bank_shapes
 from ...config import HybridAdapterConfig
 from ...errors import AdapterError
@@ -134,32 +135,45 @@ def _lora_at_budget(model: Classifier, batches: list[Batch], seed: int) -> None:
     add_hybrid_adapter_to_model(model, replace(config, lora_rank=max(1, rank)))
 
 
-def _as_scored(scores: Scores, seed: int) -> Scores:
+def _as_scored(model: Classifier, scores: Scores, seed: int) -> Scores:
     return scores
 
 
-def _shuffled(scores: Scores, seed: int) -> Scores:
+def _within_kinds(model: Classifier, scores: Scores, seed: int) -> Scores:
+    """Scores over their kind's mean, so that LoRA and bottlenecks keep their shares of the cost."""
+    bank, kinds = model.hybrid_adapter, {}
+    for site in bank.sites.values():
+        kinds.setdefault(site.spec.kind, []).append(site.spec)
+    scaled = {}
+    for specs in kinds.values():
+        costs = [unit_cost(spec, bank.config) * usual_size(spec, bank.config) for spec in specs]
+        spent = sum(scores[spec.path] * cost for spec, cost in zip(specs, costs, strict=True))
+        scaled |= {spec.path: scores[spec.path] * sum(costs) / spent for spec in specs}
+    return scaled
+
+
+def _shuffled(model: Classifier, scores: Scores, seed: int) -> Scores:
     """The same scores, given to other modules at random."""
     values = list(scores.values())
     random.Random(seed).shuffle(values)
     return dict(zip(scores, values, strict=True))
 
 
-def _reversed(scores: Scores, seed: int) -> Scores:
+def _reversed(model: Classifier, scores: Scores, seed: int) -> Scores:
     """The same scores, the greatest given to the module that had the least."""
     order = sorted(scores, key=scores.get)
     return dict(zip(order, (scores[path] for path in reversed(order)), strict=True))
 
 
 def _allocated(
-    given: Callable[[Scores, int], Scores],
+    given: Callable[[Classifier, Scores, int], Scores],
 ) -> Callable[[Classifier, list[Batch], int], None]:
     """The shared hybrid, its ranks and widths allocated before training, at the same budget."""
 
     def prepare(model: Classifier, batches: list[Batch], seed: int) -> None:
         add_hybrid_adapter_to_model(model, hybrid_config(model))
         scores = analyze_layer_importance(model, batches, loss=lambda m, batch: m(**batch)["loss"])
-        set_dynamic_rank_allocation(model, given(scores, seed), verbose=False)
+        set_dynamic_rank_allocation(model, given(model, scores, seed), verbose=False)
 
     return prepare
 
@@ -175,17 +189,26 @@ ARMS: Mapping[str, Arm] = {
     ),
     "hybrid": Arm("hybrid, shared (default)", "hybrid", _adapted()),
     "dynamic": Arm("hybrid, ranks by importance", "hybrid", _allocated(_as_scored), trial=False),
+    "dynamic-kinds": Arm(
+        "hybrid, ranks by importance within kinds",
+        "hybrid",
+        _allocated(_within_kinds),
+        trial=False,
+    ),
     "random": Arm("hybrid, ranks at random", "hybrid", _allocated(_shuffled), trial=False),
     "reversed": Arm("hybrid, ranks reversed", "hybrid", _allocated(_reversed), trial=False),
 }
-CORE = ("frozen", "full", "lora-budget", "hybrid", "dynamic", "random")
+CORE = ("frozen", "full", "lora-budget", "hybrid", "dynamic", "dynamic-kinds", "random")
 #: Which arm is held against which; named before any of them was run.
 COMPARISONS = (
     ("hybrid", "full"),
     ("lora-budget", "full"),
     ("hybrid", "lora-budget"),
     ("dynamic", "hybrid"),
+    ("dynamic-kinds", "hybrid"),
+    ("dynamic-kinds", "dynamic"),
     ("dynamic", "random"),
+    ("dynamic-kinds", "random"),
     ("dynamic", "reversed"),
     ("hybrid", "hybrid-unshared"),
     ("hybrid", "lora"),

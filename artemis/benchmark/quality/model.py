@@ -52,6 +52,8 @@ class Pretrained:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Raises AdapterError where there is none at `path`."""
+        if not self.path.is_dir():
+            raise AdapterError(f"--model: got {self.path}, allowed: the folder of an encoder")
         try:
             return AutoTokenizer.from_pretrained(self.path)
         except (OSError, ValueError) as error:

@@ -58,7 +58,8 @@ def bootstrap(
         numpy.einsum("bs,bs->b", seed_weights, item_weights @ each.T.astype(float))
         for each in correct
     ]
-    low, high = numpy.percentile(statistic(*accuracies), (2.5, 97.5))
+    with numpy.errstate(divide="ignore", invalid="ignore"):  # a resample may have no gap
+        low, high = numpy.nanpercentile(statistic(*accuracies), (2.5, 97.5))
     return Interval(value, float(low), float(high))
 
 

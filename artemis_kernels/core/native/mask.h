@@ -27,10 +27,6 @@ static inline uint32_t draw(uint32_t pair, uint32_t k0, uint32_t k1) {
    they start in `buffer`, which needs room for two more (a chunk may start or end inside a pair). */
 static const float *factors(float *buffer, int64_t first, int64_t count, uint64_t seed,
                             uint32_t threshold, float keep_scale) {
-    if (threshold == 0) { /* no mask: nothing to hash */
-        for (int64_t i = 0; i < count; ++i) buffer[i] = keep_scale;
-        return buffer;
-    }
     uint64_t pair = (uint64_t)first >> 1;
     uint32_t seed_high = (uint32_t)(seed >> 32);
     uint32_t k0 = mix((uint32_t)seed + mix(seed_high) + 0x9E3779B9u * ((uint32_t)(pair >> 32) + 1u));

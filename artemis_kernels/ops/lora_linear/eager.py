@@ -12,7 +12,7 @@ import torch
 
 from ...core.base import Base
 from ...core.dropped import Dropout, add_dropped_product_, outer_dropped, project_dropped
-from ...core.products import column_sum, inner
+from ...core.products import column_sum, inner, outer_gradient, project
 
 
 def forward(
@@ -31,7 +31,8 @@ def forward(
     a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
     y = base.product(x, bias)
     s = project_dropped(x, a, Dropout(dropout_p, seed) if dropout_p else None)
-    return add_dropped_product_(y, _scaled(s, scale_tensor), b.t(), None, scale), s
+    y.addmm_(_scaled(s, scale_tensor), b.t(), alpha=scale)
+    return y, s
 
 
 def backward(
@@ -53,9 +54,9 @@ def backward(
     mask = Dropout(dropout_p, seed) if dropout_p else None
     dx = da = db = dscale = dbias = None
     if needs_b:
-        db = outer_dropped(_scaled(s, scale_tensor), dy, None).t().mul_(scale).to(lora_b.dtype)
+        db = outer_gradient(dy, _scaled(s, scale_tensor)).mul_(scale).to(lora_b.dtype)
     if needs_x or needs_a or needs_scale:
-        unscaled = project_dropped(dy, lora_b.to(dy.dtype).t(), None)
+        unscaled = project(dy, lora_b.to(dy.dtype).t())
         if needs_scale:
             dscale = inner(unscaled, s).mul_(scale).to(scale_tensor.dtype)
         ds = _scaled(unscaled, scale_tensor) * scale

@@ -33,6 +33,7 @@ def test_two_steps_train_the_adapter_and_nothing_else(tmp_path):
         warnings.filterwarnings("error", message="the adapter is held")
         trainer = trainer_for(model, tmp_path, max_steps=2)
         trainer.train()
+    assert trainer.args.ddp_broadcast_buffers is False
     moved = {name for name, t in model.state_dict().items() if not torch.equal(t, before[name])}
     assert moved == {name for name, p in model.named_parameters() if p.requires_grad}
     assert all(name.startswith("hybrid_adapter.") for name in moved)
@@ -41,6 +42,12 @@ def test_two_steps_train_the_adapter_and_nothing_else(tmp_path):
     base = quantize_adapter_model(llama())
     loaded = load_hybrid_adapter(base, tmp_path / "saved", strict=True)
     assert_equal_states(trained_state(loaded), trained_state(model))
+
+
+def test_a_plain_base_keeps_the_users_ddp_settings(tmp_path):
+    trainer = trainer_for(hybrid(), tmp_path, max_steps=1)
+    trainer.train()
+    assert trainer.args.ddp_broadcast_buffers is None
 
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
