@@ -127,9 +127,9 @@ def pack(
 ) -> None:
     """Turn a linear layer into `cls`, a packed class, over `weight`; its own weight is dropped.
 
-    `taken` is the `sample` of the weight that `weight` was made from.
+    `taken` is the `sample` of the weight that `weight` was made from. Interrupted at any line, the
+    layer computes, as what it was or as what it becomes.
     """
-    del module.weight
     module.packing = Packing(weight.format, weight.group_size, weight.activation_bits)
     # As bytes, since a tensor in fp8 does not pickle.
     data = weight.data.view(torch.uint8) if weight.format == "fp8" else weight.data
@@ -138,6 +138,7 @@ def pack(
         module.register_buffer(name, tensor)
     module.register_buffer(SAMPLE, taken)
     module.__class__ = cls
+    del module._parameters["weight"]  # `weight` is the class's property by now
 
 
 @torch.no_grad()

@@ -22,10 +22,12 @@ def hold(bank: AdapterBank, bits: int, model_dtype: torch.dtype) -> None:
     if bits != 8:
         bank.to(torch.float32 if bits == 32 else narrow)
         return
+    bank.for_use_only = True
     bank.to(narrow).requires_grad_(False)
     for role in _MATRICES:
-        setattr(bank, role, PackedTable(getattr(bank, role), narrow))
-    bank.for_use_only = True
+        table = getattr(bank, role)
+        if not isinstance(table, PackedTable):  # an interrupted call may have packed it
+            setattr(bank, role, PackedTable(table, narrow))
 
 
 class PackedTable(FixedBuffers, nn.Module):

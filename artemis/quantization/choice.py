@@ -1,7 +1,7 @@
 """What to pack and how: options and model in, checked layers out; nothing is changed."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -13,13 +13,16 @@ from ..bank import find_bank
 from ..errors import AdapterError, listed
 from ..layers import PACKED, weight_of
 from ..merging import is_merged
-from ..quantized_layers import packed_layers
+from ..quantized_layers import is_packed, packed_layers
+from .report import LayerReport
 
 #: (bits, format of the user) -> format of the weight.
 _FORMATS = {(8, "int"): "int8", (8, "fp8"): "fp8", (4, "int"): "int4"}
 _ADAPTER_BITS = (32, 16, 8)
 _GROUP_SIZES = (256, 128, 64, 32, 16, 8)
 _LEAST_GROUP = 8
+#: Name under which `Begun` stands on a model.
+BEGUN = "quantization_begun"
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,26 @@ class Options:
     activation_bits: int | str
     adapter_bits: int
     include_head: bool
+    calibrated: bool
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What a call has done so far; it stands on the model until the call ends.
+
+    A weight is dropped once it is packed, so what a call that was interrupted has done cannot be
+    undone: the next call with the same options goes on.
+    """
+
+    options: Options
+    dtype: torch.dtype
+    bytes_before: int
+    reports: dict[str, LayerReport] = field(default_factory=dict)
+
+
+def begun(model: nn.Module) -> Begun | None:
+    """What a call that was interrupted left, or None."""
+    return getattr(model, BEGUN, None)
 
 
 def checked_options(
@@ -58,7 +81,9 @@ def checked_options(
         raise AdapterError(f"data: got some for {packed}, allowed: with bits=4, which it serves")
     if not isinstance(include_head, bool):
         raise AdapterError(f"include_head: got {include_head!r}, allowed: True or False")
-    return Options(packed, group_size, activation_bits, adapter_bits, include_head)
+    return Options(
+        packed, group_size, activation_bits, adapter_bits, include_head, bool(calibrated)
+    )
 
 
 def choose_layers(
@@ -68,17 +93,17 @@ def choose_layers(
 
     Raises `AdapterError` where the model as a whole, or the shape or the values of a layer, forbid.
     """
-    _check_model(model)
+    _check_model(model, options)
     chosen, skipped = {}, {}
     for path, module in model.named_modules():
-        if not isinstance(module, (nn.Linear, Conv1D)):
+        if not isinstance(module, (nn.Linear, Conv1D)) or is_packed(module):
             continue
         reason = _why_not(model, path, module, options)
         if reason is None:
             chosen[path] = module
         else:
             skipped[path] = reason
-    if not chosen:
+    if not chosen and begun(model) is None:
         reasons = listed(f"{path}: {reason}" for path, reason in skipped.items())
         raise AdapterError(
             f"{type(model).__name__} has no linear layer to quantize ({reasons or 'none at all'})"
@@ -89,13 +114,20 @@ def choose_layers(
     return chosen, skipped
 
 
-def _check_model(model: nn.Module) -> None:
+def _check_model(model: nn.Module, options: Options) -> None:
     if not isinstance(model, nn.Module) or isinstance(model, DistributedDataParallel):
         raise AdapterError(
             f"got a {type(model).__name__}, allowed: a torch.nn.Module that is not wrapped for"
             " several processes yet"
         )
-    if any(packed_layers(model)) or getattr(model, "is_quantized", False):
+    earlier = begun(model)
+    if earlier is not None and earlier.options != options:
+        raise AdapterError(
+            f"{type(model).__name__} is half quantized, by an interrupted call with"
+            f" {earlier.options}; allowed: the same, which goes on"
+        )
+    quantized = earlier is None and any(packed_layers(model))
+    if quantized or getattr(model, "is_quantized", False):
         raise AdapterError(f"{type(model).__name__} is quantized already")
     if find_bank(model) is not None and is_merged(model):
         raise AdapterError("the adapter is merged into the base; call unmerge_adapter() first")

@@ -11,10 +11,10 @@ from artemis_kernels import QuantizedWeight
 
 from ..bank import find_bank
 from ..layers import PACKED, weight_of
-from ..quantized_layers import pack, sample
+from ..quantized_layers import pack, packed_layers, sample
 from . import adapters
 from .calibrate import column_importance
-from .choice import Options, checked_options, choose_layers
+from .choice import BEGUN, Begun, begun, checked_options, choose_layers
 from .report import LayerReport, QuantizationReport
 
 
@@ -35,7 +35,8 @@ def quantize_adapter_model(
 
     It may have a hybrid adapter, or get one afterwards. Embeddings, norms, heads that train and
     the output head stay as they are. Each weight is dropped before the next is packed. What was
-    done stands in `model.quantization_report`, which prints as a table.
+    done stands in `model.quantization_report`, which prints as a table. A call that is interrupted
+    leaves a model that computes, part of it packed; the same call again packs the rest.
 
     Args:
         bits: 8 or 4, of the base's weights.
@@ -60,43 +61,47 @@ def quantize_adapter_model(
     )
     layers, skipped = choose_layers(model, options)
     importance = {} if data is None else column_importance(model, layers, data)
-    before = _model_bytes(model)
-    dtype = weight_of(next(iter(layers.values()))).dtype
-    packed = tuple(_pack_all(layers, options, importance, progress))
+    state = begun(model)
+    if state is None:
+        dtype = weight_of(next(iter(layers.values()))).dtype
+        state = Begun(options, dtype, _model_bytes(model))
+        setattr(model, BEGUN, state)
+    _pack_all(layers, state, importance, progress)
     bank = find_bank(model)
     if bank is not None:
-        adapters.hold(bank, options.adapter_bits, dtype)
+        adapters.hold(bank, options.adapter_bits, state.dtype)
+    packed = tuple(state.reports[path] for path, _ in packed_layers(model))
     model.quantization_report = QuantizationReport(
-        packed, skipped, options.activation_bits, before, _model_bytes(model)
+        packed, skipped, options.activation_bits, state.bytes_before, _model_bytes(model)
     )
+    delattr(model, BEGUN)
     return model
 
 
 def _pack_all(
     layers: Mapping[str, nn.Module],
-    options: Options,
+    state: Begun,
     importance: Mapping[str, torch.Tensor],
     progress: bool,
-):
+) -> None:
     bar = tqdm(layers.items(), "quantizing", unit="layer", disable=None if progress else True)
     for path, module in bar:
-        yield _pack_layer(path, module, options, importance.get(path))
+        _pack_layer(path, module, state, importance.get(path))
 
 
 def _pack_layer(
-    path: str, module: nn.Module, options: Options, importance: torch.Tensor | None
-) -> LayerReport:
-    weight = weight_of(module).detach()
+    path: str, module: nn.Module, state: Begun, importance: torch.Tensor | None
+) -> None:
+    weight, options = weight_of(module).detach(), state.options
     packed = QuantizedWeight.quantize(
         weight, options.format, group_size=options.group_size,
         activation_bits=options.activation_bits, importance=importance,
     )  # fmt: skip
-    report = LayerReport(
+    state.reports[path] = LayerReport(
         path, *weight.shape, packed.format, packed.group_size, weight.nbytes, packed.nbytes,
         _relative_error(weight, packed),
     )  # fmt: skip
     pack(module, PACKED[type(module)], packed, sample(module.weight))
-    return report
 
 
 def _relative_error(weight: torch.Tensor, packed: QuantizedWeight) -> float:

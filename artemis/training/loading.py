@@ -13,7 +13,7 @@ import artemis_kernels
 from ..errors import AdapterError
 
 PRECISIONS = ("auto", "fp32", "bf16")
-_SHORT = 512  # tokens; see `attention_for`
+_SHORT = 256  # tokens; see `attention_for`
 
 
 def default_device() -> torch.device:
@@ -37,7 +37,7 @@ def resolve_precision(precision: str, device: torch.device | None = None) -> tor
 def attention_for(dtype: torch.dtype, device: torch.device, sequence_length: int | None) -> str:
     """The attention implementation that trains fastest: "sdpa", or "eager" in one case.
 
-    torch's fused attention has a slow bf16 backward on a CPU: up to 512 tokens a sequence the plain
+    torch's fused attention has a slow bf16 backward on a CPU: up to 256 tokens a sequence the plain
     form is faster there, beyond it is slower (docs/benchmarks.md, Attention). `sequence_length`
     None: not known.
     """

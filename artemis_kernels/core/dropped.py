@@ -73,7 +73,7 @@ def outer_dropped(ds: torch.Tensor, x: torch.Tensor, mask: Dropout | None) -> to
         return outer_gradient(ds, x if mask is None else dropped(x, mask))
     rows_of_a_part = 64  # as in native/dropped.c
     x, ds = x.contiguous(), ds.to(torch.float32).contiguous()
-    parts = torch.zeros(-(-x.shape[0] // rows_of_a_part), ds.shape[1], x.shape[1])
+    parts = ds.new_zeros(-(-x.shape[0] // rows_of_a_part), ds.shape[1], x.shape[1])
     _product(library, "outer", x.dtype, (ds, x, parts), (*x.shape, ds.shape[1]), mask)
     return parts.sum(0)
 

@@ -64,7 +64,9 @@ def round_rows(x: torch.Tensor, factor: torch.Tensor | None) -> Rounded:
     library = native.library_for(x)
     if library is None:
         return Rounded(*_round_rows(x, factor), apart)
-    q, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape[0])
+    factor = None if factor is None else factor.contiguous()
+    q = x.new_empty(x.shape, dtype=torch.int8)
+    scale = x.new_empty(x.shape[0], dtype=torch.float32)
     getattr(library, f"artemis_quantize_{native.NAMES[x.dtype]}")(
         x.data_ptr(), None if factor is None else factor.data_ptr(), q.data_ptr(),
         scale.data_ptr(), *x.shape, torch.get_num_threads(),
@@ -101,7 +103,7 @@ def _column_max(x: torch.Tensor) -> torch.Tensor:
     library = native.library_for(x)
     if library is None or m == 0:
         return x.abs().amax(0).float() if m else x.new_zeros(k, dtype=torch.float32)
-    parts = torch.empty(-(-m // _ROWS_OF_A_MAXIMUM), k, dtype=torch.int32)
+    parts = x.new_empty(-(-m // _ROWS_OF_A_MAXIMUM), k, dtype=torch.int32)
     getattr(library, f"artemis_column_max_{native.NAMES[x.dtype]}")(
         x.data_ptr(), parts.data_ptr(), m, k, torch.get_num_threads()
     )
@@ -137,7 +139,7 @@ def restore(
         y = acc.float() * row[:, None]
         y = y if column is None else y * column
         return (y if bias is None else y + bias).to(dtype)
-    y = torch.empty(acc.shape, dtype=dtype)
+    y = acc.new_empty(acc.shape, dtype=dtype)
     column = None if column is None else column.contiguous()
     pointers = (None if part is None else part.data_ptr() for part in (column, bias))
     getattr(library, f"artemis_restore_{native.NAMES[dtype]}")(

@@ -45,6 +45,11 @@ class QuantizedWeight:
     def __post_init__(self):
         _check_options(self.format, self.group_size, self.activation_bits)
         _check(self.data, "data", _DATA[self.format], (None, None))
+        for part in (self.scale, self.offset):
+            if isinstance(part, torch.Tensor) and part.device != self.data.device:
+                raise ValueError(
+                    f"QuantizedWeight: data is on {self.data.device}, but a part on {part.device}"
+                )
         out_features, columns = self.data.shape
         if self.format != "int4":
             _check(self.scale, "scale", torch.float32, (out_features,))
@@ -86,9 +91,10 @@ class QuantizedWeight:
         if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
             kind = weight.dtype if isinstance(weight, torch.Tensor) else type(weight).__name__
             raise TypeError(f"QuantizedWeight: weight must be a floating-point tensor, got {kind}")
-        if weight.dim() != 2:
+        if weight.dim() != 2 or not weight.numel():
             raise ValueError(
-                f"QuantizedWeight: weight must be a matrix, got shape {tuple(weight.shape)}"
+                "QuantizedWeight: weight must be a matrix of at least one number,"
+                f" got shape {tuple(weight.shape)}"
             )
         if not torch.isfinite(weight).all():
             raise ValueError("QuantizedWeight: weight holds inf or nan")
@@ -168,7 +174,7 @@ def few_rows(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor | None:
         return None
     x = x.float().contiguous()
     (m, k), n = x.shape, weight.shape[0]
-    y = torch.empty(m, n)
+    y = x.new_empty(m, n)
     packed = _contiguous(weight)
     library.artemis_few_rows(
         x.data_ptr(), *_pointers(packed), y.data_ptr(), m, k, n, weight.group_size or 0,
@@ -178,7 +184,7 @@ def few_rows(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor | None:
 
 
 def _unpacked(library, weight: QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
-    out = torch.empty(weight.shape, dtype=dtype)
+    out = weight.data.new_empty(weight.shape, dtype=dtype)
     packed = _contiguous(weight)
     getattr(library, f"artemis_unpack_{native.NAMES[dtype]}")(
         *_pointers(packed), out.data_ptr(), *weight.shape, weight.group_size or 0,

@@ -44,7 +44,10 @@ def once(backward: Callable) -> Callable:
 
     @torch.autograd.function.once_differentiable
     def wrapped(ctx, grad):
-        with torch.autocast(grad.device.type, enabled=False):
+        kind = grad.device.type
+        if not torch.amp.is_autocast_available(kind):  # the meta device has none
+            return backward(ctx, grad)
+        with torch.autocast(kind, enabled=False):
             return backward(ctx, grad)
 
     return wrapped

@@ -64,7 +64,7 @@ class Units(NamedTuple):
         z, dz, (m, w) = z.contiguous(), dh.contiguous(), z.shape
         h = z.new_empty(m, w + biased) if needs_h else None
         summed_in = torch.float64 if z.dtype == torch.float32 else torch.float32
-        sums = torch.empty(-(-m // _ROWS_OF_A_SUM), w + 1, dtype=summed_in)
+        sums = z.new_empty(-(-m // _ROWS_OF_A_SUM), w + 1, dtype=summed_in)
         getattr(library, f"artemis_units_backward_{native.NAMES[z.dtype]}")(
             z.data_ptr(), dz.data_ptr(), h.data_ptr() if needs_h else None, sums.data_ptr(),
             m, w, w + biased, self._factor(), factor,

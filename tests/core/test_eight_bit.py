@@ -93,6 +93,15 @@ def test_zeros_tiny_rows_and_rows_that_are_not_finite():
         assert (y[row] - truth[row]).norm() < 0.03 * truth[row].norm()
 
 
+def test_scales_of_any_strides():
+    data, dy = integers(32, 40), torch.randn(20, 32)
+    scale = torch.rand(64)[::2]
+    assert torch.equal(
+        eight_bit.input_gradient(dy, data, scale),
+        eight_bit.input_gradient(dy, data, scale.contiguous()),
+    )
+
+
 def relative_error(actual: torch.Tensor, truth: torch.Tensor) -> float:
     return ((actual.double() - truth).norm() / truth.norm()).item()
 

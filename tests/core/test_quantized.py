@@ -195,6 +195,10 @@ REFUSED = {
     "int8 takes no group_size": lambda: QuantizedWeight.quantize(W, group_size=64),
     "activation_bits must be": lambda: QuantizedWeight.quantize(W, activation_bits=4),
     "activation_bits=8 needs": lambda: QuantizedWeight.quantize(W, "int4", activation_bits=8),
+    "at least one number, got shape (0, 64)": lambda: QuantizedWeight.quantize(W[:0], "int4"),
+    "data is on cpu, but a part on meta": lambda: QuantizedWeight(
+        PACKED.data, PACKED.scale, PACKED.offset.to("meta"), "int4", 64
+    ),
     "got shape (64,)": lambda: QuantizedWeight.quantize(W[0]),
     "got torch.int64": lambda: QuantizedWeight.quantize(torch.ones(4, 4, dtype=torch.int64)),
     "inf or nan": lambda: QuantizedWeight.quantize(torch.full((2, 8), torch.nan)),

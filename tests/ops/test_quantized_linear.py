@@ -1,5 +1,7 @@
 """`quantized_linear`: the bare product of a packed weight, judged by the dequantized one."""
 
+import functools
+
 import pytest
 import torch
 
@@ -49,6 +51,29 @@ def test_eight_bit_inputs_err_by_their_rounding_and_no_more():
     for name in ("y", "x"):
         error = (got[name] - exact[name]).norm() / exact[name].norm()
         assert 1e-4 < error < 0.02, name
+
+
+@pytest.mark.parametrize("rows", [1, 30])
+@pytest.mark.parametrize("format", FORMATS)
+def test_torchs_default_dtype_does_not_matter(format, rows):
+    """The compiled passes write fp32 into memory that must have been made as fp32."""
+    tensors, weight = operands(rows, torch.float32, format, "auto")
+    x, a, b = tensors["x"][:, :1], torch.randn(4, 40), torch.randn(24, 4)
+
+    def gradients():
+        run = functools.partial(
+            artemis_kernels.lora_linear, weight=weight, scale=1.0, dropout_p=0.5, seed=3
+        )
+        names = {"x": x, "lora_a": a, "lora_b": b}
+        return kit.outcome(run, names, list(names), torch.ones(rows, 1, 24))
+
+    wanted = gradients()
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = gradients()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    kit.assert_same_outcome(got, wanted)
 
 
 def test_agrees_with_a_lora_of_zero_bit_for_bit():

@@ -230,6 +230,19 @@ def test_opcheck(operation, strategy, format):
     torch.library.opcheck(getattr(torch.ops.artemis, operation.name).default, arguments)
 
 
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("operation", [LORA, ADAPTER], ids=str)
+def test_shapes_and_dtypes_on_the_meta_device(operation, format):
+    tensors, packed = operands(operation, Sizes(40, 64, 16, 4), BF16, format)
+    wanted = kit.outcome(operation.public, tensors, trained(operation), weight=packed)
+    leaves = {name: tensor.to("meta").requires_grad_() for name, tensor in tensors.items()}
+    y = operation.public(weight=packed.to("meta"), **leaves)
+    y.backward(torch.empty_like(y))
+    got = {"y": y} | {name: leaves[name].grad for name in trained(operation)}
+    for name, tensor in wanted.items():
+        assert (got[name].shape, got[name].dtype) == (tensor.shape, tensor.dtype), name
+
+
 def lora_call(rows: int, packed: QuantizedWeight) -> tuple:
     return torch.randn(rows, 64), packed, torch.randn(4, 64), torch.randn(16, 4), 1.0
 

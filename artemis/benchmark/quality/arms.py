@@ -22,7 +22,7 @@ from .probe import PENALTIES
 
 #: Names of the attention's and of the feed-forward layer's projections: the first pair of which a
 #: model has all. An entry takes what an earlier one has left.
-_TARGETS = (
+_PROJECTIONS = (
     (("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")),
     (("query", "key", "value", "attention.output.dense"), ("intermediate.dense", "output.dense")),
     (("q_lin", "k_lin", "v_lin", "out_lin"), ("lin1", "lin2")),
@@ -65,7 +65,7 @@ class Arm:
 def projections(model: Classifier) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the attention's and of the feed-forward layers' projections in `model`."""
     paths = [path for path, _ in model.named_modules()]
-    for pair in _TARGETS:
+    for pair in _PROJECTIONS:
         names = (*pair[0], *pair[1])
         if all(any(matching((name,), path) for path in paths) for name in names):
             return pair

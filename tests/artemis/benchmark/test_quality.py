@@ -10,7 +10,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from artemis.benchmark.quality import probe
+from artemis import add_hybrid_adapter_to_model
+from artemis.benchmark.quality import arms, probe
 from artemis.benchmark.quality.arms import ARMS, CORE, FAMILIES, hybrid_config, parameters_of
 from artemis.benchmark.quality.data import Examples, load_task, random_batches
 from artemis.benchmark.quality.model import Pretrained, outputs
@@ -81,6 +82,8 @@ def test_core_is_measured_once_and_shown(folder, tmp_path, capsys):
         assert cell["accuracy"] == pytest.approx(1 - len(cell["wrong"]) / 40, abs=1e-5)
         assert cell["trained_on"] == 48
         assert cell["steps"] == (0 if cell["arm"] == "frozen" else 6)
+    frozen = [cell["loss"] for cell in cells if cell["arm"] == "frozen"]
+    assert frozen[0] != frozen[1]  # each seed draws examples of its own
     assert "hybrid, shared (default), against full fine-tuning" in table
     assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -143,6 +146,32 @@ def test_every_arm_trains_what_it_says(folder):
                 for sizes in (scored, turned)]  # fmt: skip
     assert numpy.corrcoef(relative)[0, 1] < 0 < len({*scored.items()} ^ {*turned.items()})
     assert found["random"].sizes not in (scored, turned)
+
+
+def test_controls_give_the_same_scores_to_other_modules():
+    scores = {"a": 0.6, "b": 0.1, "c": 0.2, "d": 0.1}
+    assert arms._reversed(None, scores, 0) == {"a": 0.1, "b": 0.6, "c": 0.1, "d": 0.2}
+    shuffled = [arms._shuffled(None, scores, seed) for seed in range(5)]
+    assert all(sorted(found.values()) == sorted(scores.values()) for found in shuffled)
+    assert any(found != scores for found in shuffled) and shuffled[0] != shuffled[1]
+
+
+def test_within_kinds_the_cost_of_each_kind_stays(folder):
+    pretrained, task = toy(folder)
+    model = pretrained.classifier(2, frozen=True)
+    add_hybrid_adapter_to_model(model, hybrid_config(model))
+    specs = [site.spec for site in model.hybrid_adapter.sites.values()]
+    scores = {spec.path: (9.0 if spec.kind == "lora" else 0.1) * (1 + i % 3)
+              for i, spec in enumerate(specs)}  # fmt: skip
+    scaled = arms._within_kinds(model, scores, 0)
+    for kind, size in (("lora", 8), ("bottleneck", 64)):
+        of_kind = [spec for spec in specs if spec.kind == kind]
+        costs = [spec.in_features + spec.out_features if kind == "lora"
+                 else 2 * spec.out_features + 1 for spec in of_kind]  # fmt: skip
+        spent = sum(scaled[s.path] * size * c for s, c in zip(of_kind, costs, strict=True))
+        assert spent == pytest.approx(size * sum(costs))
+        ratios = {round(scaled[spec.path] / scores[spec.path], 9) for spec in of_kind}
+        assert len(ratios) == 1
 
 
 def test_arms_start_from_the_frozen_arms_head(folder):
