@@ -30,8 +30,9 @@ GROUPS = (
     "base products", "output head", "attention", "adapter products", "adapter masks and glue",
     "adapter element-wise", "model element-wise", "loss", "optimizer", "between operators",
 )  # fmt: skip
-_PRODUCTS = ("mm", "addmm", "bmm", "linear", "mkldnn_linear", "addmm_", "mv", "addmv", "addmv_")
+_PRODUCTS = ("mm", "addmm", "linear", "mkldnn_linear", "addmm_", "mv", "addmv", "addmv_")
 _ATTENTION = ("scaled_dot_product",)
+_PLAIN_ATTENTION = ("bmm", "_softmax", "_softmax_backward_data")  # nothing else here uses them
 _GLUE = (
     "artemis::",
     *(f"_{operation}" for operation in ("LoRALinear", "AdapterLinear", "BottleneckAdapter")),
@@ -109,7 +110,8 @@ def group_of(event: FunctionEvent, vocabulary: int, thin: frozenset[int]) -> str
     ancestors = [event.name, *_ancestors(event)]
     if any(ancestor.startswith("Optimizer.") for ancestor in ancestors):
         return "optimizer"
-    if any(part in ancestor for ancestor in ancestors for part in _ATTENTION):
+    fused = any(part in ancestor for ancestor in ancestors for part in _ATTENTION)
+    if fused or name in _PLAIN_ATTENTION:
         return "attention"
     if event.name.startswith(_GLUE):
         return "adapter masks and glue"
