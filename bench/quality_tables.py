@@ -3,7 +3,7 @@
 from typing import Any
 
 from artemis.benchmark.quality.arms import FAMILIES
-from artemis.benchmark.quality.results import datasets
+from artemis.benchmark.quality.results import Dataset, datasets
 from artemis.benchmark.quality.tables import markdown
 
 Record = dict[str, Any]
@@ -23,11 +23,7 @@ def _setting(cells: list[Record], records: list[Record]) -> str:
     if not found:
         return ""
     setting = cells[0]["setting"]
-    counts = "; ".join(
-        f"{each.name}: {len(each.seeds)} seeds, {next(iter(each.cells.values()))[0]['items']:,}"
-        " test items"
-        for each in found
-    )
+    counts = "; ".join(_counts(each) for each in found)
     examples = f"{setting['examples']:,}" if setting["examples"] else "all"
     heads = [r for r in records if r.get("kind") == "run"]
     head = next(r for r in heads if r["run"] == cells[-1]["run"])
@@ -38,6 +34,12 @@ def _setting(cells: list[Record], records: list[Record]) -> str:
         f" {head['threads']} thread, torch {head['versions']['torch']}, {head['time'][:10]}."
         " \\* at the end of the rates that were tried.\n"
     )
+
+
+def _counts(each: Dataset) -> str:
+    seeds = f"{len(each.seeds)} seed{'s' * (len(each.seeds) != 1)}"
+    items = next(iter(each.cells.values()))[0]["items"]
+    return f"{each.name}: {seeds}, {items:,} test items"
 
 
 def trials(records: list[Record]) -> str:

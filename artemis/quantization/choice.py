@@ -151,6 +151,8 @@ def _why_not(model: nn.Module, path: str, module: nn.Module, options: Options) -
         return f"a {type(module).__name__}, whose forward may differ"
     if "forward" in vars(module):
         return "it carries a forward of its own"
+    if "weight" not in module._parameters:
+        return "its weight is worked out at each forward (pruning, weight norm)"
     if tied:
         return f"its weight is also {tied}"
     if not module.weight.is_floating_point():
@@ -176,5 +178,5 @@ def _problems(module: nn.Module, options: Options) -> Iterator[str]:
         yield f"has {weight.shape[1]} inputs, allowed: a multiple of {size}, or bits=8"
     elif weight.is_meta:
         yield "is on the meta device, without values"
-    elif not torch.isfinite(weight).all():
-        yield "holds inf or nan"
+    elif not torch.isfinite(weight.float()).all():
+        yield "holds inf or nan, or numbers beyond float32"

@@ -16,6 +16,7 @@ from .quantized import QuantizedWeight
 from .types import Cost
 
 MANY_ROWS = 16  # from here on int8 products of rounded rows beat bf16 and weight-only ones
+_MOST_SUMMED = (2**31 - 1) // 127**2  # int8 products whose sum int32 always holds
 _FEW_ROWS = {"int8": 4, "fp8": 2, "int4": 2}  # up to here a copy of the weight costs more
 _BY_BYTES = (torch.float32, torch.bfloat16)
 
@@ -103,6 +104,8 @@ def packed_strategy(weight: object, rows: int) -> tuple[str, str]:
     if not isinstance(weight, QuantizedWeight):
         return "", ""
     bits, native_int8 = weight.activation_bits, multiplies_int8(weight.device)
+    if bits != 16 and max(weight.shape) > _MOST_SUMMED:
+        return "_weight_only", f" and int32 may not hold sums over {max(weight.shape):,} products"
     if bits == 8:
         how = "" if native_int8 else ", in float32: this processor has no int8 dot product"
         return "_int8", f" and activation_bits is 8{how}"

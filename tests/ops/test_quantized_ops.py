@@ -280,3 +280,11 @@ def test_refusals():
         artemis_kernels.lora_linear(x, packed, a, b[:15], scale)
     with pytest.raises(ValueError, match="weight is on meta"):
         artemis_kernels.lora_linear(x, packed.to("meta"), a, b, scale)
+
+
+def test_sums_that_int32_may_not_hold_are_not_formed():
+    """An output head of 133,145 rows: dX would add so many products."""
+    for rows, strategy in ((133_144, "addmm_int8"), (133_145, "addmm_weight_only")):
+        weight = QuantizedWeight.quantize(torch.ones(rows, 1), activation_bits=8)
+        a, b = torch.ones(1, 1), torch.ones(rows, 1)
+        assert explain("lora_linear", torch.ones(2, 1), weight, a, b, 1.0).strategy == strategy

@@ -12,6 +12,9 @@ from .arms import ARMS, COMPARISONS, FAMILIES, TARGETS
 from .statistics import Interval, bootstrap, difference, gap_closed, retention, student
 
 Record = dict[str, Any]
+#: With fewer, the scatter between seeds is not known, and no verdict is given.
+_SEEDS_FOR_A_VERDICT = 3
+_NO_VERDICT = f"no verdict below {_SEEDS_FOR_A_VERDICT} seeds"
 
 
 class Dataset:
@@ -60,7 +63,7 @@ class Dataset:
                 "dataset": self.name,
                 "what": f"{ARMS[arm].what}, against {ARMS[other].what}",
                 "difference": (found := self._interval(difference, arm, other)).to_dict(),
-                "verdict": _against_zero(found),
+                "verdict": self._verdict(_against_zero, found),
             }
             for arm, other in COMPARISONS
             if arm in self.correct and other in self.correct
@@ -80,10 +83,13 @@ class Dataset:
                 "what": {"retention": "retention", "gap": "gap closed"}[name],
                 "target": TARGETS[name],
                 "measured": found.to_dict(),
-                "verdict": _against_target(found, TARGETS[name]),
+                "verdict": self._verdict(_against_target, found, TARGETS[name]),
             }
             for name, found in values.items()
         ]
+
+    def _verdict(self, rule, *arguments) -> str:
+        return rule(*arguments) if len(self.seeds) >= _SEEDS_FOR_A_VERDICT else _NO_VERDICT
 
     def _interval(self, statistic, *arms: str) -> Interval:
         return bootstrap([self.correct[arm] for arm in arms], statistic)

@@ -80,14 +80,14 @@ def cell(arm: str, seed: int, wrong: list[int], **changes) -> dict:
 
 def toy() -> Dataset:
     wrong = {"frozen": [0, 1, 2, 3, 4], "full": [0], "hybrid": [0, 1]}
-    cells = [cell(arm, seed, items) for arm, items in wrong.items() for seed in (0, 1)]
-    (found,) = datasets([*cells, cell("full", 2, [])])  # the third seed is not whole
+    cells = [cell(arm, seed, items) for arm, items in wrong.items() for seed in range(3)]
+    (found,) = datasets([*cells, cell("full", 3, [])])  # the fourth seed is not whole
     return found
 
 
 def test_rows_by_hand():
     rows = {row["arm"]: row for row in toy().rows()}
-    assert {row["seeds"] for row in rows.values()} == {2}
+    assert {row["seeds"] for row in rows.values()} == {3}
     hybrid = rows["hybrid"]
     assert hybrid["accuracy"]["value"] == pytest.approx(0.8)
     assert hybrid["retention"]["value"] == pytest.approx(0.8 / 0.9)
@@ -109,10 +109,14 @@ def test_comparisons_and_targets_by_hand():
 def test_a_target_beyond_the_interval_is_missed_and_within_it_is_met():
     wrong = {"frozen": range(50), "full": [0], "hybrid": range(30)}
     cells = [
-        cell(arm, s, list(w), items=100, accuracy=0) for arm, w in wrong.items() for s in (0, 1)
+        cell(arm, s, list(w), items=100, accuracy=0) for arm, w in wrong.items() for s in range(3)
     ]
     assert {row["verdict"] for row in datasets(cells)[0].targets()} == {"missed"}
     for each in cells:
         if each["arm"] == "hybrid":
             each["wrong"] = []
     assert {row["verdict"] for row in datasets(cells)[0].targets()} == {"met"}
+    two_seeds = [each for each in cells if each["seed"] < 2]
+    (found,) = datasets(two_seeds)
+    rows = [*found.targets(), *found.comparisons()]
+    assert {row["verdict"] for row in rows} == {"no verdict below 3 seeds"}
