@@ -19,9 +19,7 @@ def summary(records: list[Record]) -> str:
 
 
 def _setting(cells: list[Record], records: list[Record]) -> str:
-    found = [each for each in datasets(cells) if each.seeds]
-    if not found:
-        return ""
+    found = datasets(cells)
     setting = cells[0]["setting"]
     counts = "; ".join(_counts(each) for each in found)
     examples = f"{setting['examples']:,}" if setting["examples"] else "all"
@@ -37,9 +35,8 @@ def _setting(cells: list[Record], records: list[Record]) -> str:
 
 
 def _counts(each: Dataset) -> str:
-    seeds = f"{len(each.seeds)} seed{'s' * (len(each.seeds) != 1)}"
-    items = next(iter(each.cells.values()))[0]["items"]
-    return f"{each.name}: {seeds}, {items:,} test items"
+    cell = next(cell for cells in each.cells.values() for cell in cells.values())
+    return f"{each.name}: {cell['items']:,} test items"
 
 
 def trials(records: list[Record]) -> str:

@@ -15,28 +15,28 @@ Record = dict[str, Any]
 #: With fewer, the scatter between seeds is not known, and no verdict is given.
 _SEEDS_FOR_A_VERDICT = 3
 _NO_VERDICT = f"no verdict below {_SEEDS_FOR_A_VERDICT} seeds"
+_RATIOS = {
+    "retention": (retention, ("hybrid", "full"), "retention"),
+    "gap": (gap_closed, ("hybrid", "full", "frozen"), "gap closed"),
+}
 
 
 class Dataset:
-    """The cells of one data set under one setting, of the seeds that all its arms have."""
+    """The cells of one data set under one setting; what is compared uses the seeds in common."""
 
     def __init__(self, name: str, records: Sequence[Record]):
         self.name = name
         by_arm: dict[str, dict[int, Record]] = {}
         for record in records:
             by_arm.setdefault(record["arm"], {})[record["seed"]] = record
-        self.seeds = sorted(set.intersection(*(set(cells) for cells in by_arm.values())))
-        self.cells = {
-            arm: [by_arm[arm][seed] for seed in self.seeds] for arm in ARMS if arm in by_arm
-        }
-        self.correct = {arm: _correct(cells) for arm, cells in self.cells.items() if cells}
+        #: Arm -> seed -> cell.
+        self.cells = {arm: dict(sorted(by_arm[arm].items())) for arm in ARMS if arm in by_arm}
 
     def rows(self) -> list[Record]:
         """For each arm: accuracy with Student's interval, ratios with the bootstrap's, costs."""
         rows = []
-        for arm, cells in self.cells.items():
-            if not cells:
-                continue
+        for arm, by_seed in self.cells.items():
+            cells = list(by_seed.values())
             choice, trials = cells[0]["choice"], FAMILIES[ARMS[arm].family].trials
             rows.append(
                 {
@@ -58,46 +58,48 @@ class Dataset:
 
     def comparisons(self) -> list[Record]:
         """The named differences in accuracy of arms that were both run."""
-        return [
-            {
-                "dataset": self.name,
-                "what": f"{ARMS[arm].what}, against {ARMS[other].what}",
-                "difference": (found := self._interval(difference, arm, other)).to_dict(),
-                "verdict": self._verdict(_against_zero, found),
-            }
-            for arm, other in COMPARISONS
-            if arm in self.correct and other in self.correct
-        ]
+        rows = []
+        for arms in COMPARISONS:
+            found = self._interval(difference, *arms)
+            if found is not None:
+                what = ", against ".join(ARMS[arm].what for arm in arms)
+                verdict = self._verdict(arms, _against_zero(found))
+                rows.append(self._row(what, arms, difference=found.to_dict(), verdict=verdict))
+        return rows
 
     def targets(self) -> list[Record]:
         """What the default hybrid should reach, and whether its interval does."""
-        if not {"hybrid", "full", "frozen"} <= self.correct.keys():
-            return []
-        values = {
-            "retention": self._interval(retention, "hybrid", "full"),
-            "gap": self._interval(gap_closed, "hybrid", "full", "frozen"),
-        }
-        return [
-            {
-                "dataset": self.name,
-                "what": {"retention": "retention", "gap": "gap closed"}[name],
-                "target": TARGETS[name],
-                "measured": found.to_dict(),
-                "verdict": self._verdict(_against_target, found, TARGETS[name]),
-            }
-            for name, found in values.items()
-        ]
+        rows = []
+        for name, (statistic, arms, what) in _RATIOS.items():
+            found = self._interval(statistic, *arms)
+            if found is not None:
+                target = TARGETS[name]
+                verdict = self._verdict(arms, _against_target(found, target))
+                measured = found.to_dict()
+                rows.append(
+                    self._row(what, arms, measured=measured, target=target, verdict=verdict)
+                )
+        return rows
 
-    def _verdict(self, rule, *arguments) -> str:
-        return rule(*arguments) if len(self.seeds) >= _SEEDS_FOR_A_VERDICT else _NO_VERDICT
+    def _row(self, what: str, arms: Sequence[str], **values: Any) -> Record:
+        return {"dataset": self.name, "what": what, "seeds": len(self._seeds(arms)), **values}
 
-    def _interval(self, statistic, *arms: str) -> Interval:
-        return bootstrap([self.correct[arm] for arm in arms], statistic)
+    def _verdict(self, arms: Sequence[str], verdict: str) -> str:
+        return verdict if len(self._seeds(arms)) >= _SEEDS_FOR_A_VERDICT else _NO_VERDICT
+
+    def _seeds(self, arms: Sequence[str]) -> list[int]:
+        """Those that all of `arms` have."""
+        return sorted(set.intersection(*(set(self.cells.get(arm, ())) for arm in arms)))
+
+    def _interval(self, statistic, *arms: str) -> Interval | None:
+        seeds = self._seeds(arms)
+        if not seeds or len(set(arms)) < len(arms):
+            return None
+        return bootstrap([_correct([self.cells[a][s] for s in seeds]) for a in arms], statistic)
 
     def _ratio(self, statistic, *arms: str) -> Record | None:
-        if not set(arms) <= self.correct.keys() or arms[0] in arms[1:]:
-            return None
-        return self._interval(statistic, *arms).to_dict()
+        found = self._interval(statistic, *arms)
+        return None if found is None else found.to_dict()
 
 
 def datasets(cells: Sequence[Record]) -> list[Dataset]:

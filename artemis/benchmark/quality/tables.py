@@ -27,9 +27,11 @@ def _setting(row: Record) -> str:
     return f"{row['choice']:.0e}{'*' if row['at_the_edge'] else ''}"
 
 
+_SEEDS = Column("seeds", lambda row: str(row["seeds"]))
 ARM_COLUMNS = (
     Column("data", lambda row: row["dataset"], words=True),
     Column("arm", lambda row: row["what"], words=True),
+    _SEEDS,
     Column("accuracy, %", _interval("accuracy")),
     Column("of full's, %", _interval("retention")),
     Column("gap closed, %", _interval("gap")),
@@ -40,12 +42,14 @@ ARM_COLUMNS = (
 COMPARISON_COLUMNS = (
     Column("data", lambda row: row["dataset"], words=True),
     Column("comparison", lambda row: row["what"], words=True),
+    _SEEDS,
     Column("difference, points", _interval("difference", points=True)),
     Column("", lambda row: row["verdict"], words=True),
 )
 TARGET_COLUMNS = (
     Column("data", lambda row: row["dataset"], words=True),
     Column("default hybrid's", lambda row: row["what"], words=True),
+    _SEEDS,
     Column("measured, %", _interval("measured")),
     Column("target, %", lambda row: f"≥ {100 * row['target']:g}"),
     Column("", lambda row: row["verdict"], words=True),

@@ -81,24 +81,24 @@ def cell(arm: str, seed: int, wrong: list[int], **changes) -> dict:
 def toy() -> Dataset:
     wrong = {"frozen": [0, 1, 2, 3, 4], "full": [0], "hybrid": [0, 1]}
     cells = [cell(arm, seed, items) for arm, items in wrong.items() for seed in range(3)]
-    (found,) = datasets([*cells, cell("full", 3, [])])  # the fourth seed is not whole
+    (found,) = datasets([*cells, cell("full", 3, [])])  # a fourth seed that one arm has
     return found
 
 
 def test_rows_by_hand():
     rows = {row["arm"]: row for row in toy().rows()}
-    assert {row["seeds"] for row in rows.values()} == {3}
+    assert {arm: row["seeds"] for arm, row in rows.items()} == {"frozen": 3, "full": 4, "hybrid": 3}
     hybrid = rows["hybrid"]
     assert hybrid["accuracy"]["value"] == pytest.approx(0.8)
     assert hybrid["retention"]["value"] == pytest.approx(0.8 / 0.9)
     assert hybrid["gap"]["value"] == pytest.approx(0.3 / 0.4)
     assert rows["full"]["retention"] is None and rows["frozen"]["gap"] is None
-    assert rows["full"]["accuracy"]["value"] == pytest.approx(0.9)
+    assert rows["full"]["accuracy"]["value"] == pytest.approx((3 * 0.9 + 1.0) / 4)
 
 
 def test_comparisons_and_targets_by_hand():
     (found,) = toy().comparisons()
-    assert found["difference"]["value"] == pytest.approx(-0.1)
+    assert found["difference"]["value"] == pytest.approx(-0.1) and found["seeds"] == 3
     assert found["what"] == "hybrid, shared (default), against full fine-tuning"
     assert found["verdict"] == "not told apart"  # one item of ten, and not drawn in a third of all
     verdicts = {row["what"]: row["verdict"] for row in toy().targets()}
