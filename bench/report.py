@@ -156,7 +156,7 @@ def training_step_ratios(records: list[Record]) -> str:
     """The ratios, all runs in one table."""
     rows = [
         f"| {run.head['case']['hidden']:,} × {run.head['case']['layers']} | {ratio['name']} |"
-        f" {ratio['p50']:.2f} | {ratio['p20']:.2f}–{ratio['p80']:.2f} | {ratio['target']} |"
+        f" {ratio['p50']:.3f} | {ratio['p20']:.2f}–{ratio['p80']:.2f} | {ratio['target']} |"
         f" {({True: 'met', False: 'missed', None: ''})[ratio['met']]} |"
         for run in measured(records)
         for ratio in run.ratios

@@ -101,7 +101,7 @@ def _passes(
     return native.library_for(x)
 
 
-def _product(library, name: str, dtype: torch.dtype, tensors, sizes, mask: Dropout | None) -> None:
+def _product(library, name: str, dtype: torch.dtype, tensors, sizes, mask: Dropout) -> None:
     function = getattr(library, f"artemis_{name}_{native.NAMES[dtype]}")
     pointers = (tensor.data_ptr() for tensor in tensors)
     function(*pointers, *sizes, *Dropout.arguments(mask), torch.get_num_threads())

@@ -75,11 +75,7 @@ def _signatures() -> Iterator[tuple[str, str]]:
     sizes = "size size size"
     for dtype in NAMES.values():
         yield f"artemis_dropout_{dtype}", f"pointer pointer size {_MASK} flag threads"
-        for product in ("shrink", "outer", "expand"):
-            yield (
-                f"artemis_{product}_{dtype}",
-                f"pointer pointer pointer {sizes} {_MASK} threads",
-            )
+        yield f"artemis_shrink_{dtype}", f"pointer pointer pointer {sizes} {_MASK} threads"
         yield (
             f"artemis_units_forward_{dtype}",
             f"pointer pointer {sizes} factor flag {_MASK} threads",
@@ -95,6 +91,8 @@ def _signatures() -> Iterator[tuple[str, str]]:
             "pointer pointer pointer pointer pointer size size threads",
         )
         yield f"artemis_unpack_{dtype}", f"pointer pointer pointer pointer {sizes} flag threads"
+    for product in ("outer", "expand"):
+        yield f"artemis_{product}_f32", f"pointer pointer pointer {sizes} {_MASK} threads"
     yield (
         "artemis_few_rows",
         f"pointer pointer pointer pointer pointer {sizes} size flag threads",

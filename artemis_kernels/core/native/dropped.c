@@ -83,56 +83,53 @@ static inline void dot1(const float *row, const float *a, int64_t n, float *sum)
         }                                                                                         \
     }
 
-/* parts[p, r, k] = Σ over the p-th ROWS rows of ds[m, r] · dropped(x)[m, k]; parts zeroed. */
-#define OUTER(NAME, TYPE, LOAD)                                                                   \
-    void NAME(const float *ds, const TYPE *x, float *parts, int64_t m, int64_t k, int64_t r,      \
-              uint64_t seed, uint32_t threshold, float keep_scale, int threads) {                 \
-        _Pragma("omp parallel for num_threads(threads) schedule(static)")                         \
-        for (int64_t p = 0; p < (m + ROWS - 1) / ROWS; ++p) {                                     \
-            int64_t last = (p + 1) * ROWS < m ? (p + 1) * ROWS : m;                               \
-            for (int64_t i = p * ROWS; i < last; ++i)                                             \
-                for (int64_t from = 0; from < k; from += COLUMNS) {                               \
-                    float buffer[COLUMNS + 2], row[COLUMNS];                                      \
-                    int64_t n = k - from < COLUMNS ? k - from : COLUMNS;                          \
-                    const float *factor =                                                         \
-                        factors(buffer, i * k + from, n, seed, threshold, keep_scale);            \
-                    for (int64_t c = 0; c < n; ++c)                                               \
-                        row[c] = factor[c] > 0.0f ? LOAD(x[i * k + from + c]) * factor[c] : 0.0f; \
-                    for (int64_t j = 0; j < r; ++j) {                                             \
-                        float weight = ds[i * r + j];                                             \
-                        float *to = parts + (p * r + j) * k + from;                               \
-                        for (int64_t c = 0; c < n; ++c) to[c] = FMA(weight, row[c], to[c]);       \
-                    }                                                                             \
-                }                                                                                 \
-        }                                                                                         \
-    }
-
-/* dx[m, k] += mask · keep_scale · Σ_r ds[m, r] · a[r, k]. */
-#define EXPAND(NAME, TYPE, LOAD, STORE)                                                           \
-    void NAME(const float *ds, const float *a, TYPE *dx, int64_t m, int64_t k, int64_t r,         \
-              uint64_t seed, uint32_t threshold, float keep_scale, int threads) {                 \
-        _Pragma("omp parallel for num_threads(threads) schedule(static)")                         \
-        for (int64_t i = 0; i < m; ++i)                                                           \
-            for (int64_t from = 0; from < k; from += COLUMNS) {                                   \
-                float buffer[COLUMNS + 2], row[COLUMNS];                                          \
-                int64_t n = k - from < COLUMNS ? k - from : COLUMNS;                              \
-                const float *factor =                                                             \
-                    factors(buffer, i * k + from, n, seed, threshold, keep_scale);                \
-                memset(row, 0, sizeof(float) * (size_t)n);                                        \
-                for (int64_t j = 0; j < r; ++j) {                                                 \
-                    float weight = ds[i * r + j];                                                 \
-                    const float *line = a + j * k + from;                                         \
-                    for (int64_t c = 0; c < n; ++c) row[c] = FMA(weight, line[c], row[c]);        \
-                }                                                                                 \
-                TYPE *to = dx + i * k + from;                                                     \
-                for (int64_t c = 0; c < n; ++c)                                                   \
-                    to[c] = STORE(LOAD(to[c]) + (factor[c] > 0.0f ? row[c] * factor[c] : 0.0f));  \
-            }                                                                                     \
-    }
-
 SHRINK(artemis_shrink_f32, float, same, same)
 SHRINK(artemis_shrink_bf16, uint16_t, from_bf16, to_bf16)
-OUTER(artemis_outer_f32, float, same)
-OUTER(artemis_outer_bf16, uint16_t, from_bf16)
-EXPAND(artemis_expand_f32, float, same, same)
-EXPAND(artemis_expand_bf16, uint16_t, from_bf16, to_bf16)
+
+/* Only fp32: in bf16, BLAS on a stored dropped x is faster for the two products below. */
+
+/* parts[p, r, k] = Σ over the p-th ROWS rows of ds[m, r] · dropped(x)[m, k]; parts zeroed. */
+void artemis_outer_f32(const float *ds, const float *x, float *parts, int64_t m, int64_t k,
+                       int64_t r, uint64_t seed, uint32_t threshold, float keep_scale,
+                       int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t p = 0; p < (m + ROWS - 1) / ROWS; ++p) {
+        int64_t last = (p + 1) * ROWS < m ? (p + 1) * ROWS : m;
+        for (int64_t i = p * ROWS; i < last; ++i)
+            for (int64_t from = 0; from < k; from += COLUMNS) {
+                float buffer[COLUMNS + 2], row[COLUMNS];
+                int64_t n = k - from < COLUMNS ? k - from : COLUMNS;
+                const float *factor =
+                    factors(buffer, i * k + from, n, seed, threshold, keep_scale);
+                for (int64_t c = 0; c < n; ++c)
+                    row[c] = factor[c] > 0.0f ? x[i * k + from + c] * factor[c] : 0.0f;
+                for (int64_t j = 0; j < r; ++j) {
+                    float weight = ds[i * r + j];
+                    float *to = parts + (p * r + j) * k + from;
+                    for (int64_t c = 0; c < n; ++c) to[c] = FMA(weight, row[c], to[c]);
+                }
+            }
+    }
+}
+
+/* dx[m, k] += mask · keep_scale · Σ_r ds[m, r] · a[r, k]. */
+void artemis_expand_f32(const float *ds, const float *a, float *dx, int64_t m, int64_t k,
+                        int64_t r, uint64_t seed, uint32_t threshold, float keep_scale,
+                        int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < m; ++i)
+        for (int64_t from = 0; from < k; from += COLUMNS) {
+            float buffer[COLUMNS + 2], row[COLUMNS];
+            int64_t n = k - from < COLUMNS ? k - from : COLUMNS;
+            const float *factor = factors(buffer, i * k + from, n, seed, threshold, keep_scale);
+            memset(row, 0, sizeof(float) * (size_t)n);
+            for (int64_t j = 0; j < r; ++j) {
+                float weight = ds[i * r + j];
+                const float *line = a + j * k + from;
+                for (int64_t c = 0; c < n; ++c) row[c] = FMA(weight, line[c], row[c]);
+            }
+            float *to = dx + i * k + from;
+            for (int64_t c = 0; c < n; ++c)
+                to[c] = to[c] + (factor[c] > 0.0f ? row[c] * factor[c] : 0.0f);
+        }
+}

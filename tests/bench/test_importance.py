@@ -4,7 +4,7 @@ import numpy
 import pytest
 import torch
 
-from . import importance, importance_tables
+from bench import importance, importance_tables
 
 
 def test_ranks_share_what_is_equal():
