@@ -41,9 +41,9 @@ class Family:
 
 FAMILIES = {
     "head": Family(PENALTIES),
-    "full": Family((3e-5, 1e-4, 3e-4), frozen=False),
+    "full": Family((1e-5, 3e-5, 1e-4, 3e-4), frozen=False),
     **{
-        name: Family((1e-3, 3e-3, 1e-2))
+        name: Family((1e-3, 3e-3, 1e-2, 3e-2))
         for name in ("lora", "lora-budget", "bottleneck", "hybrid-unshared", "hybrid")
     },
 }

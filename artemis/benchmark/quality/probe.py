@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 #: Penalties to choose from: half their product with the head's squared norm is added to the loss.
-PENALTIES = (1e-3, 1e-2, 1e-1)
+PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
 _STEPS = 100
 
 

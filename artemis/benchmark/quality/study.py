@@ -99,8 +99,10 @@ class Study:
         return (job for job in self.jobs() if self.find(job) is None)
 
     def find(self, job: Trial | Cell) -> Record | None:
-        """What is known of a job."""
+        """What is known of a job; of a cell, with the setting that its family has by now."""
         wanted = {"kind": _kind(job), "setting": self.setting, **asdict(job)}
+        if isinstance(job, Cell):
+            wanted["choice"] = self.choice(job.dataset, ARMS[job.arm].family)
         for record in self.session.records:
             if all(record.get(key) == value for key, value in wanted.items()):
                 return record
@@ -116,10 +118,15 @@ class Study:
         found = self._try(job) if isinstance(job, Trial) else self._run(job)
         self.session.save({"kind": _kind(job), "setting": self.setting, **asdict(job), **found})
 
-    def choice(self, dataset: str, family: str) -> float:
-        """The setting with the highest held-out accuracy; of equal ones that of the lowest loss."""
+    def choice(self, dataset: str, family: str) -> float | None:
+        """The setting with the highest held-out accuracy; of equal ones that of the lowest loss.
+
+        None until all of the family's trials are known.
+        """
         trials = [Trial(dataset, family, choice) for choice in FAMILIES[family].trials]
         found = [self.find(trial) for trial in trials]
+        if None in found:
+            return None
         return max(found, key=lambda record: (record["accuracy"], -record["loss"]))["choice"]
 
     def _try(self, trial: Trial) -> Record:

@@ -76,7 +76,7 @@ def test_core_is_measured_once_and_shown(folder, tmp_path, capsys):
     assert main(wanted) == 0
     table = capsys.readouterr().out
     found = Counter(record["kind"] for record in records(path))
-    assert found == {"run": 1, "quality-trial": 12, "quality": 2 * len(CORE)}
+    assert found == {"run": 1, "quality-trial": 16, "quality": 2 * len(CORE)}
     cells = [record for record in records(path) if record["kind"] == "quality"]
     for cell in cells:
         assert cell["accuracy"] == pytest.approx(1 - len(cell["wrong"]) / 40, abs=1e-5)
