@@ -98,7 +98,7 @@ def test_core_is_measured_once_and_shown(folder, tmp_path, capsys):
     assert main(wanted) == 0 and len(records(path)) == len(lines) + 1  # a second run's head
     assert capsys.readouterr().out == again
     assert main([*wanted, "--epochs", "2", "--arms", "frozen"]) == 0  # another setting: anew
-    assert len(records(path)) == len(lines) + 1 + 1 + 3 + 2
+    assert len(records(path)) == len(lines) + 1 + 1 + 4 + 2
 
 
 def test_the_choice_is_the_best_on_held_out_examples(folder, tmp_path):
