@@ -65,7 +65,7 @@ def initial(role: str, shape: tuple[int, ...], init: str) -> torch.Tensor:
         return tensor.fill_(1.0)
     if role not in ("lora_a", "down"):
         return tensor
-    if init == "orthogonal":
+    if init in ("orthogonal", "svd"):  # svd: what the weights do not fill (see `initialization`)
         return nn.init.orthogonal_(tensor)
     if role == "down":
         return nn.init.normal_(tensor, std=0.02)
@@ -103,7 +103,8 @@ class AdapterBank(nn.Module):
         """Draw A and down from torch's CPU generator; B, up and biases are zero, gains one.
 
         A: Kaiming-uniform with a = √5, or normal of deviation 1/rank ("gaussian"); down: normal of
-        deviation 0.02. "orthogonal": both with orthonormal rows.
+        deviation 0.02. "orthogonal": both with orthonormal rows; "svd": so until
+        `initialization` has read the weights.
         """
         for role in ROLES:
             for tensor in getattr(self, role).values():

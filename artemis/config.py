@@ -120,7 +120,7 @@ class HybridAdapterConfig:
     adapter_scale: float = _factor(1.0)
     #: biases in the bottlenecks, own to each layer
     adapter_bias: bool = _flag(True)
-    init: str = _choice("default", "gaussian", "orthogonal", default="default")
+    init: str = _choice("default", "gaussian", "orthogonal", "svd", default="default")
     orthogonality_weight: float = _rule(
         lambda value: _is_number(value) and value >= 0, "a number from 0", 0.0
     )
@@ -140,6 +140,8 @@ class HybridAdapterConfig:
     adapter_dtype: str = _choice("float32", "model", default="float32")
     #: whether modules that read the same tensor share one dropout mask
     dropout_mask_sharing: str = _choice("input", "module", default="input")
+    #: whether modules that read the same tensor are computed in one operation
+    grouping: bool = _flag(True)
     #: heads to train and save as they are; None: those of a classification model
     modules_to_save: tuple[str, ...] | None = _rule(
         lambda value: value is None or _is_list_of(_is_name, value),

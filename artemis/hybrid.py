@@ -18,6 +18,7 @@ from .checkpoint import (
 )
 from .config import HybridAdapterConfig
 from .errors import AdapterError
+from .initialization import start_from_weights
 from .injection import eject, inject
 from .merging import is_merged, merge_adapter, unmerge_adapter
 from .report import print_trainable_parameters
@@ -49,7 +50,10 @@ def add_hybrid_adapter_to_model(model: nn.Module, config: HybridAdapterConfig) -
     if not config.enabled:
         return model
     _check_free(model)
-    inject(model, config, make_plan(model, config)).reset_parameters()
+    bank = inject(model, config, make_plan(model, config))
+    bank.reset_parameters()
+    if config.init == "svd":
+        start_from_weights(model, bank)
     _attach(model)
     return model
 

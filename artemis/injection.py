@@ -7,6 +7,7 @@ from . import architectures
 from .bank import BANK, AdapterBank, find_bank
 from .config import HybridAdapterConfig
 from .errors import AdapterError
+from .groups import InputGroup
 from .layers import adapt, restore
 from .plan import Plan, SiteSpec
 from .sites import SITES, SharedSeed
@@ -30,6 +31,7 @@ def inject(model: nn.Module, config: HybridAdapterConfig, plan: Plan) -> Adapter
             site.hook = module.register_forward_hook(site)
         else:
             adapt(module, site)
+    _group(model, plan)
     _freeze(model, bank)
     model.add_module(BANK, bank)
     return bank
@@ -105,6 +107,20 @@ def _seeds(config: HybridAdapterConfig, plan: Plan) -> dict[str, SharedSeed]:
         spec.path: groups.setdefault((architectures.input_of(spec.path), spec.kind), SharedSeed())
         for spec in plan.sites
     }
+
+
+def _group(model: nn.Module, plan: Plan) -> None:
+    """Let linear layers that read the same tensor with the same kind of adapter find each other."""
+    readers: dict[tuple[str, str], list[nn.Module]] = {}
+    for spec in plan.sites:
+        if spec.kind != "block":
+            modules = readers.setdefault((architectures.input_of(spec.path), spec.kind), [])
+            modules.append(model.get_submodule(spec.path))
+    for modules in readers.values():
+        if len(modules) > 1:
+            group = InputGroup()
+            for module in modules:
+                group.add(module)
 
 
 def _freeze(model: nn.Module, bank: AdapterBank) -> None:

@@ -23,7 +23,7 @@ class AdaptedLinear(nn.Linear):
         """[..., in] -> [..., out]."""
         if not self.adapter.active:
             return super().forward(input)
-        return self.adapter.linear(input, weight_of(self), self.bias, self.training)
+        return _adapted(self, input)
 
     def extra_repr(self) -> str:
         spec = self.adapter.spec
@@ -39,7 +39,7 @@ class AdaptedConv1D(Conv1D):
         """[..., in] -> [..., out]."""
         if not self.adapter.active:
             return super().forward(x)
-        return self.adapter.linear(x, weight_of(self), self.bias, self.training)
+        return _adapted(self, x)
 
     def __repr__(self) -> str:
         spec = self.adapter.spec
@@ -71,6 +71,13 @@ def weight_of(module: nn.Linear | Conv1D) -> torch.Tensor | QuantizedWeight:
     if isinstance(module, nn.Linear) or is_packed(module):
         return module.weight
     return module.weight.t()
+
+
+def _adapted(module: nn.Linear | Conv1D, x: torch.Tensor) -> torch.Tensor:
+    """The site's operation on x, alone or with the modules that read the same x."""
+    site = module.adapter
+    y = None if site.group is None else site.group.output(module, x)
+    return site.linear(x, weight_of(module), module.bias, module.training) if y is None else y
 
 
 def adapt(module: nn.Module, site: Site) -> None:

@@ -4,7 +4,9 @@ Sites are plain objects, not modules: they refer to the bank without registering
 and `deepcopy` and pickle follow that reference like any other.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -13,13 +15,18 @@ from torch.utils.hooks import RemovableHandle
 from artemis_kernels import (
     QuantizedWeight,
     adapter_linear,
+    adapter_linear_group,
     bottleneck_adapter,
     lora_linear,
+    lora_linear_group,
     new_seed,
 )
 
 from .bank import AdapterBank, site_tensors
 from .plan import SiteSpec
+
+if TYPE_CHECKING:
+    from .groups import InputGroup
 
 Weight = torch.Tensor | QuantizedWeight
 
@@ -52,6 +59,11 @@ class SharedSeed:
             self.pending = ((1 << self.size) - 1) & ~member
         return self.seed
 
+    def take_for_all(self, device: torch.device) -> torch.Tensor:
+        """Return a new seed for every member at once; none is owed afterwards."""
+        self.seed, self.pending = new_seed(device), 0
+        return self.seed
+
 
 @dataclass(eq=False)
 class Site:
@@ -62,6 +74,9 @@ class Site:
     seeds: SharedSeed = field(repr=False)
     #: The unmerged parameters, on the CPU, while the adapter is folded into the module's weight.
     original: dict[str, torch.Tensor] | None = field(default=None, repr=False)
+    #: Modules that are computed together with this one, and this one's place among them.
+    group: "InputGroup | None" = field(default=None, repr=False)
+    place: int = field(default=0, repr=False)
     member: int = field(init=False, repr=False)
     #: `site_tensors` of this site: worked out once, not at each forward.
     layout: dict[str, tuple[str, tuple[int, ...]]] = field(init=False, repr=False)
@@ -84,6 +99,15 @@ class Site:
             return {}
         return {"dropout_p": p, "seed": self.seeds.take(self.member, x.device)}
 
+    def _group_mask(self, p: float, training: bool, x: torch.Tensor) -> dict:
+        """The same for all members of a group."""
+        if not training or p == 0.0:
+            return {}
+        return {"dropout_p": p, "seed": self.seeds.take_for_all(x.device)}
+
+    def _shares_mask(self, p: float, training: bool) -> bool:
+        return not training or p == 0.0 or self.bank.config.dropout_mask_sharing == "input"
+
 
 class LoRASite(Site):
     """LoRA on a linear layer."""
@@ -102,6 +126,32 @@ class LoRASite(Site):
             bias=bias,
             impl=config.impl,
             **self._mask(config.lora_dropout, training, x),
+        )
+
+    def can_join(self, training: bool) -> bool:
+        """Whether one operation may serve all modules that read this one's input."""
+        return self._shares_mask(self.bank.config.lora_dropout, training)
+
+    def linear_group(
+        self,
+        x: torch.Tensor,
+        sites: Sequence["LoRASite"],
+        weights: Sequence[Weight],
+        biases: Sequence[torch.Tensor | None],
+        training: bool,
+    ) -> tuple[torch.Tensor, ...]:
+        """`linear` of every site, weight and bias in one operation."""
+        config = self.bank.config
+        tensors = [site.bank.tensors(site.layout) for site in sites]
+        return lora_linear_group(
+            x,
+            weights,
+            [t["lora_a"] for t in tensors],
+            [t["lora_b"] for t in tensors],
+            [self._factor(config.scaling_factor, t.get("gain")) for t in tensors],
+            biases=biases,
+            impl=config.impl,
+            **self._group_mask(config.lora_dropout, training, x),
         )
 
 
@@ -125,6 +175,39 @@ class BottleneckSite(Site):
             scale=self._factor(config.adapter_scale, tensors.get("gain")),
             impl=config.impl,
             **self._mask(config.adapter_dropout, training, x),
+        )
+
+    def can_join(self, training: bool) -> bool:
+        """Whether one operation may serve all modules that read this one's input.
+
+        What is shared shows in the backward; without one, modules stay on their own.
+        """
+        shares = self._shares_mask(self.bank.config.adapter_dropout, training)
+        return shares and torch.is_grad_enabled()
+
+    def linear_group(
+        self,
+        x: torch.Tensor,
+        sites: Sequence["BottleneckSite"],
+        weights: Sequence[Weight],
+        biases: Sequence[torch.Tensor | None],
+        training: bool,
+    ) -> tuple[torch.Tensor, ...]:
+        """`linear` of every site, weight and bias in one operation."""
+        config = self.bank.config
+        tensors = [site.bank.tensors(site.layout) for site in sites]
+        return adapter_linear_group(
+            x,
+            weights,
+            [t["down"] for t in tensors],
+            [t["up"] for t in tensors],
+            biases=biases,
+            biases_down=[t.get("bias_down") for t in tensors],
+            biases_up=[t.get("bias_up") for t in tensors],
+            activation=config.activation,
+            scales=[self._factor(config.adapter_scale, t.get("gain")) for t in tensors],
+            impl=config.impl,
+            **self._group_mask(config.adapter_dropout, training, x),
         )
 
 

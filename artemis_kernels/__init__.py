@@ -9,10 +9,13 @@ from .core.quantized import QuantizedWeight
 from .core.rng import dropout_mask, new_seed
 from .core.types import Choice, Cost, Unavailable
 from .ops import explain
+from .ops.adapter_linear.group import adapter_linear_group
 from .ops.adapter_linear.op import adapter_linear
 from .ops.bottleneck_adapter.op import bottleneck_adapter
+from .ops.lora_linear.group import lora_linear_group
 from .ops.lora_linear.op import lora_linear
 from .ops.quantized_linear.op import quantized_linear
+from .tuner import tune
 
 __all__ = [
     "Choice",
@@ -20,11 +23,14 @@ __all__ = [
     "QuantizedWeight",
     "Unavailable",
     "adapter_linear",
+    "adapter_linear_group",
     "bottleneck_adapter",
     "dropout_mask",
     "explain",
     "has_fast_bf16",
     "lora_linear",
+    "lora_linear_group",
     "new_seed",
     "quantized_linear",
+    "tune",
 ]

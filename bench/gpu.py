@@ -4,8 +4,8 @@
     TRITON_INTERPRET=1 python -m bench.gpu --device cpu --tiny --out /tmp/gpu  # every line, no GPU
 
 Most important first: accuracy of every strategy in bf16 and fp16, times of single operations
-beside their peers, a training step. Each section runs in processes of its own, so that one that
-crashes or runs out of time leaves what it had; each writes JSON lines, one by one, to
+beside their peers, packed weights, a training step. Each section runs in processes of its own, so
+that one that crashes or runs out of time leaves what it had; each writes JSON lines, one by one, to
 OUT/gpu_SECTION.jsonl, and OUT/gpu_summary.md sums up. Exit status 1 where anything of Artemis is
 inaccurate or a section fails.
 """
@@ -30,8 +30,9 @@ from . import ROOT, gpu_accuracy
 
 #: Name -> (its parts, each a process, side by side; the share of all minutes after which it ends).
 SECTIONS = {
-    "accuracy": (tuple(op.name for op in OPERATIONS), 0.45),
-    "kernels": (("",), 0.8),
+    "accuracy": (tuple(op.name for op in OPERATIONS), 0.4),
+    "kernels": (("",), 0.65),
+    "packed": (("",), 0.8),
     "training": (("",), 1.0),
 }
 ARMS = ("full-autocast", "floor", "peft", "hybrid")
@@ -133,6 +134,10 @@ def _section(name: str, part: str, device: torch.device, tiny: bool) -> Iterator
         from .gpu_speed import kernels
 
         return kernels(device, tiny)
+    if name == "packed":
+        from .gpu_packed import packed
+
+        return packed(device, tiny)
     return _training(device, tiny)
 
 
@@ -198,7 +203,7 @@ def _summarize(out: Path, header: Row, states: dict[str, str]) -> None:
         f"{' with changes' if header['dirty'] else ''}; {header['time']}; run {header['run']}.", "",
         *(f"- {name}: {state}" for name, state in states.items()),
     ]  # fmt: skip
-    accuracy, kernels, training = (_rows(out, name, header["run"]) for name in SECTIONS)
+    accuracy, kernels, packed, training = (_rows(out, name, header["run"]) for name in SECTIONS)
     lines += ["", "## Accuracy: largest error over its limit (passes up to 1)", ""]
     lines += ["| operation | strategy | dtype | cases | failed | worst | where |", "|" + "---|" * 7]
     groups: dict[tuple[str, ...], list[Row]] = {}
@@ -218,6 +223,9 @@ def _summarize(out: Path, header: Row, states: dict[str, str]) -> None:
     )
     lines += [_line(*titles.split("|")), "|" + "---|" * 11]
     lines += [_kernel_line(row) for row in kernels if row["kind"] == "kernel"]
+    lines += ["", "## LoRA over a packed base", ""]
+    lines += [_line("m × k × n", "pass", "base", "ms", "÷ 16-bit bare", "error ÷ limit")]
+    lines += ["|" + "---|" * 6, *(_packed_line(row) for row in packed)]
     lines += ["", "## Training step", ""]
     lines += [_line("arm", "tokens/s", "ms", "peak GB", "trained parameters"), "|" + "---|" * 5]
     lines += [
@@ -237,6 +245,16 @@ def _kernel_line(row: Row) -> str:
     return _line(
         row["op"], shape, row["dropout"], "both" if row["backward"] else "forward", provider, ms,
         *(row.get(name) for name in ("tflops", "gbs", "over_floor", "over_best_peer", "error")),
+    )  # fmt: skip
+
+
+def _packed_line(row: Row) -> str:
+    strategy = row.get("strategy")
+    provider = row["provider"] + (f" ({strategy})" if strategy else "")
+    ms = row["ms"]["p50"] if "ms" in row else f"not timed: {row['where']}"
+    return _line(
+        f"{row['rows']} × {row['k']} × {row['n']}", "both" if row["backward"] else "forward",
+        provider, ms, row.get("over_bare"), row.get("error"),
     )  # fmt: skip
 
 

@@ -4,8 +4,11 @@
     python -m bench.report --check    # change nothing; exit status 1 where a document is behind
 
 NAME is `training-step`, `attention`, `training-step-ratios`, `training-step-profile`, `importance`,
-`importance-cases`, `quality`, `quality-trials` or `demo`, or `bench-TABLE` for what `artemis bench
-TABLE --json` wrote. Of several runs of one size and precision on one machine, the last counts.
+`importance-cases`, `quality`, `quality-trials`, `quantized-quality`, `quantized-sizes`,
+`packed-predictions`, `predicted-kernels`, `predicted-training` or `predicted-decode` (these four
+are reckoned, not measured), `adapters-PART` of its study or `demo`,
+or `bench-TABLE` for what `artemis bench TABLE --json` wrote. Of several runs of one size and
+precision on one machine, the last counts.
 """
 
 import argparse
@@ -22,7 +25,15 @@ from artemis.benchmark.runner import read
 from artemis.benchmark.tables import COLUMNS, markdown
 from artemis.cli.demo.report import render
 
-from . import ROOT, importance_tables, quality_tables
+from . import (
+    ROOT,
+    adapters_tables,
+    gpu_predictions,
+    importance_tables,
+    packed_predictions,
+    quality_tables,
+    quantized_tables,
+)
 from .profile_step import GROUPS
 
 RESULTS = ROOT / "bench" / "results"
@@ -250,6 +261,16 @@ SECTIONS: dict[str, Callable[[list[Record]], str]] = {
     "importance-cases": importance_tables.all_cases,
     "quality": quality_tables.summary,
     "quality-trials": quality_tables.trials,
+    "quantized-quality": quantized_tables.quality,
+    "quantized-sizes": quantized_tables.sizes,
+    "packed-predictions": packed_predictions.table,
+    "predicted-kernels": gpu_predictions.kernels,
+    "predicted-training": gpu_predictions.training,
+    "predicted-decode": gpu_predictions.decode,
+    **{
+        f"adapters-{part}": partial(adapters_tables.table, part=part)
+        for part in ("orthogonality", "init", "sharing", "allocation")
+    },
     **{f"bench-{table}": partial(bench_table, table) for table in COLUMNS},
 }
 

@@ -28,6 +28,7 @@ def set_dynamic_rank_allocation(
     min_width: int | None = None,
     max_width: int | None = None,
     budget: int | None = None,
+    within: str | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     verbose: bool = True,
 ) -> RankAllocation:
@@ -48,6 +49,8 @@ def set_dynamic_rank_allocation(
             configuration's `lora_rank` and `adapter_size` would cost everywhere. It is met to
             within one unit; the bounds win over the default, and an explicit budget outside them
             is an error.
+        within: "kind": scores count only among modules of their kind, so that LoRA and bottlenecks
+            each keep their share of what the uniform configuration costs; None: among all.
         optimizer: one that trains the adapter; its state follows.
         verbose: print the returned report.
 
@@ -58,14 +61,15 @@ def set_dynamic_rank_allocation(
     bounds = _bounds(bank.config, min_rank, max_rank, min_width, max_width)
     specs = bank.plan().sites
     _check_scores(scores, specs)
-    claims = [_claim(spec, bank.config, float(scores[spec.path]), bounds) for spec in specs]
+    judged = _judged(bank, scores, within)
+    claims = [_claim(spec, bank.config, float(judged[spec.path]), bounds) for spec in specs]
     given = _budget(budget, claims)
     sizes = dict(zip((s.path for s in specs), apportion(claims, given), strict=True))
     stored_before = _stored(bank)
     errors = resize(bank, sizes, optimizer)
     modules = tuple(
         ModuleAllocation(
-            spec.path, spec.kind, claim.score, spec.size, sizes[spec.path],
+            spec.path, spec.kind, float(scores[spec.path]), spec.size, sizes[spec.path],
             claim.cost * sizes[spec.path], errors[spec.path],
         )
         for spec, claim in zip(specs, claims, strict=True)
@@ -77,6 +81,31 @@ def set_dynamic_rank_allocation(
     if verbose:
         print(report)
     return report
+
+
+def _judged(
+    bank: AdapterBank, scores: Mapping[str, float], within: str | None
+) -> Mapping[str, float]:
+    if within not in ("kind", None):
+        raise AdapterError(f"within: got {within!r}, allowed: 'kind' or None")
+    return scores if within is None else scores_within_kinds(bank, scores)
+
+
+def scores_within_kinds(bank: AdapterBank, scores: Mapping[str, float]) -> dict[str, float]:
+    """Scores over their kind's mean, weighted by what the uniform configuration costs.
+
+    A kind whose scores are all 0 keeps its share, too, evenly.
+    """
+    kinds: dict[str, list[SiteSpec]] = {}
+    for spec in bank.plan().sites:
+        kinds.setdefault(spec.kind, []).append(spec)
+    scaled = {}
+    for specs in kinds.values():
+        costs = [unit_cost(spec, bank.config) * usual_size(spec, bank.config) for spec in specs]
+        spent = sum(scores[spec.path] * cost for spec, cost in zip(specs, costs, strict=True))
+        for spec in specs:
+            scaled[spec.path] = scores[spec.path] * sum(costs) / spent if spent else 1.0
+    return scaled
 
 
 def unit_cost(spec: SiteSpec, config: HybridAdapterConfig) -> int:

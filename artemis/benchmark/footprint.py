@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from .arms import ARMS, BASELINE
+from .arms import ARMS
 from .extrapolation import total
 from .session import Record, Session
 from .settings import Setting
@@ -20,9 +20,13 @@ def run(session: Session, wanted: Sequence[Setting]) -> list[Record]:
             row |= {"what": ARMS[arm].what, **memory}
             if "memory" not in memory:
                 row["failed"] = "does not fit into memory"
-            elif "memory" in found.get(BASELINE, {}):
-                share = memory["memory"]["peak"] / found[BASELINE]["memory"]["peak"]
-                row["peak_relative"] = round(share, 4)
+            else:
+                peak = memory["memory"]["peak"]
+                row["peak_of"] = {
+                    full: round(peak / other["memory"]["peak"], 4)
+                    for full, other in found.items()
+                    if ARMS[full].is_full and "memory" in other
+                }
             session.save(row)
             rows.append(row)
     return rows

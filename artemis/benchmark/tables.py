@@ -63,7 +63,8 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         *_MODEL,
         *_MEMORY,
         Column("peak, GB", _at("memory", "peak", unit=GIGA)),
-        Column("of full bf16 autocast", _at("peak_relative", form="{:.0%}")),
+        Column("of full bf16 autocast", _at("peak_of", "full-autocast", form="{:.0%}")),
+        Column("of full bf16", _at("peak_of", "full-bf16", form="{:.0%}")),
     ),
     "decode": (
         _MODEL[0],

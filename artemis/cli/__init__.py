@@ -1,4 +1,4 @@
-"""The command line: `artemis demo | train | generate | info | bench`.
+"""The command line: `artemis demo | train | generate | info | bench | tune`.
 
 Results go to standard output, progress and errors to standard error; the exit status is 0 only on
 success. What a user can put right ends in one line; anything else is a fault of this program and
@@ -16,9 +16,9 @@ import torch
 from transformers.utils import logging
 
 from ..errors import AdapterError
-from . import bench, demo, generate, info, train
+from . import bench, demo, generate, info, train, tune
 
-COMMANDS = (demo, train, generate, info, bench)
+COMMANDS = (demo, train, generate, info, bench, tune)
 INTERRUPTED = 130  # as shells report a process ended by Ctrl-C
 
 

@@ -18,7 +18,9 @@ EXAMPLE = '  artemis generate artemis-demo/base --adapter artemis-demo/hybrid --
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="folder or name of the base model")
+    parser.add_argument(
+        "model", metavar="MODEL", help="folder or name of the base model, quantized or not"
+    )
     parser.add_argument("--adapter", metavar="PATH", help="folder of a saved hybrid adapter")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
     parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="default: 200")

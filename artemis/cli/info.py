@@ -1,23 +1,28 @@
-"""`artemis info`: what a saved adapter holds."""
+"""`artemis info`: what a saved adapter, or a saved quantized base, holds."""
 
 import argparse
 import json
 from dataclasses import asdict
 
 from ..adapter_file import AdapterFile, read_adapter
+from ..quantization.store import StoredBase, holds_base, read_stored
 
 NAME = "info"
-SUMMARY = "show what an adapter holds, module by module"
+SUMMARY = "show what an adapter, or a quantized base, holds, module by module"
 EXAMPLE = "  artemis info artemis-demo/hybrid"
 SIZES = {"lora": "rank", "bottleneck": "width", "block": "width"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", help="folder or file of a saved adapter")
+    parser.add_argument("path", metavar="PATH", help="folder or file of a saved adapter or base")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
 def run(args: argparse.Namespace) -> None:
+    if holds_base(args.path):
+        base = read_stored(args.path)
+        print(json.dumps(describe_base(base), indent=2) if args.json else render_base(base))
+        return
     adapter = read_adapter(args.path)
     print(json.dumps(describe(adapter), indent=2) if args.json else render(adapter))
 
@@ -33,6 +38,26 @@ def describe(adapter: AdapterFile) -> dict:
         "heads": list(adapter.plan.heads),
         "modules": [asdict(module) for module in adapter.modules()],
     }
+
+
+def describe_base(base: StoredBase) -> dict:
+    """The same of a quantized base."""
+    return {
+        "path": str(base.path),
+        "library_version": base.library_version,
+        "class_name": base.class_name,
+        "config": base.config,
+        "report": base.report.to_dict(),
+    }
+
+
+def render_base(base: StoredBase) -> str:
+    """What it is, and the report of its quantization."""
+    size = f"{base.path.stat().st_size / 1e6:,.2f} MB"
+    return (
+        f"{base.path}: quantized base of {size}, written by artemis {base.library_version}\n"
+        f"{base.class_name}, activation_bits {base.report.activation_bits}\n\n{base.report}"
+    )
 
 
 def render(adapter: AdapterFile) -> str:

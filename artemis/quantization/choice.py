@@ -67,10 +67,10 @@ def checked_options(
     packed = _FORMATS[bits, format]
     if isinstance(adapter_bits, bool) or adapter_bits not in _ADAPTER_BITS:
         raise AdapterError(f"adapter_bits: got {adapter_bits!r}, allowed: 32, 16 or 8")
-    if activation_bits not in ("auto", 8, 16) or (activation_bits == 8 and packed != "int8"):
+    if activation_bits not in ("auto", 8, 16) or (activation_bits == 8 and packed == "int4"):
         raise AdapterError(
             f"activation_bits: got {activation_bits!r}, allowed: 'auto' or 16, and 8 where weights"
-            f" are int8; these are {packed}"
+            f" are int8 or fp8; these are {packed}"
         )
     if group_size is not None and (packed != "int4" or group_size not in _GROUP_SIZES):
         raise AdapterError(

@@ -2,17 +2,20 @@
 
     quantized_base.safetensors   the packed weights and every other tensor of the base, each once;
                                  in the header's metadata, under "quantized_base", one JSON object:
-                                 format, library version, the model's class, how each layer is
-                                 packed (the report), and which names stand for the same tensor
+                                 format, library version, the model's class and configuration, how
+                                 each layer is packed (the report), and which names stand for the
+                                 same tensor
 
 Adapters are saved apart, as always: `model.save_adapter_parameters`.
 """
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -37,11 +40,14 @@ _METADATA_KEY = "quantized_base"
 
 
 @dataclass(frozen=True)
-class _Stored:
+class StoredBase:
     """What a file holds, without its tensors' values."""
 
     path: Path
+    library_version: str
     class_name: str
+    #: Of a transformers model, its configuration as plain values; else None.
+    config: Mapping[str, Any] | None
     report: QuantizationReport
     #: Another name of a tensor -> the name that it is stored under.
     aliases: Mapping[str, str]
@@ -67,6 +73,7 @@ def save_quantized(model: nn.Module, path: str | os.PathLike) -> None:
             "format_version": FORMAT_VERSION,
             "library_version": __version__,
             "class_name": type(model).__name__,
+            "config": _plain(getattr(model, "config", None)),
             "report": report.to_dict(),
             "aliases": aliases,
         }
@@ -88,19 +95,27 @@ def load_quantized(
 
     Raises:
         FileNotFoundError: there is no such file.
-        AdapterError: a damaged or foreign file, or another model than the saved one; then nothing
-            is changed.
+        AdapterError: a damaged or foreign file, or another model than the saved one.
+
+    After these, and after an interruption, the model is as it was.
     """
-    stored = _read(Path(path))
+    stored = read_stored(path)
     model = model_or_config
     if isinstance(model, PretrainedConfig):
         model = _empty(model, stored)
     layers = _check(model, stored)
     with safe_open(stored.path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    _put(model, stored, layers, tensors)
-    model.quantization_report = stored.report
+    with _all_or_nothing(model):
+        _put(model, stored, layers, tensors)
+        model.quantization_report = stored.report
     return model
+
+
+def holds_base(path: str | os.PathLike) -> bool:
+    """Whether `path` is a quantized base, or a directory that one was saved in."""
+    path = Path(path)
+    return (path / FILE).is_file() or path.is_file() and path.name == FILE
 
 
 def _tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -129,7 +144,9 @@ def _named(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [(name, tensor) for name, tensor in both if not name.startswith(f"{BANK}.")]
 
 
-def _read(path: Path) -> _Stored:
+def read_stored(path: str | os.PathLike) -> StoredBase:
+    """The header of the file at `path`, or in it; errors as `load_quantized`'s."""
+    path = Path(path)
     path = path / FILE if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"no quantized base at {path}")
@@ -147,7 +164,10 @@ def _read(path: Path) -> _Stored:
         if version != FORMAT_VERSION:
             raise AdapterError(f"{path}: got format version {version!r}, allowed: {FORMAT_VERSION}")
         report = QuantizationReport.from_dict(header["report"])
-        stored = _Stored(path, header["class_name"], report, header["aliases"], shapes)
+        stored = StoredBase(
+            path, header["library_version"], header["class_name"], header.get("config"), report,
+            header["aliases"], shapes,
+        )  # fmt: skip
     except AdapterError:
         raise
     except (KeyError, TypeError, ValueError) as error:
@@ -159,7 +179,7 @@ def _read(path: Path) -> _Stored:
     return stored
 
 
-def _empty(config: PretrainedConfig, stored: _Stored) -> nn.Module:
+def _empty(config: PretrainedConfig, stored: StoredBase) -> nn.Module:
     """A model of the saved class on the meta device."""
     cls = getattr(transformers, stored.class_name, None)
     if cls is None:
@@ -178,7 +198,7 @@ def _empty(config: PretrainedConfig, stored: _Stored) -> nn.Module:
     return model
 
 
-def _check(model: nn.Module, stored: _Stored) -> dict[str, nn.Module]:
+def _check(model: nn.Module, stored: StoredBase) -> dict[str, nn.Module]:
     """The layers to pack by path; `AdapterError` where the file is not this model's."""
     name = type(model).__name__
     if find_bank(model) is not None or any(packed_layers(model)):
@@ -206,7 +226,7 @@ def _check(model: nn.Module, stored: _Stored) -> dict[str, nn.Module]:
     return layers
 
 
-def _differences(model: nn.Module, stored: _Stored) -> list[str]:
+def _differences(model: nn.Module, stored: StoredBase) -> list[str]:
     """Tensors that only one side has, or in another shape; packed layers are compared already."""
     weights = {f"{layer.path}.weight" for layer in stored.report.layers}
     parts = {f"{e.path}.{part}" for e in stored.report.layers for part in (*PARTS, SAMPLE)}
@@ -223,13 +243,41 @@ def _differences(model: nn.Module, stored: _Stored) -> list[str]:
     ]
 
 
+@contextmanager
+def _all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Every module gets its class and attributes back where the body does not end."""
+    kept = [(module, module.__class__, _attributes(module)) for module in model.modules()]
+
+    def restore() -> None:
+        for module, cls, attributes in kept:
+            module.__class__ = cls
+            vars(module).clear()
+            vars(module).update(attributes)
+
+    with ExitStack() as undo:
+        undo.callback(restore)
+        yield
+        undo.pop_all()
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """Attributes, the tables of tensors among them copied, since those are changed in place."""
+    tables = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+    return {**vars(module), **{name: vars(module)[name].copy() for name in tables}}
+
+
+def _plain(config: object) -> dict[str, Any] | None:
+    known = isinstance(config, PretrainedConfig)
+    return json.loads(config.to_json_string(use_diff=False)) if known else None
+
+
 def _is_meta(model: nn.Module) -> bool:
     return any(tensor.is_meta for _, tensor in _named(model))
 
 
 def _put(
     model: nn.Module,
-    stored: _Stored,
+    stored: StoredBase,
     layers: Mapping[str, nn.Module],
     tensors: dict[str, torch.Tensor],
 ) -> None:
@@ -257,10 +305,15 @@ def _put(
 
 
 def _weight(
-    stored: _Stored, entry: LayerReport, tensors: dict[str, torch.Tensor]
+    stored: StoredBase, entry: LayerReport, tensors: dict[str, torch.Tensor]
 ) -> QuantizedWeight:
     data, scale, offset = (tensors.pop(f"{entry.path}.{part}", None) for part in PARTS)
     if entry.format == "fp8":
+        if data.dtype != torch.uint8:
+            raise AdapterError(
+                f"{stored.path}: {entry.path} is damaged: its numbers are {data.dtype}, allowed:"
+                " torch.uint8"
+            )
         data = data.view(torch.float8_e4m3fn)
     bits = stored.report.activation_bits
     try:

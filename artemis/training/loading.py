@@ -1,7 +1,10 @@
 """A model with its tokenizer, in the precision that suits the device."""
 
+from pathlib import Path
+
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -11,6 +14,8 @@ from transformers import (
 import artemis_kernels
 
 from ..errors import AdapterError
+from ..quantization import load_quantized
+from ..quantization.store import holds_base, read_stored
 
 PRECISIONS = ("auto", "fp32", "bf16")
 _SHORT = 256  # tokens; see `attention_for`
@@ -50,7 +55,8 @@ def load_base(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, from a folder or by name.
 
-    `attention` as transformers takes it (None: its choice).
+    A folder may be one that `save_quantized` wrote; then the tokenizer is the folder's, or that of
+    the model it was made from. `attention` as transformers takes it (None: its choice).
 
     Raises:
         AdapterError: there is no such model, or it is not a causal language model.
@@ -58,6 +64,8 @@ def load_base(
     # from_pretrained reports a missing model as OSError, an unsuitable one as ValueError, and both
     # in several lines, of which the first says what is wrong.
     try:
+        if holds_base(name):
+            return _load_quantized_base(Path(name), dtype, attention)
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, attn_implementation=attention
@@ -66,3 +74,19 @@ def load_base(
         reason = str(error).strip().split("\n", 1)[0]
         raise AdapterError(f"cannot load the model {name!r}: {reason}") from error
     return model, tokenizer
+
+
+def _load_quantized_base(
+    folder: Path, dtype: torch.dtype, attention: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    stored = read_stored(folder)
+    if stored.config is None:
+        raise AdapterError(f"{folder}: a {stored.class_name}, allowed: a transformers model")
+    values = dict(stored.config)
+    origin = values.get("_name_or_path")
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    model = load_quantized(config, folder).to(dtype)
+    if attention is not None:
+        model.set_attn_implementation(attention)
+    own = (folder / "tokenizer_config.json").is_file()
+    return model, AutoTokenizer.from_pretrained(folder if own else origin or folder)

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from ..allocation import set_dynamic_rank_allocation
 from ..automatic import choose_ranks
 from ..config import AUTO, HybridAdapterConfig
+from ..errors import AdapterError
 from ..hybrid import add_hybrid_adapter_to_model
 from ..quantization import quantize_adapter_model
 from ..quantized_layers import packed_numbers
@@ -39,6 +40,8 @@ def run_training(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     # A frozen base may be held in bf16; weights that are trained need float32's small steps.
     attention = attention_for(dtype, default_device(), config.data.sequence_length)
     model, tokenizer = load_base(config.model, dtype if hybrid else torch.float32, attention)
+    if packed_numbers(model) and not hybrid:
+        raise AdapterError(f"model: {config.model!r} is quantized, allowed: with a hybrid_adapter")
     train_data, eval_data = _load_data(config.data, tokenizer)
     chosen = None
     if hybrid:

@@ -12,12 +12,15 @@ from torch.nn import functional
 
 from . import eight_bit, quantized
 from .device import multiplies_int8
+from .eight_bit import Rounded
 from .quantized import QuantizedWeight
 from .types import Cost
 
 MANY_ROWS = 16  # from here on int8 products of rounded rows beat bf16 and weight-only ones
-_MOST_SUMMED = (2**31 - 1) // 127**2  # int8 products whose sum int32 always holds
+MOST_SUMMED = (2**31 - 1) // 127**2  # int8 products whose sum int32 always holds
 _FEW_ROWS = {"int8": 4, "fp8": 2, "int4": 2}  # up to here a copy of the weight costs more
+_FEW_BF16_ROWS = {"int8": 16, "fp8": 16, "int4": 8}  # the same where they are multiplied in bf16
+MOST_DIRECT_ROWS = 8  # rows that the compiled pass over a packed weight takes, but for bf16's
 _BY_BYTES = (torch.float32, torch.bfloat16)
 
 
@@ -30,13 +33,15 @@ class PlainBase(NamedTuple):
 
     weight: torch.Tensor
 
-    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def product(
+        self, x: torch.Tensor, bias: torch.Tensor | None, rounded: Rounded | None = None
+    ) -> torch.Tensor:
         """`x Wᵀ + bias` [M, out]."""
         return functional.linear(x, self.weight, bias)
 
-    def input_gradient(self, dy: torch.Tensor) -> torch.Tensor:
-        """`dY W` [M, in]."""
-        return torch.mm(dy, self.weight)
+    def input_gradient(self, dy: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
+        """`dY W` [M, in], added to `into` in place where it is given."""
+        return torch.mm(dy, self.weight) if into is None else into.addmm_(dy, self.weight)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight as a tensor, for the thin products `D W` and `g Wᵀ` of a folded bottleneck."""
@@ -46,25 +51,31 @@ class PlainBase(NamedTuple):
 class PackedBase:
     """A quantized weight, its products in 8 bits or by weight only; one object a call."""
 
-    def __init__(self, weight: QuantizedWeight, in_eight_bits: bool):
-        self.weight, self.in_eight_bits = weight, in_eight_bits
+    def __init__(self, weight: QuantizedWeight, in_eight_bits: bool, direct: bool | None = None):
+        """`direct`: read the packed weight as it is, or copy it; None decides by the rows."""
+        self.weight, self.in_eight_bits, self.direct = weight, in_eight_bits, direct
         self._copy: torch.Tensor | None = None
 
-    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """`x Wᵀ + bias` [M, out] in x's dtype."""
+    def product(
+        self, x: torch.Tensor, bias: torch.Tensor | None, rounded: Rounded | None = None
+    ) -> torch.Tensor:
+        """`x Wᵀ + bias` [M, out] in x's dtype; `rounded`: x in 8 bits, made for another product."""
         weight = self.weight
         if self.in_eight_bits:
-            return eight_bit.linear(x, weight.data, weight.scale, bias)
-        y = self._few_rows(x) if x.shape[0] <= _FEW_ROWS[weight.format] else None
+            return eight_bit.linear(x, weight.data, weight.scale, bias, rounded)
+        y = self._few_rows(x) if self._reads_packed(x) else None
         if y is None:
             return functional.linear(x, self.dense(x.dtype), bias)
         return (y if bias is None else y + bias).to(x.dtype)
 
-    def input_gradient(self, dy: torch.Tensor) -> torch.Tensor:
-        """`dY W` [M, in] in dY's dtype; in 8 bits, of the rounded `dY ⊙ scale`."""
+    def input_gradient(self, dy: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
+        """`dY W` [M, in] in dY's dtype; in 8 bits, of the rounded `dY ⊙ scale`.
+
+        Added to `into` in place where it is given.
+        """
         if self.in_eight_bits:
-            return eight_bit.input_gradient(dy, self.weight.data, self.weight.scale)
-        return torch.mm(dy, self.dense(dy.dtype))
+            return eight_bit.input_gradient(dy, self.weight.data, self.weight.scale, into)
+        return PlainBase(self.dense(dy.dtype)).input_gradient(dy, into)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight [out, in] in `dtype`: a copy, made once a call."""
@@ -72,13 +83,22 @@ class PackedBase:
             self._copy = quantized.dequantized(self.weight, dtype)
         return self._copy
 
+    def _reads_packed(self, x: torch.Tensor) -> bool:
+        in_bf16 = quantized.takes_bf16_rows(x, self.weight)
+        if self.direct is None:
+            few = _FEW_BF16_ROWS if in_bf16 else _FEW_ROWS
+            return x.shape[0] <= few[self.weight.format]
+        return self.direct and (in_bf16 or x.shape[0] <= MOST_DIRECT_ROWS)
+
     def _few_rows(self, x: torch.Tensor) -> torch.Tensor | None:
         """`x Wᵀ` in fp32, every byte of the weight read once; None where nothing does that."""
         if x.device.type != "cpu" or x.dtype not in _BY_BYTES or not x.numel():
             return None
         out_features, columns = self.weight.shape
-        if self.weight.format != "int8" or out_features % 16 or columns % 32:
-            return quantized.few_rows(x, self.weight)  # torch's reads past the end of odd sizes
+        odd = out_features % 16 or columns % 32  # torch's reads past their end
+        in_bf16 = x.shape[0] > 2 and quantized.takes_bf16_rows(x, self.weight)
+        if self.weight.format != "int8" or odd or in_bf16:
+            return quantized.few_rows(x, self.weight)
         ones = x.new_ones(out_features)  # the scales would be rounded to x's dtype
         y = torch._weight_int8pack_mm(x.contiguous(), self.weight.data.contiguous(), ones)
         return y.float().mul_(self.weight.scale)
@@ -96,7 +116,9 @@ def of(
     """The base that an operator's tensors and strategy stand for (see `packed_strategy`)."""
     if scale is None:
         return PlainBase(weight)
-    return PackedBase(QuantizedWeight.of_parts(weight, scale, offset), strategy.endswith("_int8"))
+    packed = QuantizedWeight.of_parts(weight, scale, offset)
+    direct = {"direct": True, "copy": False}.get(strategy.rpartition("_")[2])
+    return PackedBase(packed, strategy.endswith(("_int8", "_fp8")), direct)
 
 
 def packed_strategy(weight: object, rows: int) -> tuple[str, str]:
@@ -104,8 +126,10 @@ def packed_strategy(weight: object, rows: int) -> tuple[str, str]:
     if not isinstance(weight, QuantizedWeight):
         return "", ""
     bits, native_int8 = weight.activation_bits, multiplies_int8(weight.device)
-    if bits != 16 and max(weight.shape) > _MOST_SUMMED:
+    if bits != 16 and weight.format == "int8" and max(weight.shape) > MOST_SUMMED:
         return "_weight_only", f" and int32 may not hold sums over {max(weight.shape):,} products"
+    if bits == 8 and weight.format == "fp8":
+        return "_fp8", " and activation_bits is 8, in float32: no processor multiplies e4m3"
     if bits == 8:
         how = "" if native_int8 else ", in float32: this processor has no int8 dot product"
         return "_int8", f" and activation_bits is 8{how}"

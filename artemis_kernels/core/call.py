@@ -79,12 +79,10 @@ def implementation(
     dtype: torch.dtype,
     device: torch.device,
     trains_weight: bool,
-    quantized: bool = False,
 ) -> tuple[str, str]:
     """The implementation that runs and why; raises `Unavailable` for a named one that cannot.
 
-    `trains_weight`: the weight asks for a gradient, which only the reference gives. `quantized`:
-    it is a `QuantizedWeight`, which no kernel reads.
+    `trains_weight`: the weight asks for a gradient, which only the reference gives.
     """
     if impl == "reference":
         return impl, "it was asked for"
@@ -99,8 +97,6 @@ def implementation(
     if impl is None and device.type == "cpu":
         return "eager", "the tensors are on the CPU"
     blocker = why_no_triton(device)
-    if quantized:
-        blocker = "the weight is quantized, and the kernels take tensors"
     if blocker is None and dtype not in TRITON_DTYPES:
         blocker = f"x is {dtype}, and the kernels take float16, bfloat16 and float32"
     if blocker is None:

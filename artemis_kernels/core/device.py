@@ -6,8 +6,11 @@ pure functions that can be tested for chips which are not here.
 
 import functools
 import importlib.util
+import platform
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -139,3 +142,22 @@ def multiplies_int8(device: torch.device | str = "cpu") -> bool:
 
 
 multiplies_int8._dynamo_marked_constant = True  # as above
+
+
+@functools.cache
+def _processor_name() -> str:
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    names = (line.partition(":")[2] for line in lines if line.startswith("model name"))
+    words = re.findall(r"[a-z0-9]+", next(names, platform.machine()).lower())
+    extras = [
+        name
+        for name, present in (("bf16", has_fast_bf16()), ("int8", multiplies_int8()))
+        if present
+    ]
+    return "-".join(["cpu", *words, *extras])
+
+
+def cpu_name() -> str:
+    """This processor, what it multiplies natively, and the threads torch uses: a table's name."""
+    return f"{_processor_name()}-{torch.get_num_threads()}-threads"

@@ -5,8 +5,9 @@
 
 The sums are exact in int32. A few columns of x may be tens of times larger than the rest (Dettmers
 et al., arXiv 2208.07339): one row scale would then round all others to nothing, so columns whose
-largest value exceeds `_APART` medians are kept out of q and multiplied in x's dtype. Each function
-has two ways, a pass of `native/eight_bit.c` or plain torch, which agree to the last bit.
+largest value exceeds `APART` medians are kept out of q and multiplied in x's dtype. Each function
+has two ways, a pass of `native/eight_bit.c` or plain torch, which agree to the last bit. An e4m3
+weight goes the same way in e4m3, here in float32 only and with no column apart.
 """
 
 from typing import NamedTuple
@@ -16,8 +17,9 @@ import torch
 from . import native
 from .device import multiplies_int8
 
-_APART = 4.0  # times the median column's largest value
-_FEWEST_PER_COLUMN_APART = 64  # at most one column in so many, at least one
+E4M3 = torch.float8_e4m3fn
+APART = 4.0  # times the median column's largest value
+FEWEST_PER_COLUMN_APART = 64  # at most one column in so many, at least one
 _EXACT = 1024  # int8 products whose sum fp32 holds exactly: 1024·127·128 < 2²⁴
 _TINIEST = 1e-36  # rows below are zeros: 127 / tiny would overflow
 _ROWS_OF_A_MAXIMUM = 64  # as in native/eight_bit.c
@@ -32,10 +34,20 @@ class Rounded(NamedTuple):
 
 
 def linear(
-    x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor,
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    rounded: Rounded | None = None,
 ) -> torch.Tensor:
-    """`x Wᵀ + bias` for x [M, in], data int8 [out, in], scale fp32 [out]; in x's dtype."""
-    rounded = round_rows(x, None)
+    """`x Wᵀ + bias` for x [M, in], data int8 or e4m3 [out, in], scale fp32 [out]; in x's dtype.
+
+    `rounded`: `round_rows(x, None)`, where another product of the same x needed it already.
+    """
+    if data.dtype == E4M3:
+        y = _e4m3_values(x, None) @ data.float().t() * scale
+        return (y if bias is None else y + bias).to(x.dtype)
+    rounded = rounded or round_rows(x, None)
     y = restore(integer_product(rounded.q, data.t()), rounded.scale, x.dtype, scale, bias)
     if rounded.apart is not None:
         columns = data[:, rounded.apart].float() * scale[:, None]
@@ -43,10 +55,22 @@ def linear(
     return y
 
 
-def input_gradient(dy: torch.Tensor, data: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """`dY W` for dY [M, out]; in dY's dtype."""
+def input_gradient(
+    dy: torch.Tensor,
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    into: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`dY W` for dY [M, out], in dY's dtype; added to `into` in place where it is given."""
+    if data.dtype == E4M3:
+        dx = (_e4m3_values(dy, scale) @ data.float()).to(dy.dtype)
+        return dx if into is None else into.add_(dx)
     rounded = round_rows(dy, scale)
-    dx = restore(integer_product(rounded.q, data), rounded.scale, dy.dtype)
+    acc = integer_product(rounded.q, data)
+    if into is None:
+        dx = restore(acc, rounded.scale, dy.dtype)
+    else:
+        dx = add_restored_(into, acc, rounded.scale)
     if rounded.apart is not None:
         rows = data[rounded.apart].float() * scale[rounded.apart, None]
         dx.addmm_(dy[:, rounded.apart], rows.to(dy.dtype))
@@ -84,14 +108,29 @@ def _round_rows(x: torch.Tensor, factor: torch.Tensor | None):
     return torch.where(usable, v * inverse, 0.0).round_().to(torch.int8), scale[:, 0]
 
 
+def _e4m3_values(x: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
+    """`x ⊙ factor` rounded row by row to e4m3, in fp32: what a GPU's rounding stands for.
+
+    An exponent of its own keeps small features beside huge ones: no column is kept apart.
+    """
+    v = x.float() if factor is None else x.float() * factor
+    largest = v.abs().amax(1, keepdim=True) if v.shape[1] else v.new_zeros(v.shape[0], 1)
+    finite = torch.isfinite(largest)
+    usable = finite & (largest > 4 * _TINIEST)
+    inverse = torch.where(usable, 448.0 / largest, 0.0)
+    scale = torch.where(usable, largest / 448.0, torch.where(finite, 0.0, torch.nan))
+    codes = torch.where(usable, v * inverse, 0.0).clamp_(-448.0, 448.0).to(E4M3)
+    return codes.float() * scale
+
+
 def outliers(largest: torch.Tensor) -> torch.Tensor | None:
     """Columns to be kept apart, given the largest magnitude [K] of each; None for none."""
     if largest.numel() < 2:
         return None
-    above = (largest > _APART * largest.nanmedian()).nonzero()[:, 0]
+    above = (largest > APART * largest.nanmedian()).nonzero()[:, 0]
     if not above.numel():
         return None
-    most = max(1, largest.numel() // _FEWEST_PER_COLUMN_APART)
+    most = max(1, largest.numel() // FEWEST_PER_COLUMN_APART)
     if above.numel() > most:
         above = above[largest[above].topk(most).indices]
     return above
@@ -120,6 +159,17 @@ def integer_product(q: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     for left, right in zip(q.split(_EXACT, 1), w.split(_EXACT, 0), strict=True):
         acc += torch.mm(left.float(), right.float()).to(torch.int32)
     return acc
+
+
+def add_restored_(y: torch.Tensor, acc: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """`y += acc·row[:, None]` in place, for row-major y [M, N], int32 acc and fp32 row [M]."""
+    library = native.library_for(y)
+    if library is None:
+        return y.add_(acc.float().mul_(row[:, None]))
+    getattr(library, f"artemis_add_restored_{native.NAMES[y.dtype]}")(
+        acc.data_ptr(), row.data_ptr(), y.data_ptr(), *acc.shape, torch.get_num_threads()
+    )
+    return y
 
 
 def restore(

@@ -3,8 +3,10 @@
 from dataclasses import dataclass, replace
 
 import torch
+from torch.nn import functional
 
 from . import four_bits, native
+from .device import has_fast_bf16
 from .products import accumulator
 from .registration import define
 
@@ -28,8 +30,8 @@ class QuantizedWeight:
     Args:
         group_size: g, the weights along `in` that share an int4 scale and offset; else None.
         activation_bits: what x and dY are multiplied in. 16: their own dtype (weight-only).
-            8: int8, rounded per row (format int8 only). "auto": 8 for an int8 weight where there
-            are many rows and the processor multiplies int8, else 16.
+            8: the weight's own format, int8 or e4m3, rounded per row. "auto": 8 where there are
+            many rows and the device multiplies that format (a CPU: int8 only), else 16.
 
     Raises:
         ValueError, TypeError: parts that do not fit together.
@@ -172,6 +174,8 @@ def few_rows(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor | None:
     library = native.library_for(x)
     if library is None:
         return None
+    if takes_bf16_rows(x, weight):
+        return _few_bf16_rows(library, x, weight)
     x = x.float().contiguous()
     (m, k), n = x.shape, weight.shape[0]
     y = x.new_empty(m, n)
@@ -179,6 +183,28 @@ def few_rows(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor | None:
     library.artemis_few_rows(
         x.data_ptr(), *_pointers(packed), y.data_ptr(), m, k, n, weight.group_size or 0,
         FORMATS.index(weight.format), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def takes_bf16_rows(x: torch.Tensor, weight: QuantizedWeight) -> bool:
+    """Whether `few_rows` multiplies in bf16, exact products and fp32 sums, for any M."""
+    if x.dtype != torch.bfloat16 or native.library_for(x) is None:
+        return False
+    return has_fast_bf16(x.device) and (weight.group_size or 64) % 64 == 0
+
+
+def _few_bf16_rows(library, x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
+    (m, k), n, size = x.shape, weight.shape[0], weight.group_size
+    rows = m if m == 1 else 4 if m <= 4 else -(-m // 8) * 8  # as native/few_rows.c takes them
+    pitch = -(-k // 32) * 32
+    x = functional.pad(x, (0, pitch - k, 0, rows - m)).contiguous()
+    sums = None if size is None else x[:, :k].reshape(rows, -1, size).sum(2, dtype=torch.float32)
+    y = x.new_empty(m, n, dtype=torch.float32)
+    packed = _contiguous(weight)
+    library.artemis_few_rows_bf16(
+        x.data_ptr(), None if sums is None else sums.data_ptr(), *_pointers(packed), y.data_ptr(),
+        m, pitch, k, n, size or 0, FORMATS.index(weight.format), torch.get_num_threads(),
     )  # fmt: skip
     return y
 
@@ -260,9 +286,10 @@ def _check_options(format: str, group_size: int | None, activation_bits: int | s
         raise ValueError(
             f"QuantizedWeight: activation_bits must be 'auto', 8 or 16, got {activation_bits!r}"
         )
-    if activation_bits == 8 and format != "int8":
+    if activation_bits == 8 and format == "int4":
         raise ValueError(
-            f"QuantizedWeight: activation_bits=8 needs format 'int8', got {format!r}; take 16"
+            f"QuantizedWeight: activation_bits=8 needs format 'int8' or 'fp8', got {format!r};"
+            " take 16"
         )
 
 

@@ -43,12 +43,12 @@ def once(backward: Callable) -> Callable:
     """Wrap a Function's backward: its gradients are constants, and autocast does not reach in."""
 
     @torch.autograd.function.once_differentiable
-    def wrapped(ctx, grad):
-        kind = grad.device.type
+    def wrapped(ctx, *grads):
+        kind = next(grad for grad in grads if grad is not None).device.type
         if not torch.amp.is_autocast_available(kind):  # the meta device has none
-            return backward(ctx, grad)
+            return backward(ctx, *grads)
         with torch.autocast(kind, enabled=False):
-            return backward(ctx, grad)
+            return backward(ctx, *grads)
 
     return wrapped
 

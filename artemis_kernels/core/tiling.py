@@ -186,6 +186,46 @@ def _row_block(shape: Shape, chip: Chip) -> Config:
     return Config(block_m, block_k=block_k, warps=warps, stages=stages)
 
 
+def _weight_only(shape: Shape, chip: Chip, bits: int) -> Config:
+    """Weight tiles on the left: block_n is the dot's M, and rows of x are padded to 16."""
+    if shape.dtype == torch.float32:
+        tile = Config(16 if shape.m <= 16 else 32, 32, 32, stages=2)
+    elif shape.m <= FEW_ROWS:
+        tile = Config(max(16, shape.m), 64, 128, stages=4)
+    else:
+        tile = Config(64, 128, 64, warps=8)
+    programs = _tiles(shape.m, tile.block_m) * _tiles(shape.n, tile.block_n)
+    split = _parts_to_fill(chip, programs, shape.k // tile.block_k) if shape.m <= FEW_ROWS else 1
+    step = tile.block_k * (tile.block_n * bits // 8 + tile.block_m * shape.dtype.itemsize)
+    block_r = rank_block(shape.r, 32)
+    return replace(tile, block_r=block_r, split=split, stages=_stages(chip, tile.stages, step))
+
+
+def _eight_bit(shape: Shape, chip: Chip) -> Config:
+    """Tile of a product [m, k] x [k, n] of 8-bit numbers."""
+    if shape.k % 16 or shape.n % 16:
+        tile = Config(64, 64, 32, stages=2)
+    elif chip.backend == "hip" or chip.generation < 90 or chip.generation >= 120:
+        tile = Config(128, 128, 64, warps=8)
+    elif shape.masked and chip.generation >= 100:  # a mask beside a wider accumulator spills
+        tile = Config(128, 64, 128, warps=8, stages=4)
+    else:
+        tile = Config(128, 128, 128, warps=8, stages=4)
+    stage = (tile.block_m + tile.block_n) * tile.block_k
+    tile = replace(tile, block_r=rank_block(shape.r, 32))
+    return replace(tile, stages=_stages(chip, tile.stages, stage))
+
+
+def _round_rows(shape: Shape, chip: Chip) -> Config:
+    """block_m and block_k round; block_n and split are those of the columns' maxima."""
+    split = min(64, max(1, next_power_of_2(shape.m) // 256))
+    return Config(16, 128, 512, split=split, warps=8)
+
+
+def _unpack(shape: Shape, chip: Chip) -> Config:
+    return Config(16, 32, 256)
+
+
 HEURISTICS: dict[str, Callable[[Shape, Chip], Config]] = {
     "shrink": _shrink,
     "expand": _expand,
@@ -194,6 +234,12 @@ HEURISTICS: dict[str, Callable[[Shape, Chip], Config]] = {
     "expand_backward": _expand_backward,
     "shrink_backward": _shrink_backward,
     "row_block": _row_block,
+    "weight_only_8": lambda shape, chip: _weight_only(shape, chip, 8),
+    "weight_only_4": lambda shape, chip: _weight_only(shape, chip, 4),
+    "eight_bit": _eight_bit,
+    "round_rows": _round_rows,
+    "finish_product": _update,
+    "unpack": _unpack,
 }
 
 

@@ -86,7 +86,7 @@ def choose_lora(shape: Shape, drops: bool, chip: Chip) -> tuple[str, str]:
     if not drops and shape.r <= tiling.MAX_ONE_PASS_RANK:
         if shape.m <= FEW_ROWS:
             return "one_pass", "with few rows the weight's traffic hides the repeated x Aᵀ"
-        if tiling.whole_rank(shape.r) * shape.n < 128 * 0.75 * _balance(chip):
+        if tiling.whole_rank(shape.r) * shape.n < 128 * 0.75 * balance(chip):
             return "one_pass", "out is so small that repeating x Aᵀ beats a second read of x"
     if _vendor_wins(shape, chip):
         return "vendor", _VENDOR_REASON
@@ -101,7 +101,7 @@ def choose_adapter(shape: Shape, trains: bool, chip: Chip) -> tuple[str, str]:
     """
     folding = (4 if trains else 2) * shape.r * shape.n * shape.k
     saved = (4 if trains else 1) * shape.m * shape.n * shape.dtype.itemsize
-    if folding > saved * _balance(chip):
+    if folding > saved * balance(chip):
         return "plain", "there are too few rows to repay the product D W"
     if _vendor_wins(shape, chip):
         return "folded_vendor", _VENDOR_REASON
@@ -118,8 +118,24 @@ def choose_bottleneck(shape: Shape, chip: Chip) -> tuple[str, str]:
     return "row_block", "one launch reads x once, and again from the cache"
 
 
-def _balance(chip: Chip) -> float:
+def multiplies_by_descriptors(shape: Shape, chip: Chip) -> bool:
+    """Whether a fused product [m, n] of 16-bit operands that TMA can address is the persistent one.
+
+    On Hopper, where its tile takes a whole processor anyway. A tile that draws a mask, and those of
+    Blackwell, do better with two programs a processor, of which one multiplies at any time.
+    """
+    wide = shape.dtype.itemsize == 2 and shape.m > FEW_ROWS
+    return chip.generation == 90 and wide and not shape.masked
+
+
+def balance(chip: Chip) -> float:
+    """FLOPs of 16-bit products that take as long as one byte of memory traffic."""
     return _BALANCE.get(chip.generation // 10, 240.0)
+
+
+def vendor_gap(chip: Chip) -> float:
+    """The share of the vendor's rate that a Triton product is taken to lack."""
+    return _VENDOR_GAP.get(chip.generation // 10, 0.15)
 
 
 def _vendor_wins(shape: Shape, chip: Chip) -> bool:
@@ -128,5 +144,4 @@ def _vendor_wins(shape: Shape, chip: Chip) -> bool:
         return False
     if shape.dtype == torch.float32:
         return True  # Triton multiplies fp32 without the vendor's kernels for it
-    gap = _VENDOR_GAP.get(chip.generation // 10, 0.15)
-    return gap * 2 * shape.k > 2 * shape.dtype.itemsize * _balance(chip)
+    return vendor_gap(chip) * 2 * shape.k > 2 * shape.dtype.itemsize * balance(chip)

@@ -16,9 +16,8 @@ import triton
 
 from artemis_kernels.core.device import CHIPS, interpreting
 from tests.aot.artefacts import Artefact, compiled, launches_of
-from tests.aot.cases import CASES
+from tests.aot.cases import CASES, TARGETS
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 BUDGET = Path(__file__).with_name("budget.json")
 
 # Instructions that the tests ask about, as regular expressions on the assembly.
@@ -27,7 +26,11 @@ INSTRUCTIONS = {
     "wgmma": r"wgmma\.mma_async",
     "tcgen05": r"tcgen05\.mma",
     "mfma": r"v_mfma",
+    "8 bit": (
+        r"(mma\.sync\S*\.s8|wgmma\S*\.(s8|e4m3)|tcgen05\.mma\S*kind::f8f6f4|v_mfma_i32\S*i8)"
+    ),
     "tf32": r".*(tf32|xf32)",
+    "TMA": r"cp\.async\.bulk\.tensor",
     "vector load": r"(ld\.global\S*\.v4\.b32|cp\.async\.c[ag]\S* .*\b(16|0x10)\b|\w+_load_dwordx4)",
 }
 
@@ -36,7 +39,7 @@ def measure(chip_name: str) -> dict[str, dict]:
     """`{"case / kernel": {registers, stack, shared, instructions}}` for one chip."""
     chip = CHIPS[chip_name]
     measured = {}
-    for case in CASES:
+    for case in (case for case in CASES if chip_name in case.chips):
         for launch in launches_of(lambda case=case: case.launch(chip)):
             measured[f"{case.name} / {launch.kernel.__name__}"] = _summary(compiled(launch, chip))
     return measured

@@ -12,26 +12,42 @@ import torch
 
 from artemis_kernels.core import tiling, tuning
 from artemis_kernels.core.device import Chip
+from artemis_kernels.core.quantized import QuantizedWeight
 from artemis_kernels.core.tiling import Shape
 from artemis_kernels.ops.bottleneck_adapter.kernels import row_block
 from artemis_kernels.ops.low_rank.arguments import NO_DROPOUT, Dropout, Scale
 from artemis_kernels.ops.low_rank.expand import expand, update
 from artemis_kernels.ops.low_rank.expand_backward import expand_backward
+from artemis_kernels.ops.low_rank.expand_persistent import expand_persistent
 from artemis_kernels.ops.low_rank.one_pass import one_pass
 from artemis_kernels.ops.low_rank.shrink import shrink
 from artemis_kernels.ops.low_rank.shrink_backward import shrink_backward
 from artemis_kernels.ops.low_rank.sum_parts import sum_parts
+from artemis_kernels.ops.packed.eight_bit import eight_bit
+from artemis_kernels.ops.packed.epilogue import Epilogue, finish
+from artemis_kernels.ops.packed.round_rows import round_rows
+from artemis_kernels.ops.packed.unpack import unpack
+from artemis_kernels.ops.packed.weight_only import weight_only
 
 BF16, FP32 = torch.bfloat16, torch.float32
+FP8 = torch.float8_e4m3fn
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+WITH_FP8 = ("sm_90", "sm_100")
+WITH_TMA = ("sm_90", "sm_100")
 
 
 class Case(NamedTuple):
-    """A named launch; `training`: its tiles suit the chip's widest tensor-core instruction."""
+    """A named launch; `training`: its tiles suit the chip's widest tensor-core instruction.
+
+    `eight_bit`: its main loop multiplies 8-bit numbers; `chips`: where it may run.
+    """
 
     name: str
     launch: Callable[[Chip], object]
     training: bool = False
     fp32: bool = False
+    chips: tuple[str, ...] = TARGETS
+    eight_bit: bool = False
 
 
 def meta(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
@@ -67,6 +83,18 @@ def _expand(m, n, k, r, dtype=BF16, dropout=NO_DROPOUT, bias_low=None):
         expand(
             meta(m, k, dtype=dtype), meta(n, k, dtype=dtype), meta(m, r), meta(n, r), config=config,
             bias=meta(n, dtype=dtype), bias_low=bias_low, scale=_scale(), dropout=dropout,
+        )  # fmt: skip
+
+    return launch
+
+
+def _expand_persistent(m, n, k, r, transposed=False):
+    def launch(chip):
+        config = tuning.config("expand", Shape(m, n, k, r, BF16), chip)
+        weight = meta(k, n, dtype=BF16).t() if transposed else meta(n, k, dtype=BF16)
+        expand_persistent(
+            meta(m, k, dtype=BF16), weight, meta(m, r), meta(n, r), config=config,
+            programs=chip.processors, bias=meta(n, dtype=BF16), scale=_scale(),
         )  # fmt: skip
 
     return launch
@@ -137,6 +165,68 @@ def _sum_parts(chip):
     sum_parts(meta(64, 4096, 16), meta(4096, 16), scale=_scale(), other=meta(4096, 16))
 
 
+def _epilogue(m, n, r, **more):
+    return Epilogue(meta(m, r), meta(n, r), meta(n, dtype=BF16), scale=_scale(), **more)
+
+
+def _packed(n, k, format):
+    if format != "int4":
+        data = meta(n, k, dtype=torch.int8 if format == "int8" else FP8)
+        return QuantizedWeight(data, meta(n), None, format, None)
+    scale, offset = meta(n, k // 128, dtype=BF16), meta(n, k // 128, dtype=BF16)
+    return QuantizedWeight(meta(n, k // 2, dtype=torch.uint8), scale, offset, format, 128)
+
+
+def _weight_only(m, n, k, r, format):
+    def launch(chip):
+        name = "weight_only_4" if format == "int4" else "weight_only_8"
+        config = tuning.config(name, Shape(m, n, k, r, BF16), chip)
+        x = meta(m, k, dtype=BF16)
+        weight_only(x, _packed(n, k, format), _epilogue(m, n, r), config=config)
+
+    return launch
+
+
+def _unpack(n, k, format):
+    def launch(chip):
+        config = tuning.config("unpack", Shape(1, n, k, dtype=BF16), chip)
+        unpack(_packed(n, k, format), BF16, config=config)
+
+    return launch
+
+
+def _eight_bit(m, n, k, r, dtype, dropout=NO_DROPOUT, precise=False):
+    def launch(chip):
+        config = tuning.config("eight_bit", Shape(m, n, k, r, BF16, bool(dropout.p)), chip)
+        more = {"row": meta(m), "column": meta(n), "dropout": dropout}
+        if dtype == torch.int8:
+            more |= {"xa": meta(m, 16, dtype=BF16), "wa": meta(n, 16, dtype=BF16)}
+        eight_bit(
+            meta(m, k, dtype=dtype), meta(n, k, dtype=dtype), meta(m, n, dtype=BF16),
+            _epilogue(m, n, r, **more), config=config, precise=precise,
+        )  # fmt: skip
+
+    return launch
+
+
+def _round_rows(m, k, dtype):
+    def launch(chip):
+        config = tuning.config("round_rows", Shape(m, k, dtype=BF16), chip)
+        round_rows(meta(m, k, dtype=BF16), dtype, meta(k), config=config)
+
+    return launch
+
+
+def _finish_product(m, n, r):
+    def launch(chip):
+        config = tuning.config("finish_product", Shape(m, n, r=r, dtype=BF16), chip)
+        more = {"row": meta(m), "column": meta(n)}
+        parts, y = meta(1, m, n, dtype=torch.int32), meta(m, n, dtype=BF16)
+        finish(parts, y, _epilogue(m, n, r, **more), config=config)
+
+    return launch
+
+
 CASES = (
     Case("shrink rank 16", _shrink(8192, 4096, 16), training=True),
     Case("shrink rank 16 dropout", _shrink(8192, 4096, 16, dropout=_dropout())),
@@ -152,6 +242,14 @@ CASES = (
     Case("expand few rows", _expand(16, 4096, 4096, 16)),
     Case("expand odd", _expand(8192, 4096, 4097, 16)),
     Case("expand fp32", _expand(8192, 4096, 4096, 16, FP32), fp32=True),
+    *(
+        Case(name, _expand_persistent(8192, 4096, 4096, r, t), training=True, chips=WITH_TMA)
+        for name, r, t in (
+            ("expand_persistent rank 16", 16, False),
+            ("expand_persistent width 64", 64, False),
+            ("expand_persistent backward", 16, True),
+        )
+    ),
     Case("update rank 16", _update(8192, 4096, 16)),
     Case("update rank 64 dropout", _update(8192, 4096, 64, dropout=_dropout())),
     Case("update fp32", _update(8192, 4096, 16, FP32), fp32=True),
@@ -174,4 +272,41 @@ CASES = (
     Case("row_block widest", _row_block(16384, 2048, 256, "forward")),
     Case("row_block fp32", _row_block(16384, 2048, 64, "forward", FP32), fp32=True),
     Case("sum_parts", _sum_parts),
+    *(
+        Case(f"weight_only {format} {m} rows", _weight_only(m, 4096, 4096, 16, format))
+        for format in ("int8", "fp8", "int4")
+        for m in (1, 64, 256)
+    ),
+    Case("unpack int8", _unpack(4096, 4096, "int8")),
+    Case("unpack int4", _unpack(4096, 4096, "int4")),
+    Case(
+        "eight_bit int8",
+        _eight_bit(8192, 4096, 4096, 16, torch.int8),
+        training=True,
+        eight_bit=True,
+    ),
+    Case("eight_bit int8 dropout", _eight_bit(8192, 4096, 4096, 16, torch.int8, _dropout())),
+    Case(
+        "eight_bit int8 width 64",
+        _eight_bit(8192, 4096, 4096, 64, torch.int8),
+        training=True,
+        eight_bit=True,
+    ),
+    Case(
+        "eight_bit fp8",
+        _eight_bit(8192, 4096, 4096, 16, FP8),
+        training=True,
+        chips=WITH_FP8,
+        eight_bit=True,
+    ),
+    Case(
+        "eight_bit fp8 precise dropout",
+        _eight_bit(8192, 4096, 4096, 16, FP8, _dropout(), precise=True),
+        training=True,
+        chips=WITH_FP8,
+    ),  # fmt: skip
+    Case("eight_bit odd", _eight_bit(8192, 4097, 4097, 16, torch.int8)),
+    Case("round_rows int8", _round_rows(8192, 4096, torch.int8)),
+    Case("round_rows fp8", _round_rows(8192, 4096, FP8), chips=WITH_FP8),
+    Case("finish_product int32", _finish_product(8192, 4096, 16)),
 )

@@ -27,7 +27,7 @@ TRAINING_INSTRUCTION = {
 }
 TENSOR_CORES = {"mma.sync", "wgmma", "tcgen05", "mfma"}
 CASE = {case.name: case for case in CASES}
-NO_PRODUCT = ("_finish", "_sum_parts")
+NO_PRODUCT = ("_finish", "_sum_parts", "_unpack", "_round_rows", "_column_max")
 
 
 @functools.cache
@@ -73,6 +73,17 @@ def test_products_use_tensor_cores(chip):
 
 
 @pytest.mark.parametrize("chip", TARGETS)
+def test_8_bit_products_are_multiplied_in_8_bits(chip):
+    """Not converted on the way, which would compile as well and be half as fast."""
+
+    def misses(case, kernel, one):
+        return case.eight_bit and kernel == "_eight_bit" and "8 bit" not in one["instructions"]
+
+    assert not offenders(chip, misses)
+    assert any(CASE[name.split(" / ")[0]].eight_bit for name in measured(chip))
+
+
+@pytest.mark.parametrize("chip", TARGETS)
 def test_fp32_is_never_tf32(chip):
     """The interpreter cannot show this: it multiplies in full precision whatever is asked."""
     assert not offenders(chip, lambda case, kernel, one: "tf32" in one["instructions"])
@@ -81,7 +92,18 @@ def test_fp32_is_never_tf32(chip):
 
 @pytest.mark.parametrize("chip", TARGETS)
 def test_loads_are_vectors(chip):
-    assert not offenders(chip, lambda case, kernel, one: "vector load" not in one["instructions"])
+    vectors = {"vector load", "TMA"}
+    assert not offenders(chip, lambda case, kernel, one: not vectors & one["instructions"].keys())
+
+
+@pytest.mark.parametrize("chip", ["sm_90", "sm_100"])
+def test_descriptors_become_tma(chip):
+    assert not offenders(
+        chip,
+        lambda case, kernel, one: (
+            kernel == "_expand_persistent" and "TMA" not in one["instructions"]
+        ),
+    )
 
 
 @pytest.mark.parametrize("chip", TARGETS)

@@ -368,6 +368,7 @@ def test_one_module():
         (dict(budget=10), "budget: got 10, allowed: an integer from"),
         (dict(budget=10**9), "budget: got 1000000000"),
         (dict(budget=1e5), "budget: got 100000.0"),
+        (dict(within="layer"), "within: got 'layer', allowed: 'kind' or None"),
     ],
 )
 def test_refusals_change_nothing(change, message):
@@ -378,6 +379,45 @@ def test_refusals_change_nothing(change, message):
         set_dynamic_rank_allocation(model, scores, **{"min_rank": 2, "max_rank": 12} | change)
     assert_same_state(model, state)
     assert sizes(model) == before
+
+
+def test_within_kinds_each_kind_keeps_its_share_of_the_cost():
+    """Scores of another magnitude in one kind move units between kinds, or do not."""
+    model = adapted(llama())
+    kinds = {path: site.spec.kind for path, site in model.hybrid_adapter.sites.items()}
+    scores = {
+        path: (9.0 if kind == "lora" else 1e-3) * (1 + index % 3)
+        for index, (path, kind) in enumerate(kinds.items())
+    }
+    config = model.hybrid_adapter.config
+    wide = dict(min_rank=1, max_rank=8 * config.lora_rank, min_width=1)
+    usual = {kind: sum(unit for unit in _unit_costs(model, kind)) for kind in set(kinds.values())}
+    report = set_dynamic_rank_allocation(model, scores, **wide, within="kind", verbose=False)
+    for kind, size in (("lora", config.lora_rank), ("bottleneck", config.adapter_size)):
+        spent = sum(module.cost for module in report.modules if module.kind == kind)
+        assert spent == pytest.approx(usual[kind] * size, rel=0.1)
+    assert {m.path: m.score for m in report.modules} == scores  # as given, not as scaled
+    report = set_dynamic_rank_allocation(model, scores, **wide, verbose=False)
+    widths = [m.after for m in report.modules if m.kind == "bottleneck"]
+    assert max(widths) < config.adapter_size / 2
+
+
+def test_within_kinds_a_kind_of_zeros_is_shared_out_evenly():
+    model = adapted(llama())
+    kinds = {path: site.spec.kind for path, site in model.hybrid_adapter.sites.items()}
+    scores = {path: float(kind == "lora") for path, kind in kinds.items()}
+    before = sizes(model)
+    set_dynamic_rank_allocation(model, scores, within="kind", verbose=False)
+    assert sizes(model) == before
+
+
+def _unit_costs(model, kind: str) -> list[int]:
+    specs = [site.spec for site in model.hybrid_adapter.sites.values()]
+    return [
+        s.in_features + s.out_features if kind == "lora" else 2 * s.out_features + 1
+        for s in specs
+        if s.kind == kind
+    ]
 
 
 def test_a_foreign_optimizer_state_changes_nothing():

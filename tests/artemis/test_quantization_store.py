@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from artemis import AdapterError, load_hybrid_adapter, load_quantized, save_quantized
+from artemis.quantization import store
 from artemis.quantized_layers import packed_layers
 from tests.artemis.models import adapted, assert_same_state, bert, gpt2, llama, snapshot, t5, tokens
 from tests.artemis.test_quantization import FORMATS, quantized
+from tests.artemis.test_quantization_interrupted import interrupted_at
 
 FILE = "quantized_base.safetensors"
 
@@ -145,6 +147,39 @@ def test_damaged_and_foreign_files(tmp_path):
         load_quantized(llama(), tmp_path)
     with pytest.raises(FileNotFoundError, match="no quantized base at"):
         load_quantized(llama(), tmp_path / "nowhere")
+
+
+def test_fp8_numbers_are_bytes(tmp_path):
+    save_quantized(quantized(llama(), "fp8"), tmp_path)
+    name = "model.layers.1.mlp.up_proj.weight_data"
+    rewritten(tmp_path, lambda h, t: t.update({name: t[name].to(torch.int16)}))
+    plain = llama()
+    state = snapshot(plain)
+    with pytest.raises(AdapterError, match=r"up_proj is damaged: its numbers are torch\.int16"):
+        load_quantized(plain, tmp_path)
+    assert_same_state(plain, state)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "number"),
+    [(store, "pack", 3), (nn.Module, "register_buffer", 5), (nn.Module, "get_submodule", 2)],
+)
+def test_an_interrupted_load_leaves_the_model_as_it_was(owner, name, number, tmp_path, monkeypatch):
+    model, ids = quantized(llama(), "int4"), tokens()
+    save_quantized(model, tmp_path)
+    plain = llama()
+    state, expected = snapshot(plain), plain(ids).logits
+    places = [(type(m), dict(vars(m))) for m in plain.modules()]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupted_at(number, getattr(owner, name)))
+        with pytest.raises(KeyboardInterrupt):
+            load_quantized(plain, tmp_path)
+    assert [(type(m), vars(m).keys()) for m in plain.modules()] == [
+        (cls, attributes.keys()) for cls, attributes in places
+    ]
+    assert_same_state(plain, state)
+    assert torch.equal(plain(ids).logits, expected)
+    assert torch.equal(load_quantized(plain, tmp_path)(ids).logits, model(ids).logits)
 
 
 def test_what_cannot_be_saved(tmp_path):

@@ -20,7 +20,7 @@ def test_every_section_runs_and_leaves_its_rows(tmp_path):
     assert finished.returncode == 0, finished.stdout + finished.stderr
     found = {
         name: [json.loads(line) for line in (tmp_path / f"gpu_{name}.jsonl").open()]
-        for name in ("accuracy", "kernels", "training")
+        for name in ("accuracy", "kernels", "packed", "training")
     }
     for name, rows in found.items():
         assert rows[0]["kind"] == "run" and rows[0]["versions"]["torch"] == torch.__version__
@@ -30,5 +30,8 @@ def test_every_section_runs_and_leaves_its_rows(tmp_path):
     kernels = [row for row in found["kernels"] if row["kind"] == "kernel"]
     assert {"artemis", "plain", "addmm", "bare"} <= {row["provider"] for row in kernels}
     assert all(row["passed"] and row["over_floor"] > 0 for row in kernels)
+    packed = [row for row in found["packed"] if row["kind"] == "packed"]
+    assert {"int8", "fp8", "int4", "16-bit bare"} <= {row["provider"] for row in packed}
+    assert all(row["passed"] and row["over_bare"] > 0 for row in packed)
     assert {"full-autocast", "hybrid"} <= {row.get("arm") for row in found["training"]}
     assert "failed" not in (tmp_path / "gpu_summary.md").read_text().partition("## ")[0]

@@ -160,6 +160,21 @@ def test_few_rows(format, rows, shape):
     torch.testing.assert_close(y.double(), x.double() @ meaning(weight).t(), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 8, 9, 15])
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("shape", [*SHAPES, (6, 192)], ids=str)
+def test_few_rows_of_bf16(format, rows, shape):
+    """Products in bf16 are exact, sums in fp32; nothing beyond the blocks of rows counts."""
+    weight = QuantizedWeight.quantize(torch.randn(shape), format)
+    x = torch.randn(rows, shape[1]).bfloat16()
+    if not quantized.takes_bf16_rows(x, weight):
+        pytest.skip("no bf16 products here, or groups that they do not take")
+    y, size = quantized.few_rows(x, weight), x.norm(dim=1).double()[:, None]
+    assert y.dtype == torch.float32 and y.shape == (rows, shape[0])
+    error = (y.double() - x.double() @ meaning(weight).t()).abs() / size
+    assert error.max() < 5e-6 * weight.dequantize().norm(dim=1).max()
+
+
 def test_copies_and_moves():
     weight = QuantizedWeight.quantize(torch.randn(4, 64), "int4", activation_bits=16)
     for other in (copy.deepcopy(weight), weight.to("cpu")):

@@ -19,8 +19,10 @@ class Fault(NamedTuple):
 KERNELS = "artemis_kernels"
 CORE = f"{KERNELS}/core"
 LOW_RANK = f"{KERNELS}/ops/low_rank"
+PACKED = f"{KERNELS}/ops/packed"
 
 LORA_DROPOUT = "tests/ops/test_lora_linear.py::test_dropout"
+FEW_ROWS = "tests/core/test_quantized.py::test_few_rows_of_bf16"
 SAME_MASK = "tests/ops/test_dropout.py::test_the_mask_used_is_the_mask_shown"
 
 MASK = (
@@ -428,11 +430,39 @@ RANKS = (
         "Change(b, 1, columns[part], columns[part])",
         ("tests/artemis/test_allocation.py", "-k", "first_moment"),
     ),
+    Fault(
+        "scores within kinds that forget what a kind costs",
+        "artemis/allocation/allocate.py",
+        "scores[spec.path] * sum(costs) / spent if spent",
+        "scores[spec.path] / spent if spent",
+        ("tests/artemis/test_allocation.py", "-k", "within_kinds"),
+    ),
+    Fault(
+        "the start from the weights takes the weakest directions",
+        "artemis/initialization.py",
+        "eigenvectors.flip(1).mT",
+        "eigenvectors.mT",
+        ("tests/artemis/test_initialization.py",),
+    ),
 )
 
 EIGHT_BITS = "tests/ops/test_quantized_ops.py::test_eight_bits"
 
 QUANTIZED = (
+    Fault(
+        "codes read as 128 + c and not taken back",
+        f"{CORE}/native/few_rows.c",
+        "from_bf16(w->offset[index]) - 128 * scale",
+        "from_bf16(w->offset[index])",
+        (FEW_ROWS,),
+    ),
+    Fault(
+        "every block of few rows takes the first block's sums",
+        f"{CORE}/native/few_rows.c",
+        "x_sums + top * (k / group)",
+        "x_sums",
+        (FEW_ROWS,),
+    ),
     Fault(
         "the weight's row scales not folded into dY before it is rounded",
         f"{CORE}/eight_bit.py",
@@ -503,6 +533,130 @@ QUANTIZED = (
         "made.get(name)",
         ("tests/artemis/test_quantization_store.py", "-k", "round_trip"),
     ),
+    Fault(
+        "an interrupted load not undone",
+        "artemis/quantization/store.py",
+        "undo.callback(restore)",
+        "undo.callback(list)",
+        ("tests/artemis/test_quantization_store.py", "-k", "interrupted"),
+    ),
+    Fault(
+        "a quantized base not cast as asked",
+        "artemis/training/loading.py",
+        "load_quantized(config, folder).to(dtype)",
+        "load_quantized(config, folder)",
+        ("tests/artemis/cli/test_commands.py", "-k", "is_cast"),
+    ),
 )
 
-FAULTS = (*MASK, *EAGER, *TRITON, *MODEL, *RANKS, *QUANTIZED)
+PACKED_KERNELS = (
+    Fault(
+        "the high codes of a byte multiplied by the low ones' columns",
+        f"{PACKED}/weight_only.py",
+        "offs_m, offs_k + HALF, M",
+        "offs_m, offs_k, M",
+        ("tests/kernels/test_packed.py", "-k", "weight_only"),
+    ),
+    Fault(
+        "a part of a split sum read again by the next",
+        f"{PACKED}/weight_only.py",
+        "min(columns, (pid_k + 1) * chunk)",
+        "min(columns, (pid_k + 1) * chunk + BLOCK_B)",
+        ("tests/kernels/test_packed.py", "-k", "weight_only"),
+    ),
+    Fault(
+        "the mask of dX laid over the base's product too",
+        f"{PACKED}/epilogue.py",
+        "acc += tl.where(keep, low * tl.cast(rescale, tl.float32), 0.0)",
+        "acc = tl.where(keep, acc + low * tl.cast(rescale, tl.float32), 0.0)",
+        ("tests/kernels/test_packed.py", "-k", "dropout"),
+    ),
+    Fault(
+        "columns apart counted twice",
+        f"{PACKED}/round_rows.py",
+        "kept = torch.where(stands_out, 0.0, factor[columns])",
+        "kept = factor[columns]",
+        ("tests/kernels/test_packed.py", "-k", "apart"),
+    ),
+    Fault(
+        "dY rounded without the weight's row scale",
+        f"{PACKED}/steps.py",
+        "packed.scale if weight.transposed else None",
+        "None",
+        ("tests/ops/test_packed_paths.py", "-k", "in_eight_bits"),
+    ),
+    Fault(
+        "the subnormal numbers of e4m3 read as zeros",
+        f"{PACKED}/codes.py",
+        "half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7))",
+        "half = tl.where(bits & 0x78, ((bits & 0x80) << 8) | ((bits & 0x7F) << 7), 0)",
+        ("tests/kernels/test_packed.py", "-k", "e4m3"),
+    ),
+)
+
+GROUP_VALUES = "tests/ops/test_groups.py::test_the_values_of_the_single_calls"
+GROUP_MODULES = "tests/artemis/test_groups.py"
+
+GROUPS = (
+    Fault(
+        "dX of the last member alone",
+        f"{KERNELS}/ops/lora_linear/group_eager.py",
+        ".input_gradient(dy, dx)",
+        ".input_gradient(dy)",
+        (GROUP_VALUES, "-k", "eager and lora"),
+    ),
+    Fault(
+        "8-bit sums replace what dX held",
+        f"{CORE}/native/eight_bit.c",
+        "STORE(LOAD(to[c]) + (float)sums[c] * factor)",
+        "STORE((float)sums[c] * factor)",
+        (GROUP_VALUES, "-k", "eager"),
+    ),
+    Fault(
+        "dX through the A's of the first members, not of those that gradients reach",
+        f"{KERNELS}/ops/lora_linear/group_fused.py",
+        "a = torch.cat([members[index].lora_a for index in reached])",
+        "a = torch.cat([members[index].lora_a for index, _ in enumerate(reached)])",
+        ("tests/ops/test_groups.py::test_kernels_share_the_shrink",),
+    ),
+    Fault(
+        "outputs handed over for an equal tensor, not the same",
+        "artemis/groups.py",
+        "left.x is x and",
+        "left.x.shape == x.shape and",
+        (GROUP_MODULES, "-k", "very_same_tensor"),
+    ),
+    Fault(
+        "outputs handed over after x changed in place",
+        "artemis/groups.py",
+        "module.adapter.active, cast, changes",
+        "module.adapter.active, cast, None",
+        (GROUP_MODULES, "-k", "same_conditions"),
+    ),
+    Fault(
+        "a dissolved group recomputed one by one",
+        "artemis/groups.py",
+        "if _recomputing():",
+        "if False:",
+        (GROUP_MODULES, "-k", "recomputed_as_it_was"),
+    ),
+)
+
+PERSISTENT = (
+    Fault(
+        "a persistent program takes one tile only",
+        f"{LOW_RANK}/expand_persistent.py",
+        "tl.range(tl.program_id(0), tiles_m * tiles_n, programs)",
+        "tl.range(tl.program_id(0), programs, programs)",
+        ("tests/kernels/test_expand_persistent.py",),
+    ),
+    Fault(
+        "descriptors over unaligned rows",
+        f"{LOW_RANK}/expand_persistent.py",
+        "and x.stride(0) * x.itemsize % _ALIGNMENT == 0",
+        "and True",
+        ("tests/kernels/test_expand_persistent.py",),
+    ),
+)
+
+FAULTS = (*MASK, *EAGER, *TRITON, *PERSISTENT, *MODEL, *RANKS, *QUANTIZED, *PACKED_KERNELS, *GROUPS)

@@ -22,7 +22,7 @@ SIZES = [Sizes(1, 24, 17, 1), Sizes(2, 40, 32, 8), Sizes(3, 64, 48, 8), Sizes(13
 BACKEND = "aot_eager"
 
 
-def forced(operation, strategy, packed: QuantizedWeight):
+def forced(operation, strategy, packed: QuantizedWeight, impl: str = "eager"):
     """The operation along `strategy`, its own choice set aside, over `packed`."""
 
     def run(x, **arguments):
@@ -34,7 +34,7 @@ def forced(operation, strategy, packed: QuantizedWeight):
         kind = () if operation is LORA else (arguments.get("activation", "gelu"),)
         return getattr(torch.ops.artemis, operation.name)(
             x, packed.data, *(arguments.get(name) for name in names), *scale, *kind, 0.0, None,
-            "eager", strategy, packed.scale, packed.offset,
+            impl, strategy, packed.scale, packed.offset,
         )  # fmt: skip
 
     return run
@@ -66,8 +66,15 @@ def test_weight_only_follows_the_dequantized_base(operation, strategy, format, s
     )  # fmt: skip
 
 
-def rounded(v: torch.Tensor) -> torch.Tensor:
-    """v [M, K] in fp64 as the int8 product sees it: rows on 255 levels, large columns untouched."""
+def rounded(v: torch.Tensor, format: str = "int8") -> torch.Tensor:
+    """v [M, K] in fp64 as the 8-bit product sees it.
+
+    fp8: rows on e4m3 numbers; int8: rows on 255 levels, large columns untouched.
+    """
+    if format == "fp8":
+        step = v.abs().amax(1, keepdim=True) / 448
+        codes = v / torch.where(step == 0, 1, step)
+        return codes.float().to(torch.float8_e4m3fn).double() * step
     largest = v.abs().amax(0)
     order = largest.argsort(descending=True)[: max(1, v.shape[1] // 64)]
     apart = order[largest[order] > 4 * largest.median()] if v.shape[1] > 1 else order[:0]
@@ -83,7 +90,8 @@ def truth_in_eight_bits(operation, strategy, packed, tensors, dy) -> kit.Tensors
     """y and the gradients in fp64: the base product and dX rounded, the adapter on unrounded x."""
     t = {name: tensor.double().requires_grad_() for name, tensor in tensors.items()}
     weight, row = packed.dequantize(DOUBLE), packed.scale.double()
-    y0 = (rounded(t["x"].detach()) @ weight.t() + t["bias"].detach()).requires_grad_()
+    x = rounded(t["x"].detach(), packed.format)
+    y0 = (x @ weight.t() + t["bias"].detach()).requires_grad_()
     if operation is LORA:
         y = y0 + t["scale"] * (t["x"] @ t["lora_a"].t()) @ t["lora_b"].t()
     elif strategy == "plain":
@@ -97,7 +105,7 @@ def truth_in_eight_bits(operation, strategy, packed, tensors, dy) -> kit.Tensors
             torch.zeros_like(exact), "gelu",
         )  # fmt: skip
     y.backward(dy.double())
-    through = rounded(y0.grad * row) / row @ weight
+    through = rounded(y0.grad * row, packed.format) / row @ weight
     zero = torch.zeros(())
     gradients = {name: zero if t[name].grad is None else t[name].grad for name in operation.trained}
     gradients["x"] = gradients["x"] + through
@@ -272,8 +280,10 @@ def test_explain(monkeypatch):
 def test_refusals():
     packed = QuantizedWeight.quantize(torch.randn(16, 64))
     x, _, a, b, scale = lora_call(3, packed)
-    with pytest.raises(Unavailable, match="quantized"):
-        artemis_kernels.lora_linear(x, packed, a, b, scale, impl="triton")
+    with pytest.raises(Unavailable, match="float64"):
+        artemis_kernels.lora_linear(
+            x.double(), packed, a.double(), b.double(), scale, impl="triton"
+        )
     with pytest.raises(ValueError, match=r"weight must have shape \(any, 63\), got \(16, 64\)"):
         artemis_kernels.lora_linear(x[:, :63], packed, a, b, scale)
     with pytest.raises(ValueError, match="lora_b must have shape"):

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from ...allocation import set_dynamic_rank_allocation
-from ...allocation.allocate import unit_cost, usual_size
 from ...bank import bank_shapes
 from ...config import HybridAdapterConfig
 from ...errors import AdapterError
@@ -139,19 +138,6 @@ def _as_scored(model: Classifier, scores: Scores, seed: int) -> Scores:
     return scores
 
 
-def _within_kinds(model: Classifier, scores: Scores, seed: int) -> Scores:
-    """Scores over their kind's mean, so that LoRA and bottlenecks keep their shares of the cost."""
-    bank, kinds = model.hybrid_adapter, {}
-    for site in bank.sites.values():
-        kinds.setdefault(site.spec.kind, []).append(site.spec)
-    scaled = {}
-    for specs in kinds.values():
-        costs = [unit_cost(spec, bank.config) * usual_size(spec, bank.config) for spec in specs]
-        spent = sum(scores[spec.path] * cost for spec, cost in zip(specs, costs, strict=True))
-        scaled |= {spec.path: scores[spec.path] * sum(costs) / spent for spec in specs}
-    return scaled
-
-
 def _shuffled(model: Classifier, scores: Scores, seed: int) -> Scores:
     """The same scores, given to other modules at random."""
     values = list(scores.values())
@@ -166,14 +152,15 @@ def _reversed(model: Classifier, scores: Scores, seed: int) -> Scores:
 
 
 def _allocated(
-    given: Callable[[Classifier, Scores, int], Scores],
+    given: Callable[[Classifier, Scores, int], Scores], within: str | None = None
 ) -> Callable[[Classifier, list[Batch], int], None]:
     """The shared hybrid, its ranks and widths allocated before training, at the same budget."""
 
     def prepare(model: Classifier, batches: list[Batch], seed: int) -> None:
         add_hybrid_adapter_to_model(model, hybrid_config(model))
         scores = analyze_layer_importance(model, batches, loss=lambda m, batch: m(**batch)["loss"])
-        set_dynamic_rank_allocation(model, given(model, scores, seed), verbose=False)
+        given_scores = given(model, scores, seed)
+        set_dynamic_rank_allocation(model, given_scores, within=within, verbose=False)
 
     return prepare
 
@@ -192,7 +179,7 @@ ARMS: Mapping[str, Arm] = {
     "dynamic-kinds": Arm(
         "hybrid, ranks by importance within kinds",
         "hybrid",
-        _allocated(_within_kinds),
+        _allocated(_as_scored, within="kind"),
         trial=False,
     ),
     "random": Arm("hybrid, ranks at random", "hybrid", _allocated(_shuffled), trial=False),

@@ -1,8 +1,9 @@
 """`artemis demo`: the main job on real text, with nothing downloaded.
 
-A small byte-level Llama learns the source code of Python's standard library; then full fine-tuning
-and the hybrid adapter each adapt it to English. What they cost and reach is measured side by side,
-each in a process of its own, and the saved adapter is loaded again in a fresh process.
+A small byte-level Llama learns the source code of Python's standard library; then full fine-tuning,
+the hybrid adapter and the same over the base in 8 bits each adapt it to English. What they cost and
+reach is measured side by side, each in a process of its own, and the saved adapter is loaded again
+in a fresh process.
 """
 
 import argparse

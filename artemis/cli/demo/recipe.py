@@ -16,7 +16,7 @@ ADAPTER_YAML = Path(__file__).with_name("hybrid_adapter.yaml")
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes, steps and learning rates; the defaults take about four minutes on two CPU cores.
+    """Sizes, steps and learning rates; the defaults take four to five minutes on two CPU cores.
 
     Both learning rates were chosen by hand on this data: an adapter wants a larger one.
     """
@@ -28,9 +28,9 @@ class Recipe:
     sequence_length: int = 128
     batch_size: int = 8
     source_characters: int = 2_000_000
-    base_steps: int = 450
+    base_steps: int = 400
     base_rate: float = 1e-3
-    adapt_steps: int = 200
+    adapt_steps: int = 160
     adapt_full_rate: float = 1e-3
     adapt_hybrid_rate: float = 5e-3
     held_out_blocks: int = 128
@@ -78,7 +78,7 @@ class Workspace:
     """The demo's folder and its texts: an old domain, source code, and a new one, English.
 
     Attributes:
-        directory: holds `base/`, `full/`, `hybrid/` and `results/`.
+        directory: holds `base/`, `full/`, `hybrid/`, `hybrid-int8/` and `results/`.
         recipe: what to train.
         text: the user's text for the new domain; None takes Python's help topics.
     """

@@ -2,7 +2,12 @@
 
 from collections.abc import Mapping
 
-ARMS = {"frozen": "frozen base", "full": "full fine-tuning", "hybrid": "hybrid adapter"}
+ARMS = {
+    "frozen": "frozen base",
+    "full": "full fine-tuning",
+    "hybrid": "hybrid adapter",
+    "hybrid_int8": "hybrid, 8-bit base",
+}
 LOSSES = ("new_loss", "old_loss")
 NONE = "-"
 MEGA = 10**6
@@ -10,23 +15,22 @@ MEGA = 10**6
 Measures = Mapping[str, Mapping[str, float]]
 
 
-def share_of_improvement(results: Measures) -> float | None:
-    """How much of full fine-tuning's gain on the new text the hybrid reaches.
+def share_of_improvement(results: Measures, arm: str = "hybrid") -> float | None:
+    """How much of full fine-tuning's gain on the new text an arm reaches.
 
     None where full fine-tuning gained nothing, so that there is nothing to have a share of.
     """
     start = results["frozen"]["new_loss"]
     gain = start - results["full"]["new_loss"]
-    return (start - results["hybrid"]["new_loss"]) / gain if gain > 0 else None
+    return (start - results[arm]["new_loss"]) / gain if gain > 0 else None
 
 
 def render(results: Measures) -> str:
-    """The table as text."""
-    share = share_of_improvement(results)
-    shares = [NONE] * 3 if share is None else [NONE, "100.0%", f"{share:.1%}"]
+    """The table as text, a column for each arm that there are results of."""
+    results = {arm: results[arm] for arm in ARMS if arm in results}
     change = _changes_from_frozen(results)
     rows = [
-        ["", *ARMS.values()],
+        ["", *(ARMS[arm] for arm in results)],
         _row("trained parameters", results, "trainable_parameters", "{:,}"),
         _row("training tokens per second", results, "tokens_per_second", "{:,.0f}"),
         _row("peak memory of the process", results, "peak_memory_bytes", "{:,} MB", MEGA),
@@ -34,7 +38,7 @@ def render(results: Measures) -> str:
         _row("saved", results, "saved_bytes", "{:,} MB", MEGA),
         _row("loss on the new text", results, "new_loss", "{:.4f}"),
         _row("  change", change, "new_loss", "{:+.4f}"),
-        ["  share of full's improvement", *shares],
+        ["  share of full's improvement", *(_share(results, arm) for arm in results)],
         _row("loss on the old text", results, "old_loss", "{:.4f}"),
         _row("  change (above 0: forgotten)", change, "old_loss", "{:+.4f}"),
     ]
@@ -44,8 +48,8 @@ def render(results: Measures) -> str:
 def _row(label: str, results: Measures, key: str, form: str, unit: int | None = None) -> list[str]:
     """A label and every arm's cell; `unit` divides, keeping one decimal."""
     cells = [label]
-    for arm in ARMS:
-        value = results[arm].get(key)
+    for values in results.values():
+        value = values.get(key)
         if value is not None and unit is not None:
             value = round(value / unit, 1)
         cells.append(NONE if value is None else form.format(value))
@@ -56,8 +60,13 @@ def _changes_from_frozen(results: Measures) -> Measures:
     start = results["frozen"]
     return {
         arm: {} if arm == "frozen" else {key: results[arm][key] - start[key] for key in LOSSES}
-        for arm in ARMS
+        for arm in results
     }
+
+
+def _share(results: Measures, arm: str) -> str:
+    share = None if arm == "frozen" else share_of_improvement(results, arm)
+    return NONE if share is None else f"{share:.1%}"
 
 
 def _align(rows: list[list[str]]) -> str:

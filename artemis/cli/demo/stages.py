@@ -13,7 +13,12 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedModel, set_seed
 from transformers.utils import logging
 
-from artemis import HybridAdapterConfig, add_hybrid_adapter_to_model, load_hybrid_adapter
+from artemis import (
+    HybridAdapterConfig,
+    add_hybrid_adapter_to_model,
+    load_hybrid_adapter,
+    quantize_adapter_model,
+)
 from artemis.benchmark.memory import peak_memory
 from artemis.training import (
     TokenBlocks,
@@ -77,14 +82,24 @@ def full(space: Workspace) -> dict:
 
 def hybrid(space: Workspace) -> dict:
     """Train the hybrid adapter of the YAML file over the frozen base, and save only the adapter."""
-    recipe, output = space.recipe, space.directory / "hybrid"
-    train = space.training_data("new")
+    return _hybrid(space, space.directory / "hybrid", "hybrid adapter", bits=None)
+
+
+def hybrid_int8(space: Workspace) -> dict:
+    """The same over the base in 8 bits."""
+    return _hybrid(space, space.directory / "hybrid-int8", "hybrid, 8-bit base", bits=8)
+
+
+def _hybrid(space: Workspace, output: Path, description: str, bits: int | None) -> dict:
+    recipe, train = space.recipe, space.training_data("new")
     memory = peak_memory()
     model, _ = _load(space, resolve_precision("auto"))
+    if bits is not None:
+        model = quantize_adapter_model(model, bits)
     set_seed(SEED)
     model = add_hybrid_adapter_to_model(model, HybridAdapterConfig.from_yaml(ADAPTER_YAML))
     settings = recipe.training(output, recipe.adapt_steps, recipe.adapt_hybrid_rate)
-    measured = _train(model, settings, train, "hybrid adapter")
+    measured = _train(model, settings, train, description)
     measured |= _losses(model, space) | _memory(memory)
     model.save_adapter_parameters(output)
     saved = (output / "hybrid_adapter.safetensors").stat().st_size
@@ -142,7 +157,7 @@ def _memory(before: int) -> dict:
     return {"peak_memory_bytes": peak, "training_memory_bytes": peak - before}
 
 
-STAGES = {stage.__name__: stage for stage in (base, frozen, full, hybrid, reload)}
+STAGES = {stage.__name__: stage for stage in (base, frozen, full, hybrid, hybrid_int8, reload)}
 
 
 def main() -> None:

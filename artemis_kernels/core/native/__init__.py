@@ -90,12 +90,17 @@ def _signatures() -> Iterator[tuple[str, str]]:
             f"artemis_restore_{dtype}",
             "pointer pointer pointer pointer pointer size size threads",
         )
+        yield f"artemis_add_restored_{dtype}", "pointer pointer pointer size size threads"
         yield f"artemis_unpack_{dtype}", f"pointer pointer pointer pointer {sizes} flag threads"
     for product in ("outer", "expand"):
         yield f"artemis_{product}_f32", f"pointer pointer pointer {sizes} {_MASK} threads"
     yield (
         "artemis_few_rows",
         f"pointer pointer pointer pointer pointer {sizes} size flag threads",
+    )
+    yield (
+        "artemis_few_rows_bf16",
+        f"pointer pointer pointer pointer pointer pointer size {sizes} size flag threads",
     )
 
 

@@ -1,7 +1,8 @@
 /* Around an int8 product: rows rounded to 8 bits before it, its int32 sums made numbers after it.
 
    quantize   v = x·column;  scale[m] = max|v[m]| / 127;  q = round(v / scale[m])
-   restore    y = acc·row[m]·column[n] + bias[n] */
+   restore    y = acc·row[m]·column[n] + bias[n]
+   add        y = y + acc·row[m] */
 
 #include "numbers.h"
 
@@ -95,3 +96,18 @@ QUANTIZE(artemis_quantize_bf16, uint16_t, from_bf16)
 
 RESTORE(artemis_restore_f32, float, same)
 RESTORE(artemis_restore_bf16, uint16_t, to_bf16)
+
+#define ADD_RESTORED(PASS, TYPE, LOAD, STORE)                                                     \
+    void PASS(const int32_t *acc, const float *row, TYPE *y, int64_t m, int64_t n, int threads) { \
+        _Pragma("omp parallel for num_threads(threads) schedule(static) if (m * n > 16384)")      \
+        for (int64_t i = 0; i < m; ++i) {                                                         \
+            const int32_t *sums = acc + i * n;                                                    \
+            TYPE *to = y + i * n;                                                                 \
+            float factor = row[i];                                                                \
+            for (int64_t c = 0; c < n; ++c)                                                       \
+                to[c] = STORE(LOAD(to[c]) + (float)sums[c] * factor);                             \
+        }                                                                                         \
+    }
+
+ADD_RESTORED(artemis_add_restored_f32, float, same, same)
+ADD_RESTORED(artemis_add_restored_bf16, uint16_t, from_bf16, to_bf16)

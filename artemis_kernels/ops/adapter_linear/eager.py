@@ -11,6 +11,7 @@ Two strategies, the same function (docs/adapter_linear.md):
 import torch
 
 from ...core.base import Base
+from ...core.eight_bit import Rounded
 from ...core.products import accumulator, column_sum, outer_gradient
 from ..bottleneck_adapter.branch import Branch, BranchNeeds, preactivation
 
@@ -29,10 +30,11 @@ def forward(
     dropout_p: float,
     seed: torch.Tensor | None,
     strategy: str,
+    rounded: Rounded | None = None,  # x in 8 bits, where another product made it
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return y [M, out], z [M, width] and what dD needs: F [width, in] (folded), y0 (plain)."""
     branch = Branch(up, bias_up, scale, scale_tensor, activation, dropout_p, seed)
-    y0 = base.product(x, bias)
+    y0 = base.product(x, bias, rounded)
     if strategy.startswith("plain"):
         z = preactivation(y0, down, bias_down)
         return branch.added(y0, z), z, y0
@@ -59,8 +61,12 @@ def backward(
     seed: torch.Tensor | None,
     strategy: str,
     needs: tuple[bool, ...],  # x, down, up, scale_tensor, bias, bias_down, bias_up
+    into: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Return the gradients of x, down, up, scale_tensor, bias, bias_down and bias_up."""
+    """Return the gradients of x, down, up, scale_tensor, bias, bias_down and bias_up.
+
+    That of x is added to `into` [M, in] in place, where it is given.
+    """
     needs_x, needs_down, needs_up, needs_scale, needs_bias, needs_bias_down, needs_bias_up = needs
     needs_dz = needs_x or needs_down or needs_bias or needs_bias_down
     branch = Branch(up, bias_up, scale, scale_tensor, activation, dropout_p, seed).backward(
@@ -70,12 +76,12 @@ def backward(
     dx = ddown = dbias = dbias_down = None
     if strategy.startswith("plain"):
         if needs_x:
-            dx = base.input_gradient(torch.addmm(dy, dz, d))
+            dx = base.input_gradient(torch.addmm(dy, dz, d), into)
         if needs_down:
             ddown = outer_gradient(dz, kept).to(down.dtype)
     else:
         if needs_x:
-            dx = base.input_gradient(dy).addmm_(dz, kept)
+            dx = base.input_gradient(dy, into).addmm_(dz, kept)
         if needs_down:
             ddown = torch.mm(outer_gradient(dz, x), base.dense(dy.dtype).t())
             if bias is not None:

@@ -4,6 +4,8 @@
     folded_vendor   the same with the vendor's base product and an update of its output
     plain           the vendor's base product, then the bottleneck's kernels on y0
 
+Over a packed weight the strategy's end says how it is multiplied (`ops.packed.steps`).
+
 Folded, with c = D bias + b_d: z = x Fᵀ + c, and y0 is neither kept nor read. Backward, with the
 scale s:
 
@@ -15,7 +17,6 @@ store.
 """
 
 import torch
-from torch.nn import functional
 
 from ...core import device, tuning
 from ..bottleneck_adapter import fused as bottleneck
@@ -23,18 +24,18 @@ from ..low_rank.arguments import Dropout, Scale
 from ..low_rank.steps import (
     Hidden,
     expand_gradients,
-    expanded,
     like,
     shrunk,
     small_gradients,
     sum_over_rows,
 )
+from ..packed.steps import Packed, dense, expanded, product
 
 
 @device.launches_on_first_argument
 def forward(
     x: torch.Tensor,  # [M, in]
-    weight: torch.Tensor,  # [out, in]
+    weight: torch.Tensor | Packed,  # [out, in]
     down: torch.Tensor,  # [width, out]
     up: torch.Tensor,  # [out, width]
     bias: torch.Tensor | None,
@@ -49,20 +50,20 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return y [M, out], z [M, width] in fp32 and what dD needs: F [width, in], or y0 (plain)."""
     chip = device.chip(x.device)
-    if strategy == "plain":
-        y0 = functional.linear(x, weight, like(bias, x))
+    if strategy.startswith("plain"):
+        y0 = product(x, weight, bias, chip)
         y, z = bottleneck.forward(
             y0, down, up, bias_down, bias_up, None, scale, scale_tensor, activation, dropout_p,
             seed, _bottleneck_strategy(y0, up),
         )  # fmt: skip
         return y, z, y0
-    folded = torch.mm(down.to(x.dtype), weight)
+    folded = torch.mm(down.to(x.dtype), dense(weight, x.dtype, chip))
     z, h = shrunk(
         x, folded, chip, stage="forward", bias=_folded_bias(down, bias, bias_down), with_h=True,
         activation=activation, dropout=Dropout(dropout_p, seed),
     )  # fmt: skip
     y = expanded(
-        x, weight, h, up, chip, vendor=strategy == "folded_vendor", bias=bias, bias_low=bias_up,
+        x, weight, h, up, chip, vendor="vendor" in strategy, bias=bias, bias_low=bias_up,
         scale=Scale(scale, scale_tensor),
     )  # fmt: skip
     return y, z, folded
@@ -72,7 +73,7 @@ def forward(
 def backward(
     dy: torch.Tensor,  # [M, out]
     x: torch.Tensor | None,  # [M, in]; None unless a folded `down` needs a gradient
-    weight: torch.Tensor,
+    weight: torch.Tensor | Packed,
     down: torch.Tensor,
     up: torch.Tensor,
     bias: torch.Tensor | None,
@@ -92,18 +93,18 @@ def backward(
     needs_x, needs_down, needs_up, needs_scale, needs_bias, needs_bias_down, needs_bias_up = needs
     sigma = Scale(scale, scale_tensor)
     dx = ddown = dbias = None
-    if strategy == "plain":
+    chip = device.chip(dy.device)
+    if strategy.startswith("plain"):
         dy0, ddown, dup, dscale, dbias_down, dbias_up = bottleneck.backward(
             dy, kept, down, up, bias_down, bias_up, z, scale, scale_tensor, activation, dropout_p,
             seed, _bottleneck_strategy(dy, up), True,
             (needs_x or needs_bias, *needs[1:4], *needs[5:]),
         )  # fmt: skip
         if needs_x:
-            dx = torch.mm(dy0, weight)
+            dx = product(dy0, weight.t(), None, chip)
         if needs_bias:
             dbias = dy0.sum(0, dtype=torch.float32)
         return dx, ddown, dup, dscale, like(dbias, bias), dbias_down, dbias_up
-    chip = device.chip(dy.device)
     gradients = expand_gradients(
         dy, up, z, chip, hidden=Hidden(activation, Dropout(dropout_p, seed)), scale=sigma,
         wants_hidden=needs_x or needs_down or needs_bias or needs_bias_down, wants_b=needs_up,
@@ -111,7 +112,7 @@ def backward(
         wants_columns=needs_bias or (bias_up is not None and (needs_scale or needs_bias_up)),
     )  # fmt: skip
     if needs_x:
-        vendor = strategy == "folded_vendor"
+        vendor = "vendor" in strategy
         dx = expanded(dy, weight.t(), gradients.hidden, kept.t(), chip, vendor=vendor, scale=sigma)
     if needs_down:
         ddown = _down_gradient(x, gradients.hidden, weight, bias, sigma, chip).to(down.dtype)
@@ -146,7 +147,7 @@ def _folded_bias(
 def _down_gradient(
     x: torch.Tensor,
     dz: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | Packed,
     bias: torch.Tensor | None,
     scale: Scale,
     chip: device.Chip,
@@ -154,7 +155,7 @@ def _down_gradient(
     """`s·((dzᵀ x) Wᵀ + (Σ dz) biasᵀ)` [width, out] in fp32."""
     through = x.new_empty(dz.shape[1], x.shape[1])
     sum_over_rows(x, dz, through, chip)
-    ddown = torch.mm(through, weight.t()).float()
+    ddown = torch.mm(through, dense(weight, x.dtype, chip).t()).float()
     if bias is not None:
         ddown.addr_(dz.sum(0), bias.float())
     return scale.of(ddown)

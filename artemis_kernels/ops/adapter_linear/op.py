@@ -2,7 +2,7 @@
 
 import torch
 
-from ...core import base, call, checks, tuning
+from ...core import base, call, checks, cpu_tables, packed_choice, tuning
 from ...core.quantized import QuantizedWeight
 from ...core.registration import (
     Operation,
@@ -14,6 +14,7 @@ from ...core.registration import (
     wanted,
 )
 from ...core.types import Choice, Cost
+from ..bases import held
 from . import eager, reference
 
 NAME = "adapter_linear"
@@ -110,16 +111,21 @@ def plan(
     dtype = call.compute_dtype(x)
     if not call.autocasts(x):
         checks.same_dtype(NAME, "weight", weight, dtype)
-    packed = isinstance(weight, QuantizedWeight)
-    impl, reason = call.implementation(NAME, impl, dtype, x.device, call.trains(weight), packed)
+    impl, reason = call.implementation(NAME, impl, dtype, x.device, call.trains(weight))
     if impl == "reference":
         return call.Path(impl, "composed", reason)
     rows = x.numel() // max(in_features, 1)
     trains = torch.is_grad_enabled() and (x.requires_grad or down.requires_grad)
     if impl == "eager":
-        strategy, why = fold_or_plain(rows, in_features, out_features, width, trains)
+        sizes = (rows, in_features, out_features, width)
+        tuned = None
+        if not isinstance(weight, QuantizedWeight):
+            tuned = cpu_tables.choice(NAME, *sizes, str(dtype).removeprefix("torch."), trains)
+        strategy, why = tuned or fold_or_plain(*sizes, trains)
         suffix, also = base.packed_strategy(weight, rows)
         strategy, why = strategy + suffix, why + also
+    elif isinstance(weight, QuantizedWeight):
+        strategy, why = packed_choice.adapter_strategy(weight, rows, width, trains, dtype, x.device)
     else:
         strategy, why = tuning.adapter_strategy(
             rows, in_features, out_features, width, trains, dtype, x.device
@@ -163,7 +169,7 @@ def cost(m: int, k: int, n: int, width: int, itemsize: int, folded: bool) -> Cos
 def _path(impl: str):
     """The module that implements `impl`; both have `forward` and `backward` of one signature.
 
-    But for the weight: the eager path takes a `Base`, the kernels a tensor.
+    But for the weight, which comes as `bases.held` gives it.
     """
     if impl == "eager":
         return eager
@@ -176,8 +182,7 @@ def _forward(
     x, weight, down, up, bias, bias_down, bias_up, scale, scale_tensor, activation, dropout_p,
     seed, impl, strategy, weight_scale=None, weight_offset=None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    if impl == "eager":
-        weight = base.of(weight, weight_scale, weight_offset, strategy)
+    weight = held(impl, weight, weight_scale, weight_offset, strategy)
     y, z, kept = _path(impl).forward(
         x, weight, down, up, bias, bias_down, bias_up, scale, scale_tensor, activation, dropout_p,
         seed, strategy,
@@ -205,8 +210,7 @@ def _backward(
     dy, x, weight, down, up, bias, bias_down, bias_up, z, kept, scale, scale_tensor, activation,
     dropout_p, seed, impl, strategy, needs, weight_scale=None, weight_offset=None,
 ) -> list[torch.Tensor]:  # fmt: skip
-    if impl == "eager":
-        weight = base.of(weight, weight_scale, weight_offset, strategy)
+    weight = held(impl, weight, weight_scale, weight_offset, strategy)
     gradients = _path(impl).backward(
         dy, x, weight, down, up, bias, bias_down, bias_up, z, kept, scale, scale_tensor,
         activation, dropout_p, seed, strategy, tuple(needs),

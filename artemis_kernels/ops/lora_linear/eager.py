@@ -28,11 +28,9 @@ def forward(
     strategy: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return y [M, out] and s [M, rank], both of x's dtype."""
-    a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
     y = base.product(x, bias)
-    s = project_dropped(x, a, Dropout(dropout_p, seed) if dropout_p else None)
-    y.addmm_(_scaled(s, scale_tensor), b.t(), alpha=scale)
-    return y, s
+    s = project_dropped(x, lora_a.to(x.dtype), Dropout(dropout_p, seed) if dropout_p else None)
+    return add_expanded_(y, s, lora_b, scale, scale_tensor), s
 
 
 def backward(
@@ -52,22 +50,50 @@ def backward(
     """Return the gradients of x, lora_a, lora_b, scale_tensor and bias, None where not needed."""
     needs_x, needs_a, needs_b, needs_scale, needs_bias = needs
     mask = Dropout(dropout_p, seed) if dropout_p else None
-    dx = da = db = dscale = dbias = None
-    if needs_b:
-        db = outer_gradient(dy, _scaled(s, scale_tensor)).mul_(scale).to(lora_b.dtype)
-    if needs_x or needs_a or needs_scale:
-        unscaled = project(dy, lora_b.to(dy.dtype).t())
-        if needs_scale:
-            dscale = inner(unscaled, s).mul_(scale).to(scale_tensor.dtype)
-        ds = _scaled(unscaled, scale_tensor) * scale
+    dx = da = None
+    ds, db, dscale, dbias = expand_gradients(
+        dy, s, lora_b, scale, scale_tensor, (needs_x or needs_a, needs_b, needs_scale, needs_bias)
+    )
     if needs_a:
         da = outer_dropped(ds, x, mask).to(lora_a.dtype)
     if needs_x:
         dx = base.input_gradient(dy)
         add_dropped_product_(dx, ds, lora_a.to(dy.dtype), mask)
+    return dx, da, db, dscale, dbias
+
+
+def add_expanded_(
+    y: torch.Tensor,
+    s: torch.Tensor,
+    lora_b: torch.Tensor,
+    scale: float,
+    scale_tensor: torch.Tensor | None,
+) -> torch.Tensor:
+    """`y += σ·s Bᵀ` in place, for y [M, out] and s [M, rank]."""
+    return y.addmm_(_scaled(s, scale_tensor), lora_b.to(y.dtype).t(), alpha=scale)
+
+
+def expand_gradients(
+    dy: torch.Tensor,
+    s: torch.Tensor,
+    lora_b: torch.Tensor,
+    scale: float,
+    scale_tensor: torch.Tensor | None,
+    needs: tuple[bool, bool, bool, bool],  # s, lora_b, scale_tensor, bias
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of s, lora_b, scale_tensor and the base's bias, None where not needed."""
+    needs_s, needs_b, needs_scale, needs_bias = needs
+    ds = db = dscale = dbias = None
+    if needs_b:
+        db = outer_gradient(dy, _scaled(s, scale_tensor)).mul_(scale).to(lora_b.dtype)
+    if needs_s or needs_scale:
+        unscaled = project(dy, lora_b.to(dy.dtype).t())
+        if needs_scale:
+            dscale = inner(unscaled, s).mul_(scale).to(scale_tensor.dtype)
+        ds = _scaled(unscaled, scale_tensor) * scale
     if needs_bias:
         dbias = column_sum(dy).to(dy.dtype)
-    return dx, da, db, dscale, dbias
+    return ds, db, dscale, dbias
 
 
 def _scaled(x: torch.Tensor, scale_tensor: torch.Tensor | None) -> torch.Tensor:

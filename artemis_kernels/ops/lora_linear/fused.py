@@ -4,6 +4,8 @@
     split      shrink, then the base product with the low-rank term in its accumulator
     vendor     shrink, the vendor's base product, then an update of its output
 
+Over a packed weight the strategy's end says how it is multiplied (`ops.packed.steps`).
+
 The backward reads dY once for dS and dB (twice beyond rank 64), x once for dA, and computes dX
 like the forward computes y. S is unscaled and fp32; the scale, a device scalar perhaps,
 multiplies in fp32 at each store.
@@ -15,13 +17,14 @@ from ...core import device, tuning
 from ...core.tiling import Shape
 from ..low_rank.arguments import Dropout, Scale
 from ..low_rank.one_pass import one_pass
-from ..low_rank.steps import expand_gradients, expanded, shrunk, sum_over_rows
+from ..low_rank.steps import expand_gradients, shrunk, sum_over_rows
+from ..packed.steps import Packed, expanded
 
 
 @device.launches_on_first_argument
 def forward(
     x: torch.Tensor,  # [M, in]
-    weight: torch.Tensor,  # [out, in]
+    weight: torch.Tensor | Packed,  # [out, in]
     lora_a: torch.Tensor,  # [rank, in]
     lora_b: torch.Tensor,  # [out, rank]
     bias: torch.Tensor | None,
@@ -41,7 +44,7 @@ def forward(
         config = tuning.config("one_pass", shape, chip)
         return one_pass(x, weight, lora_a, lora_b, config=config, bias=bias, scale=sigma)
     s, _ = shrunk(x, lora_a, chip, dropout=Dropout(dropout_p, seed))
-    vendor = strategy == "vendor"
+    vendor = strategy.startswith("vendor")
     y = expanded(x, weight, s, lora_b, chip, vendor=vendor, bias=bias, scale=sigma)
     return y, s
 
@@ -50,7 +53,7 @@ def forward(
 def backward(
     dy: torch.Tensor,  # [M, out]
     x: torch.Tensor | None,  # [M, in]; None unless lora_a needs a gradient
-    weight: torch.Tensor,
+    weight: torch.Tensor | Packed,
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
     s: torch.Tensor,
@@ -75,8 +78,8 @@ def backward(
         sum_over_rows(x, gradients.hidden, da, chip, scale=sigma, dropout=dropout)
     if needs_x:
         dx = expanded(
-            dy, weight.t(), gradients.hidden, lora_a.t(), chip, vendor=strategy == "vendor",
-            scale=sigma, dropout=dropout,
+            dy, weight.t(), gradients.hidden, lora_a.t(), chip,
+            vendor=strategy.startswith("vendor"), scale=sigma, dropout=dropout,
         )  # fmt: skip
     if needs_scale:
         dscale = (gradients.dot * scale).to(scale_tensor.dtype)

@@ -2,7 +2,7 @@
 
 import torch
 
-from ...core import base, call, checks, tuning
+from ...core import base, call, checks, packed_choice, tuning
 from ...core.quantized import QuantizedWeight
 from ...core.registration import (
     Operation,
@@ -14,6 +14,7 @@ from ...core.registration import (
     wanted,
 )
 from ...core.types import Choice, Cost
+from ..bases import held
 from . import eager, reference
 
 NAME = "lora_linear"
@@ -96,17 +97,19 @@ def plan(
     dtype = call.compute_dtype(x)
     if not call.autocasts(x):
         checks.same_dtype(NAME, "weight", weight, dtype)
-    packed = isinstance(weight, QuantizedWeight)
-    impl, reason = call.implementation(NAME, impl, dtype, x.device, call.trains(weight), packed)
+    impl, reason = call.implementation(NAME, impl, dtype, x.device, call.trains(weight))
     if impl == "reference":
         return call.Path(impl, "composed", reason)
     rows = x.numel() // max(in_features, 1)
     if impl == "eager":
         suffix, why = base.packed_strategy(weight, rows)
         return call.Path(impl, "addmm" + suffix, reason + why)
-    strategy, why = tuning.lora_strategy(
-        rows, in_features, out_features, rank, dropout_p > 0, dtype, x.device
-    )
+    if isinstance(weight, QuantizedWeight):
+        strategy, why = packed_choice.lora_strategy(weight, rows, rank, dtype, x.device)
+    else:
+        strategy, why = tuning.lora_strategy(
+            rows, in_features, out_features, rank, dropout_p > 0, dtype, x.device
+        )
     return call.Path(impl, strategy, f"{reason} and {why}")
 
 
@@ -130,7 +133,7 @@ def cost(m: int, k: int, n: int, rank: int, itemsize: int) -> Cost:
 def _path(impl: str):
     """The module that implements `impl`; both have `forward` and `backward` of one signature.
 
-    But for the weight: the eager path takes a `Base`, the kernels a tensor.
+    But for the weight, which comes as `bases.held` gives it.
     """
     if impl == "eager":
         return eager
@@ -143,8 +146,7 @@ def _forward(
     x, weight, lora_a, lora_b, bias, scale, scale_tensor, dropout_p, seed, impl, strategy,
     weight_scale=None, weight_offset=None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    if impl == "eager":
-        weight = base.of(weight, weight_scale, weight_offset, strategy)
+    weight = held(impl, weight, weight_scale, weight_offset, strategy)
     y, s = _path(impl).forward(
         x, weight, lora_a, lora_b, bias, scale, scale_tensor, dropout_p, seed, strategy
     )
@@ -168,8 +170,7 @@ def _backward(
     dy, x, weight, lora_a, lora_b, s, scale, scale_tensor, dropout_p, seed, impl, strategy, needs,
     weight_scale=None, weight_offset=None,
 ) -> list[torch.Tensor]:  # fmt: skip
-    if impl == "eager":
-        weight = base.of(weight, weight_scale, weight_offset, strategy)
+    weight = held(impl, weight, weight_scale, weight_offset, strategy)
     gradients = _path(impl).backward(
         dy, x, weight, lora_a, lora_b, s, scale, scale_tensor, dropout_p, seed, strategy,
         tuple(needs),

@@ -22,48 +22,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ...core.tiles import effective_scale, grouped_tile, keep_mask
+from ...core.tiles import grouped_tile
 from ...core.tiling import Config
 from .arguments import NO_DROPOUT, UNSCALED, Dropout, Scale
-
-
-@triton.jit
-def _low_rank_tile(
-    s_ptr, b_ptr, seed_ptr, scale_ptr, offs_m, start_n, M, N, R, stride_bn, stride_br,
-    scale, threshold, rescale, dtype: tl.constexpr,
-    PAIRED: tl.constexpr, RANK_BLOCKS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """`s·mask·(S Bᵀ)`, float32 [BLOCK_M, BLOCK_N]."""
-    offs_n = start_n + tl.arange(0, BLOCK_N).to(tl.int64)
-    mask_m, mask_n = offs_m < M, offs_n < N
-
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    # Not unrolled: loads of all blocks at once would spill.
-    for block in tl.range(0, RANK_BLOCKS, num_stages=1):
-        offs_r = block * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
-        mask_r = offs_r < R
-        s_ptrs = s_ptr + offs_m[:, None] * R + offs_r[None, :]
-        b_ptrs = b_ptr + offs_r[:, None] * stride_br + offs_n[None, :] * stride_bn
-        s = tl.load(s_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0).to(dtype)
-        b = tl.load(b_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0).to(dtype)
-        acc = tl.dot(s, b, acc, input_precision="ieee")
-
-    if seed_ptr is not None:
-        keep = keep_mask(seed_ptr, offs_m, start_n, N, threshold, PAIRED, BLOCK_N)
-        acc = tl.where(keep, acc * tl.cast(rescale, tl.float32), 0.0)
-    return acc * effective_scale(scale, scale_ptr)
-
-
-@triton.jit
-def _add_biases(acc, bias_ptr, bias_low_ptr, scale_ptr, scale, offs_n, mask_n):
-    """`acc + bias + s·bias_low`, each where it exists."""
-    if bias_low_ptr is not None:
-        bias_low = tl.load(bias_low_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-        acc += (bias_low * effective_scale(scale, scale_ptr))[None, :]
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    return acc
+from .low_rank_tile import add_biases, low_rank_arguments, low_rank_tile
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -86,7 +48,7 @@ def _expand(
     x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
     w_ptrs = w_ptr + offs_k[:, None] * stride_wk + offs_n[None, :] * stride_wn
 
-    acc = _low_rank_tile(
+    acc = low_rank_tile(
         s_ptr, b_ptr, seed_ptr, scale_ptr, offs_m, start_n, M, N, R, stride_bn, stride_br,
         scale, threshold, rescale, x_ptr.dtype.element_ty,
         PAIRED, RANK_BLOCKS, BLOCK_M, BLOCK_N, BLOCK_R,
@@ -102,7 +64,7 @@ def _expand(
         x_ptrs += BLOCK_K * stride_xk
         w_ptrs += BLOCK_K * stride_wk
 
-    acc = _add_biases(acc, bias_ptr, bias_low_ptr, scale_ptr, scale, offs_n, mask_n)
+    acc = add_biases(acc, bias_ptr, bias_low_ptr, scale_ptr, scale, offs_n, mask_n)
     y_ptrs = y_ptr + offs_m[:, None] * N + offs_n[None, :]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
@@ -124,13 +86,13 @@ def _update(
     mask_n = offs_n < N
     mask = (offs_m < M)[:, None] & mask_n[None, :]
 
-    acc = _low_rank_tile(
+    acc = low_rank_tile(
         s_ptr, b_ptr, seed_ptr, scale_ptr, offs_m, start_n, M, N, R, stride_bn, stride_br,
         scale, threshold, rescale, y_ptr.dtype.element_ty,
         PAIRED, RANK_BLOCKS, BLOCK_M, BLOCK_N, BLOCK_R,
     )  # fmt: skip
 
-    acc = _add_biases(acc, None, bias_low_ptr, scale_ptr, scale, offs_n, mask_n)
+    acc = add_biases(acc, None, bias_low_ptr, scale_ptr, scale, offs_n, mask_n)
     if residual_ptr is not None:
         offs = offs_m[:, None] * stride_residual_m + offs_n[None, :] * stride_residual_n
         acc += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
@@ -161,7 +123,7 @@ def expand(
         stride_xm=x.stride(0), stride_xk=x.stride(1),
         stride_wn=weight.stride(0), stride_wk=weight.stride(1),
         EVEN_K=K % config.block_k == 0, GROUP_M=8, BLOCK_K=config.block_k,
-        **_low_rank_arguments(s, b, M, N, bias_low, scale, dropout, config),
+        **low_rank_arguments(s, b, M, N, bias_low, scale, dropout, config),
     )  # fmt: skip
     return y
 
@@ -191,19 +153,6 @@ def update(
         residual_ptr=residual, y_ptr=y,
         stride_residual_m=0 if residual is None else residual.stride(0),
         stride_residual_n=0 if residual is None else residual.stride(1),
-        **_low_rank_arguments(s, b, M, N, bias_low, scale, dropout, config),
+        **low_rank_arguments(s, b, M, N, bias_low, scale, dropout, config),
     )  # fmt: skip
     return y
-
-
-def _low_rank_arguments(s, b, M, N, bias_low, scale, dropout, config) -> dict:
-    R = s.shape[1]
-    return {
-        "s_ptr": s, "b_ptr": b, "bias_low_ptr": None if bias_low is None else bias_low.contiguous(),
-        "scale": scale.value, "scale_ptr": scale.tensor, "M": M, "N": N, "R": R,
-        "stride_bn": b.stride(0), "stride_br": b.stride(1),
-        "RANK_BLOCKS": triton.cdiv(R, config.block_r),
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_R": config.block_r,
-        "num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True,
-        **dropout.arguments(M, N),
-    }  # fmt: skip

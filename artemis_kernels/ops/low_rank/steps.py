@@ -11,6 +11,7 @@ from ...core.tiling import Shape
 from .arguments import NO_DROPOUT, UNSCALED, Dropout, Scale
 from .expand import expand, update
 from .expand_backward import expand_backward
+from .expand_persistent import expand_persistent, has_descriptors
 from .shrink import shrink
 from .shrink_backward import shrink_backward
 from .sum_parts import sum_parts
@@ -65,8 +66,10 @@ def expanded(
         y = functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
         return updated(y, s, b, chip, dtype=y.dtype, out=y, dropout=dropout, **low_rank)
     shape = Shape(x.shape[0], weight.shape[0], x.shape[1], s.shape[1], x.dtype, dropout.p > 0)
-    config = tuning.config("expand", shape, chip)
-    return expand(x, weight, s, b, config=config, bias=bias, dropout=dropout, **low_rank)
+    low_rank |= {"config": tuning.config("expand", shape, chip), "bias": bias, "dropout": dropout}
+    if tuning.multiplies_by_descriptors(shape, chip) and has_descriptors(x, weight):
+        return expand_persistent(x, weight, s, b, programs=chip.processors, **low_rank)
+    return expand(x, weight, s, b, **low_rank)
 
 
 def updated(

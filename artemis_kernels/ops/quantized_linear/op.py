@@ -2,7 +2,7 @@
 
 import torch
 
-from ...core import base, call, checks
+from ...core import base, call, checks, packed_choice
 from ...core.products import column_sum
 from ...core.quantized import QuantizedWeight
 from ...core.registration import (
@@ -15,6 +15,7 @@ from ...core.registration import (
     wanted,
 )
 from ...core.types import Choice, Cost
+from ..bases import held
 from . import reference
 
 NAME = "quantized_linear"
@@ -34,14 +35,14 @@ def quantized_linear(
             result has that dtype.
         weight: of shape [out, in]; frozen.
         bias: [out] or None, any floating dtype.
-        impl: None for the best that applies, or "eager", "reference".
+        impl: None for the best that applies, or "triton", "eager", "reference".
 
     Returns:
         [..., out]. Gradients flow to x and bias.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype or device, naming it.
-        Unavailable: `impl="triton"`: the kernels take tensors.
+        Unavailable: a path asked for by `impl` that cannot run, saying why.
     """
     path = plan(x, weight, bias=bias, impl=impl)
     dtype = call.compute_dtype(x)
@@ -51,7 +52,7 @@ def quantized_linear(
         if path.impl == "reference":
             return reference.quantized_linear(x, call.dense_weight(weight, dtype), bias).to(dtype)
         data, quantizers = call.weight_tensors(weight, dtype)
-        y = _operator(x.reshape(-1, x.shape[-1]), data, bias, path.strategy, *quantizers)
+        y = _operator(x.reshape(-1, x.shape[-1]), data, bias, path.impl, path.strategy, *quantizers)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -67,11 +68,15 @@ def plan(x, weight, *, bias=None, impl=None) -> call.Path:
     checks.optional(NAME, "bias", bias, (weight.shape[0],), x)
     checks.options(NAME, 0.0, impl)
     dtype = call.compute_dtype(x)
-    impl, reason = call.implementation(NAME, impl, dtype, x.device, False, quantized=True)
+    impl, reason = call.implementation(NAME, impl, dtype, x.device, False)
     if impl == "reference":
         return call.Path(impl, "composed", reason)
-    suffix, why = base.packed_strategy(weight, x.numel() // max(weight.shape[1], 1))
-    return call.Path(impl, "product" + suffix, reason + why)
+    rows = x.numel() // max(weight.shape[1], 1)
+    if impl == "eager":
+        suffix, why = base.packed_strategy(weight, rows)
+        return call.Path(impl, "product" + suffix, reason + why)
+    suffix, why = packed_choice.product(weight, rows, 0, dtype, x.device)
+    return call.Path(impl, "product" + suffix, f"{reason} and {why}")
 
 
 def explain(x, weight, **options) -> Choice:
@@ -89,33 +94,48 @@ def cost(m: int, k: int, n: int, itemsize: int) -> Cost:
     return Cost(flops=2 * m * k * n, bytes=itemsize * (m * k + k * n + m * n))
 
 
-def _forward(x, weight, bias, strategy, weight_scale=None, weight_offset=None) -> torch.Tensor:
-    return base.of(weight, weight_scale, weight_offset, strategy).product(x, bias)
+def _forward(
+    x, weight, bias, impl, strategy, weight_scale=None, weight_offset=None
+) -> torch.Tensor:
+    packed = held(impl, weight, weight_scale, weight_offset, strategy)
+    if impl == "eager":
+        return packed.product(x, bias)
+    from . import fused  # imports triton
+
+    return fused.forward(x, packed, bias)
 
 
-def _forward_fake(x, weight, bias, strategy, weight_scale=None, weight_offset=None):
+def _input_gradient(impl: str, dy: torch.Tensor, packed) -> torch.Tensor:
+    if impl == "eager":
+        return packed.input_gradient(dy)
+    from . import fused  # imports triton
+
+    return fused.input_gradient(dy, packed)
+
+
+def _forward_fake(x, weight, bias, impl, strategy, weight_scale=None, weight_offset=None):
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-def _backward(dy, weight, strategy, needs, weight_scale=None, weight_offset=None):
+def _backward(dy, weight, impl, strategy, needs, weight_scale=None, weight_offset=None):
     needs_x, needs_bias = needs
-    packed = base.of(weight, weight_scale, weight_offset, strategy)
-    dx = packed.input_gradient(dy) if needs_x else None
+    packed = held(impl, weight, weight_scale, weight_offset, strategy)
+    dx = _input_gradient(impl, dy, packed) if needs_x else None
     dbias = column_sum(dy).to(dy.dtype) if needs_bias else None
     return present((dx, dbias), dy)
 
 
-def _backward_fake(dy, weight, strategy, needs, weight_scale=None, weight_offset=None):
+def _backward_fake(dy, weight, impl, strategy, needs, weight_scale=None, weight_offset=None):
     dx, dbias = dy.new_empty(dy.shape[0], base.in_features(weight)), dy.new_empty(dy.shape[1])
     return present(empty_like_wanted((dx, dbias), needs), dy)
 
 
-_ARGUMENTS = f"Tensor x, Tensor weight, Tensor? bias, str strategy, {base.SCHEMA}"
+_ARGUMENTS = f"Tensor x, Tensor weight, Tensor? bias, str impl, str strategy, {base.SCHEMA}"
 _operator = define(f"{NAME}({_ARGUMENTS}) -> Tensor", _forward, _forward_fake)
 _forward_operator = define(f"{NAME}_forward({_ARGUMENTS}) -> Tensor", _forward, _forward_fake)
 _backward_operator = define(
-    f"{NAME}_backward(Tensor dy, Tensor weight, str strategy, bool[] needs, {base.SCHEMA})"
-    " -> Tensor[]",
+    f"{NAME}_backward(Tensor dy, Tensor weight, str impl, str strategy, bool[] needs, "
+    f"{base.SCHEMA}) -> Tensor[]",
     _backward,
     _backward_fake,
 )
@@ -123,12 +143,12 @@ _backward_operator = define(
 
 class _QuantizedLinear(Operation):
     @staticmethod
-    def forward(ctx, x, weight, bias, strategy, weight_scale=None, weight_offset=None):
+    def forward(ctx, x, weight, bias, impl, strategy, weight_scale=None, weight_offset=None):
         with Operation.below_autograd():
-            y = _forward_operator(x, weight, bias, strategy, weight_scale, weight_offset)
+            y = _forward_operator(x, weight, bias, impl, strategy, weight_scale, weight_offset)
         ctx.needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[2])
         ctx.save_for_backward(weight, weight_scale, weight_offset)
-        ctx.strategy = strategy
+        ctx.path = (impl, strategy)
         return y
 
     @staticmethod
@@ -136,9 +156,9 @@ class _QuantizedLinear(Operation):
     def backward(ctx, dy):
         weight, *quantizers = ctx.saved_tensors
         with Operation.below_autograd():
-            gradients = _backward_operator(dy, weight, ctx.strategy, list(ctx.needs), *quantizers)
+            gradients = _backward_operator(dy, weight, *ctx.path, list(ctx.needs), *quantizers)
         dx, dbias = wanted(gradients, ctx.needs)
-        return dx, None, dbias, *(None,) * 3
+        return dx, None, dbias, *(None,) * 4
 
 
 differentiate(NAME, _QuantizedLinear)

@@ -1,6 +1,7 @@
 """train, generate and info: what they print, what they leave, and how they fail."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +12,14 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
-from artemis import load_hybrid_adapter, read_adapter
+from artemis import load_hybrid_adapter, quantize_adapter_model, read_adapter, save_quantized
 from artemis.cli import main
 from artemis.cli.demo.corpus import help_topics
 from artemis.cli.demo.recipe import Workspace
+from artemis.cli.generate import continue_text
+from artemis.quantized_layers import packed_layers
 from artemis.training import load_base
 
 
@@ -41,6 +45,15 @@ def training_file(workspace: Workspace, directory: Path, **training) -> Path:
 
 def run(*arguments: str) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-m", "artemis.cli", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def int8_base(workspace, tmp_path_factory) -> Path:
+    """The workspace's base model in 8 bits, as `save_quantized` leaves it: no tokenizer."""
+    model, _ = load_base(str(workspace.directory / "base"), torch.float32)
+    folder = tmp_path_factory.mktemp("int8")
+    save_quantized(quantize_adapter_model(model, progress=False), folder)
+    return folder
 
 
 # --- train
@@ -113,6 +126,40 @@ def test_generate_continues_the_prompt(workspace, capsys):
     assert 1 <= result["new_tokens"] <= 7
     assert main([*arguments[:4], *arguments[5:]]) == 0
     assert capsys.readouterr().out.rstrip("\n") == result["text"]
+
+
+def test_generate_reads_a_quantized_base(workspace, int8_base, capsys):
+    adapter = ["--adapter", str(workspace.directory / "hybrid")]
+    arguments = ["--prompt", "The ", "--json", "--max-new-tokens", "5", "--precision", "fp32"]
+    assert main(["generate", str(int8_base), *arguments, *adapter]) == 0
+    text = json.loads(capsys.readouterr().out)["text"]
+    model, tokenizer = load_base(str(workspace.directory / "base"), torch.float32)
+    quantize_adapter_model(load_hybrid_adapter(model, adapter[1]), adapter_bits=32)
+    assert text == continue_text(model.eval(), tokenizer, "The ", 5)[0]
+
+
+def test_a_quantized_base_is_cast_and_keeps_its_own_tokenizer(workspace, int8_base, tmp_path):
+    shutil.copytree(int8_base, tmp_path / "base")
+    _, tokenizer = load_base(str(int8_base), torch.float32)
+    tokenizer.pad_token = "!"
+    tokenizer.save_pretrained(tmp_path / "base")
+    model, own = load_base(str(tmp_path / "base"), torch.bfloat16, "eager")
+    assert own.pad_token == "!" != AutoTokenizer.from_pretrained(model.name_or_path).pad_token
+    assert model.dtype == model.lm_head.weight.dtype == torch.bfloat16
+    assert model.config._attn_implementation == "eager"
+    assert len(list(packed_layers(model))) == 14
+
+
+def test_a_quantized_base_is_trained_under_an_adapter_only(workspace, int8_base, tmp_path, capsys):
+    path = training_file(workspace, tmp_path, max_steps=2)
+    values = yaml.safe_load(path.read_text()) | {"model": str(int8_base)}
+    path.write_text(yaml.safe_dump(values))
+    assert main(["train", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["trainable_parameters"] > 0
+    del values["hybrid_adapter"]
+    path.write_text(yaml.safe_dump(values))
+    assert main(["train", str(path)]) == 1
+    assert "is quantized, allowed: with a hybrid_adapter" in capsys.readouterr().err
 
 
 def test_generate_uses_the_adapter(workspace, capsys, tmp_path):
@@ -228,3 +275,14 @@ def test_help_shows_an_example(command, capsys):
         main([command, "--help"])
     assert ended.value.code == 0
     assert f"example:\n  artemis {command}" in capsys.readouterr().out
+
+
+def test_info_describes_a_quantized_base(int8_base, capsys):
+    assert main(["info", str(int8_base)]) == 0
+    output = capsys.readouterr().out
+    assert "LlamaForCausalLM" in output
+    assert "14 layers:" in output and "lm_head  as it was: the output head" in output
+    assert main(["info", str(int8_base / "quantized_base.safetensors"), "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["config"]["hidden_size"] == 32
+    assert {layer["format"] for layer in values["report"]["layers"]} == {"int8"}

@@ -22,13 +22,16 @@ from artemis.errors import AdapterError
 def test_the_demo_measures_every_arm(demo):
     assert demo.status == 0
     arms = json.loads(demo.json.read_text())["arms"]
-    assert set(arms) == {"frozen", "full", "hybrid", "reload"}
+    assert set(arms) == {"frozen", "full", "hybrid", "hybrid_int8", "reload"}
     assert arms["frozen"]["trainable_parameters"] == 0
     assert 0 < arms["hybrid"]["trainable_parameters"] < arms["full"]["trainable_parameters"]
-    for arm in ("frozen", "full", "hybrid"):
+    assert arms["hybrid_int8"]["trainable_parameters"] == arms["hybrid"]["trainable_parameters"]
+    assert arms["hybrid_int8"]["new_loss"] == pytest.approx(arms["hybrid"]["new_loss"], rel=0.01)
+    assert arms["hybrid_int8"]["new_loss"] != arms["hybrid"]["new_loss"]
+    for arm in ("frozen", "full", "hybrid", "hybrid_int8"):
         assert arms[arm]["peak_memory_bytes"] > arms[arm]["training_memory_bytes"] > 0
         assert 0 < arms[arm]["new_loss"] < 2 * math.log(257)
-    for arm in ("full", "hybrid"):
+    for arm in ("full", "hybrid", "hybrid_int8"):
         assert arms[arm]["tokens_per_second"] > 0
         assert arms[arm]["new_loss"] < arms["frozen"]["new_loss"]
     assert arms["reload"]["new_loss"] == pytest.approx(arms["hybrid"]["new_loss"], rel=1e-6)
@@ -142,20 +145,22 @@ MEASURES = {
     "frozen": {"trainable_parameters": 0, "new_loss": 3.0, "old_loss": 1.0, "peak_memory_bytes": 1},
     "full": {"trainable_parameters": 1000, "new_loss": 1.0, "old_loss": 2.0},
     "hybrid": {"trainable_parameters": 10, "new_loss": 1.5, "old_loss": 1.25, "saved_bytes": 2e6},
+    "hybrid_int8": {"trainable_parameters": 10, "new_loss": 1.75, "old_loss": 1.25},
 }
 
 
 def test_the_share_of_improvement():
     assert share_of_improvement(MEASURES) == 0.75
+    assert share_of_improvement(MEASURES, "hybrid_int8") == 0.625
     worse = MEASURES | {"full": {"new_loss": 3.5, "old_loss": 1.0}}
     assert share_of_improvement(worse) is None
 
 
 def test_the_table():
     lines = {line[:32].strip(): line[32:].split() for line in render(MEASURES).splitlines()}
-    assert lines["trained parameters"] == ["0", "1,000", "10"]
-    assert lines["loss on the new text"] == ["3.0000", "1.0000", "1.5000"]
-    assert lines["change"] == ["-", "-2.0000", "-1.5000"]
-    assert lines["change (above 0: forgotten)"] == ["-", "+1.0000", "+0.2500"]
-    assert lines["share of full's improvement"] == ["-", "100.0%", "75.0%"]
-    assert lines["saved"] == ["-", "-", "2.0", "MB"]
+    assert lines["trained parameters"] == ["0", "1,000", "10", "10"]
+    assert lines["loss on the new text"] == ["3.0000", "1.0000", "1.5000", "1.7500"]
+    assert lines["change"] == ["-", "-2.0000", "-1.5000", "-1.2500"]
+    assert lines["change (above 0: forgotten)"] == ["-", "+1.0000", "+0.2500", "+0.2500"]
+    assert lines["share of full's improvement"] == ["-", "100.0%", "75.0%", "62.5%"]
+    assert lines["saved"] == ["-", "-", "2.0", "MB", "-"]

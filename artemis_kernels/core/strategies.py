@@ -1,0 +1,189 @@
+"""Which strategies an operation has for a call: what may be chosen, be it by costs or by a table.
+
+A strategy is listed here where it can run; which one a call takes is decided in an operation's
+`usual` (by costs) or by a measured table (`core.tables`). `chip` is None for the eager path on a
+CPU.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from . import tiling
+from .base import MOST_DIRECT_ROWS, MOST_SUMMED
+from .device import INTERPRETER, Chip, has_fast_bf16, multiplies_int8
+from .quantized import FORMATS, QuantizedWeight
+
+TENSOR = "tensor"
+_BITS = {"int8": ("auto", 8, 16), "fp8": ("auto", 8, 16), "int4": ("auto", 16)}
+#: What the weight of a `Case` may be: a tensor, or a format and what it is multiplied in.
+WEIGHTS = (TENSOR, *(f"{format}:{bits}" for format in FORMATS for bits in _BITS[format]))
+
+
+class Case(NamedTuple):
+    """What a choice may depend on. A bottleneck alone has no `in_features`, a product no width.
+
+    `rows` is a power of two and stands for all rows above half of it; `dtype` is the computing
+    one's name; `weight` one of `WEIGHTS`.
+    """
+
+    op: str
+    rows: int
+    in_features: int
+    out_features: int
+    width: int
+    dtype: str
+    weight: str = TENSOR
+    trains: bool = False
+    drops: bool = False
+
+    @property
+    def key(self) -> str:
+        """The name of this case in a table."""
+        words = " ".join(map(str, self[:7]))
+        return words + " training" * self.trains + " dropout" * self.drops
+
+    @classmethod
+    def of(cls, key: str) -> "Case":
+        """The case of a key; raises ValueError for any other text."""
+        op, *rest = key.split(" ")
+        if len(rest) < 6 or op not in OPERATIONS or rest[5] not in WEIGHTS:
+            raise ValueError(key)
+        sizes, (dtype, weight), flags = map(int, rest[:4]), rest[4:6], rest[6:]
+        case = cls(op, *sizes, dtype, weight, "training" in flags, "dropout" in flags)
+        known = isinstance(getattr(torch, dtype, None), torch.dtype) and case.key == key
+        if not known or min(case[1:5]) < 0 or case.rows < 1 or case.rows & (case.rows - 1):
+            raise ValueError(key)
+        return case
+
+    @property
+    def format(self) -> str:
+        """Of the weight: `tensor`, or a packed weight's."""
+        return self.weight.partition(":")[0]
+
+    @property
+    def bits(self) -> str:
+        """What a packed weight asks to be multiplied in: `auto`, `8`, `16`."""
+        return self.weight.partition(":")[2]
+
+
+def weight_of(weight: torch.Tensor | QuantizedWeight | None) -> str:
+    """The word of `Case.weight` for an operation's weight."""
+    if not isinstance(weight, QuantizedWeight):
+        return TENSOR
+    return f"{weight.format}:{weight.activation_bits}"
+
+
+def candidates(case: Case, chip: Chip | None) -> tuple[str, ...]:
+    """Every strategy that can run `case` on a chip, or on this CPU where that is None."""
+    return OPERATIONS[case.op](case, chip)
+
+
+def _lora_linear(case: Case, chip: Chip | None) -> tuple[str, ...]:
+    if chip is None:
+        return tuple("addmm" + suffix for suffix in _cpu_products(case))
+    if case.format == TENSOR:
+        one_pass = not case.drops and case.width <= tiling.MAX_ONE_PASS_RANK
+        return ("one_pass",) * one_pass + ("split", "vendor")
+    found = []
+    for how, vendor in _gpu_products(case, chip):
+        found += [f"vendor_{how}"] if vendor else [f"split_{how}"]
+        found += ["vendor_dense"] if how == "dense" else []
+    return tuple(found)
+
+
+def _adapter_linear(case: Case, chip: Chip | None) -> tuple[str, ...]:
+    if chip is None:
+        return tuple(f + suffix for suffix in _cpu_products(case) for f in ("folded", "plain"))
+    if case.format == TENSOR:
+        return ("folded", "folded_vendor", "plain")
+    found = []
+    for how, vendor in _gpu_products(case, chip):
+        end = f"_vendor_{how}" if vendor else f"_{how}"
+        found += [f"folded{end}", f"plain{end}"]
+        found += ["folded_vendor_dense"] if how == "dense" else []
+    return tuple(found)
+
+
+def _bottleneck_adapter(case: Case, chip: Chip | None) -> tuple[str, ...]:
+    if chip is None:
+        return ("addmm",)
+    fits = case.width <= tiling.max_row_block_width(chip)
+    return ("row_block",) * fits + ("two_launch",)
+
+
+def _quantized_linear(case: Case, chip: Chip | None) -> tuple[str, ...]:
+    if case.format == TENSOR:
+        return ()
+    if chip is None:
+        return tuple("product" + suffix for suffix in _cpu_products(case))
+    return tuple(
+        f"product_vendor_{how}" if vendor else f"product_{how}"
+        for how, vendor in _gpu_products(case, chip)
+    )
+
+
+OPERATIONS = {
+    "lora_linear": _lora_linear,
+    "adapter_linear": _adapter_linear,
+    "bottleneck_adapter": _bottleneck_adapter,
+    "quantized_linear": _quantized_linear,
+}
+
+
+def _cpu_products(case: Case) -> tuple[str, ...]:
+    """Ends of names that say how a packed weight is multiplied; one empty end for a tensor.
+
+    `_weight_only` reads a packed weight as it is for few rows and copies it for many; the two
+    others of that name do one of them whatever the rows.
+    """
+    if case.format == TENSOR:
+        return ("",)
+    if case.bits == "8" and case.format == "fp8":
+        return ("_fp8",)
+    sums = case.format != "int8" or max(case.in_features, case.out_features) <= MOST_SUMMED
+    if case.bits == "8" and sums:
+        return ("_int8",)
+    found = ["_weight_only"]
+    in_bf16 = case.dtype == "bfloat16" and has_fast_bf16()
+    if case.rows <= (tiling.FEW_ROWS if in_bf16 else MOST_DIRECT_ROWS):
+        found += ["_weight_only_copy", "_weight_only_direct"]
+    if case.format == "int8" and case.bits == "auto" and sums and multiplies_int8():
+        found.append("_int8")
+    return tuple(found)
+
+
+def _gpu_products(case: Case, chip: Chip) -> tuple[tuple[str, bool], ...]:
+    """`(how, by the vendor)` of every way to multiply by a packed weight on a chip."""
+    native = not why_no_eight_bits(case.format, max(case.in_features, case.out_features), chip)
+    vendor = vendor_multiplies(case, chip)
+    eight = ((case.format, False), (case.format, True))[: 1 + vendor] if native else ()
+    if case.bits == "8" and native:
+        return eight
+    by_weight = (("weight_only", False), ("dense", False))
+    return by_weight if case.bits == "16" else (*by_weight, *eight)
+
+
+def why_no_eight_bits(format: str, longest: int, chip: Chip) -> str:
+    """Why `chip` cannot multiply 8-bit activations by a weight of this longest side; '' if it can."""
+    if format == "int4":
+        return "products of 8-bit activations need 8-bit weights, not int4"
+    if format == "int8" and longest > MOST_SUMMED:
+        return f"int32 may not hold sums over {longest:,} products"
+    if chip.name == INTERPRETER or chip.backend == "hip" and format == "int8":
+        return ""
+    if format == "int8":
+        return "" if chip.generation >= 80 else f"{chip.name} has no int8 tensor cores for it"
+    if chip.generation >= 89 or chip.name == "gfx950":
+        return ""
+    return f"{chip.name} has no e4m3 tensor cores"
+
+
+def vendor_multiplies(case: Case, chip: Chip) -> bool:
+    """Whether torch multiplies this case's weight in 8 bits: more than 16 rows, sides that 16
+    divides, and y in bfloat16 for e4m3 with scales by row."""
+    if chip.name == INTERPRETER or chip.backend == "hip" or case.rows <= 16:
+        return False
+    if case.in_features % 16 or case.out_features % 16:
+        return False
+    return case.format == "int8" or case.dtype == "bfloat16"

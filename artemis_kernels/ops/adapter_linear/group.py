@@ -1,0 +1,184 @@
+"""`adapter_linear_group`: several `adapter_linear` of one x (gate and up) as one operation."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from ...core import call
+from ...core.groups import Common, GroupOperation, define_group
+from ...core.quantized import QuantizedWeight
+from ...core.types import Choice
+from .. import members
+from . import group_eager, op
+
+NAME = "adapter_linear_group"
+
+
+def adapter_linear_group(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor | QuantizedWeight],
+    downs: Sequence[torch.Tensor],
+    ups: Sequence[torch.Tensor],
+    *,
+    biases: Sequence[torch.Tensor | None] | None = None,
+    biases_down: Sequence[torch.Tensor | None] | None = None,
+    biases_up: Sequence[torch.Tensor | None] | None = None,
+    activation: str = "gelu",
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+    scales: Sequence[float | torch.Tensor] | None = None,
+    impl: str | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Return `adapter_linear(x, weights[i], downs[i], ups[i], ...)` of every i.
+
+    On the eager path x is rounded to 8 bits once where weights are multiplied so, and dX is summed
+    in one buffer; the kernels compute the members one after the other. The values are those of the
+    single calls with this very seed, up to rounding; an output that no gradient reaches costs
+    nothing in the backward.
+
+    Args:
+        x: [..., in], floating, as in `adapter_linear`.
+        weights: each [out_i, in], or a `QuantizedWeight` of that shape.
+        downs: each [width_i, out_i].
+        ups: each [out_i, width_i].
+        biases, biases_down, biases_up: each a tensor or None; None for none at all.
+        activation, dropout_p, seed, impl: as in `adapter_linear`, the same for all.
+        scales: each a float or a 0-d tensor; None for ones.
+
+    Returns:
+        A tuple of [..., out_i].
+
+    Raises:
+        ValueError, TypeError: lists of different lengths, an empty group, or what a member's own
+            call would refuse, naming the member.
+        Unavailable: a path asked for by `impl` that cannot run, saying why.
+    """
+    calls = _calls(
+        x, weights, downs, ups, biases, biases_down, biases_up, activation, dropout_p, seed, scales,
+        impl,
+    )  # fmt: skip
+    each = members.paths(NAME, op.plan, calls)
+    p, seed = call.dropout(dropout_p, seed, x)
+    if why_apart(each) is not None:
+        return tuple(
+            op.adapter_linear(*arguments, **options | {"seed": seed})
+            for arguments, options in calls
+        )
+    dtype = call.compute_dtype(x)
+    parts, numbers = _operands(calls, dtype)
+    x = x.to(dtype)
+    with call.outside_autocast(x):
+        ys = _operator(
+            x.reshape(-1, x.shape[-1]), parts, numbers, activation, p, seed, "eager",
+            [path.strategy for path in each],
+        )  # fmt: skip
+    return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys)
+
+
+def _operands(calls: list[tuple], dtype: torch.dtype) -> tuple[list, list[float]]:
+    """The operator's tensors, flat, and the members' numeric scales."""
+    parts, numbers = [], []
+    for (_, weight, down, up), options in calls:
+        bias, scale = options["bias"], call.Scale.of(options["scale"])
+        data, quantizers = call.weight_tensors(weight, dtype)
+        bias = None if bias is None else bias.to(dtype)
+        parts += Member(data, down, up, bias, options["bias_down"], options["bias_up"],
+                        scale.tensor, *quantizers)  # fmt: skip
+        numbers.append(scale.number)
+    return parts, numbers
+
+
+def why_apart(each: list[call.Path]) -> str | None:
+    """Why members on these paths are computed one after the other, or None where they join."""
+    if any(path.impl != "eager" for path in each):
+        return f"{each[0].reason}, and only the eager path joins bottlenecks"
+    return None
+
+
+def explain(
+    x, weights, downs, ups, *, biases=None, biases_down=None, biases_up=None, activation="gelu",
+    dropout_p=0.0, seed=None, scales=None, impl=None,
+) -> Choice:  # fmt: skip
+    """The path `adapter_linear_group` takes for these arguments, why, and what it costs."""
+    calls = _calls(
+        x, weights, downs, ups, biases, biases_down, biases_up, activation, dropout_p, seed, scales,
+        impl,
+    )  # fmt: skip
+    each = members.paths(NAME, op.plan, calls)
+    costs = [op.explain(*arguments, **options).cost for arguments, options in calls]
+    return members.choice(NAME, each, why_apart(each), costs, members.joined(x, len(calls)))
+
+
+def _calls(
+    x, weights, downs, ups, biases, biases_down, biases_up, activation, dropout_p, seed, scales,
+    impl,
+) -> list[tuple]:  # fmt: skip
+    """Arguments and options of each member's own `adapter_linear`."""
+    each = members.by_member(
+        NAME, len(weights), weights=weights, downs=downs, ups=ups, biases=biases,
+        biases_down=biases_down, biases_up=biases_up, scales=scales,
+    )  # fmt: skip
+    shared = {"activation": activation, "dropout_p": dropout_p, "seed": seed, "impl": impl}
+    return [
+        (
+            (x, m["weights"], m["downs"], m["ups"]),
+            {
+                "bias": m["biases"],
+                "bias_down": m["biases_down"],
+                "bias_up": m["biases_up"],
+                "scale": 1.0 if scales is None else m["scales"],
+                **shared,
+            },
+        )
+        for m in each
+    ]
+
+
+class Member(NamedTuple):
+    """The tensors of one member, in the operator's order."""
+
+    weight: torch.Tensor
+    down: torch.Tensor
+    up: torch.Tensor
+    bias: torch.Tensor | None
+    bias_down: torch.Tensor | None
+    bias_up: torch.Tensor | None
+    scale_tensor: torch.Tensor | None
+    weight_scale: torch.Tensor | None = None
+    weight_offset: torch.Tensor | None = None
+
+
+def _plain(common: Common) -> list[bool]:
+    return [strategy.startswith("plain") for strategy in common.strategies]
+
+
+def _fake(x: torch.Tensor, parts: list[Member], common: Common):
+    ys = [x.new_empty(x.shape[0], member.weight.shape[0]) for member in parts]
+    zs = [x.new_empty(x.shape[0], member.down.shape[0]) for member in parts]
+    of_down = [
+        torch.empty_like(y) if plain else x.new_empty(member.down.shape[0], x.shape[1])
+        for y, member, plain in zip(ys, parts, _plain(common), strict=True)
+    ]
+    return ys, zs + of_down
+
+
+def _reads_x(needs: list[Member], common: Common) -> bool:
+    """Folded, dD is a sum over x."""
+    pairs = zip(needs, _plain(common), strict=True)
+    return any(member.down and not plain for member, plain in pairs)
+
+
+def _to_keep(kept: list[torch.Tensor], needs: list[Member], common: Common):
+    """All z; F for dX and dD; y0, of plain members, for dD only."""
+    count = len(needs)
+    of_down = [
+        tensor if member.down or not plain else None
+        for tensor, member, plain in zip(kept[count:], needs, _plain(common), strict=True)
+    ]
+    return kept[:count] + of_down
+
+
+_operator = define_group(
+    GroupOperation(NAME, Member, lambda impl: group_eager, _fake, _reads_x, _to_keep)
+)

@@ -1,0 +1,55 @@
+"""What the public functions of groups share: arguments by member, paths, and their costs."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from ..core import call
+from ..core.types import Choice, Cost
+
+
+def by_member(op: str, count: int, **lists: Sequence | None) -> list[dict[str, Any]]:
+    """`[{name: value}]`, one for each member; a list that is None gives None to all.
+
+    Raises ValueError where a list has another length, and for a group of no members.
+    """
+    if count == 0:
+        raise ValueError(f"{op}: a group needs at least one member, got none")
+    for name, values in lists.items():
+        if values is not None and len(values) != count:
+            raise ValueError(f"{op}: {name} must hold {count} values, got {len(values)}")
+    return [
+        {name: None if values is None else values[i] for name, values in lists.items()}
+        for i in range(count)
+    ]
+
+
+def paths(op: str, plan: Callable[..., call.Path], calls: Iterable[tuple]) -> list[call.Path]:
+    """The path of each member's own call `(arguments, options)`; errors say which member."""
+    found = []
+    for index, (arguments, options) in enumerate(calls):
+        try:
+            found.append(plan(*arguments, **options))
+        except (ValueError, TypeError) as error:
+            message = str(error).partition(": ")[2]
+            raise type(error)(f"{op}: member {index}: {message}") from None
+    return found
+
+
+def choice(
+    op: str, each: list[call.Path], why_apart: str | None, costs: list[Cost], shared: Cost
+) -> Choice:
+    """The `Choice` of a group; `shared` is what joining the members saves of their `costs`."""
+    total = sum(costs, Cost(0, 0))
+    strategies = " + ".join(path.strategy for path in each)
+    impl = each[0].impl if len({path.impl for path in each}) == 1 else "mixed"
+    if why_apart is not None:
+        return Choice(op, impl, f"each: {strategies}", why_apart, total)
+    reason = f"{each[0].reason}; x is read once for all"
+    return Choice(op, impl, f"joined: {strategies}", reason, total + shared)
+
+
+def joined(x: torch.Tensor, count: int) -> Cost:
+    """What joining changes in the sum of the single costs: x is read once, not `count` times."""
+    return Cost(0, -(count - 1) * x.numel() * call.compute_dtype(x).itemsize)

@@ -1,0 +1,170 @@
+"""The steps of fused paths over a base weight, packed or not: each picks its launches.
+
+A strategy's last word says how a packed weight is multiplied (`core.packed_choice`):
+
+    weight_only   the packed tiles, dequantized on their way into the product (forward only)
+    dense         a dense copy in x's dtype, made by one pass, then what a tensor would get
+    int8, fp8     rows of x (or of dY ⊙ row scale) rounded to 8 bits, 8-bit tensor cores
+
+For dX tensor cores want the weight's 8-bit numbers along `out`. They are transposed at the call
+(2·N·K bytes of traffic, in time 1/40 of the product at 8,192 rows) into a buffer that is freed
+after it, rather than held twice: the base stays at one byte a number, with one scale a row, and dX
+is that of `core.eight_bit`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional
+
+from ...core import packed_choice, tuning
+from ...core.device import Chip
+from ...core.quantized import QuantizedWeight
+from ...core.tiling import Shape
+from ..low_rank import steps
+from ..low_rank.arguments import NO_DROPOUT, UNSCALED, Dropout, Scale
+from .eight_bit import eight_bit
+from .epilogue import Epilogue, finish
+from .round_rows import round_rows
+from .unpack import unpack
+from .weight_only import weight_only
+
+_LONG_SUM = 8192  # from here on fp8 sums are kept precise in the forward too
+
+
+class Packed(NamedTuple):
+    """A quantized weight [out, in], or its transpose, and how it is multiplied."""
+
+    weight: QuantizedWeight
+    how: str  # weight_only, dense, int8, fp8
+    vendor: bool  # 8-bit products by torch
+    transposed: bool = False
+
+    def t(self) -> "Packed":
+        return self._replace(transposed=not self.transposed)
+
+
+def of(
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    strategy: str,
+) -> torch.Tensor | Packed:
+    """The base that an operator's tensors and strategy stand for."""
+    if scale is None:
+        return weight
+    how = next(how for how in packed_choice.PRODUCTS if strategy.endswith(how))
+    return Packed(QuantizedWeight.of_parts(weight, scale, offset), how, "vendor" in strategy)
+
+
+def dense(weight: torch.Tensor | Packed, dtype: torch.dtype, chip: Chip) -> torch.Tensor:
+    """The base as a tensor, for thin products with it; a copy of a packed one."""
+    if isinstance(weight, torch.Tensor):
+        return weight
+    N, K = weight.weight.shape
+    config = tuning.config("unpack", Shape(1, N, K, dtype=dtype), chip)
+    copy = unpack(weight.weight, dtype, config=config)
+    return copy.t() if weight.transposed else copy
+
+
+def product(
+    x: torch.Tensor, weight: torch.Tensor | Packed, bias: torch.Tensor | None, chip: Chip
+) -> torch.Tensor:
+    """`x Wᵀ + bias` [M, N] in x's dtype; by the vendor where the weight is, or becomes, dense."""
+    if isinstance(weight, Packed) and not _becomes_dense(weight):
+        return _packed(x, weight, Epilogue(bias=bias), chip)
+    copy = dense(weight, x.dtype, chip)
+    return functional.linear(x, copy, None if bias is None else bias.to(x.dtype))
+
+
+def expanded(
+    x: torch.Tensor,
+    weight: torch.Tensor | Packed,
+    s: torch.Tensor,
+    b: torch.Tensor,
+    chip: Chip,
+    *,
+    vendor: bool,
+    bias: torch.Tensor | None = None,
+    bias_low: torch.Tensor | None = None,
+    scale: Scale = UNSCALED,
+    dropout: Dropout = NO_DROPOUT,
+) -> torch.Tensor:
+    """`x Wᵀ + bias + s·(mask·(S Bᵀ) + bias_low)` over any base."""
+    if isinstance(weight, Packed) and not _becomes_dense(weight):
+        return _packed(x, weight, Epilogue(s, b, bias, bias_low, scale, dropout), chip)
+    return steps.expanded(
+        x, dense(weight, x.dtype, chip), s, b, chip, vendor=vendor, bias=bias, bias_low=bias_low,
+        scale=scale, dropout=dropout,
+    )  # fmt: skip
+
+
+def _becomes_dense(weight: Packed) -> bool:
+    """Packed tiles lie along `in`; a product along `out` takes them from a dense copy."""
+    return weight.how == "dense" or (weight.how == "weight_only" and weight.transposed)
+
+
+def _packed(x: torch.Tensor, weight: Packed, epilogue: Epilogue, chip: Chip) -> torch.Tensor:
+    packed = weight.weight
+    if weight.how == "weight_only":
+        bits = 4 if packed.format == "int4" else 8
+        shape = _shape(x, packed.shape[0], epilogue)
+        config = tuning.config(f"weight_only_{bits}", shape, chip)
+        return weight_only(x, packed, epilogue, config=config)
+    N = packed.shape[1 if weight.transposed else 0]
+    y = x.new_empty(x.shape[0], N)
+    if not y.numel():
+        return y
+    dtype = packed.data.dtype
+    config = tuning.config("round_rows", Shape(*x.shape, dtype=x.dtype), chip)
+    rounded = round_rows(x, dtype, packed.scale if weight.transposed else None, config=config)
+    epilogue = epilogue._replace(row=rounded.scale, xa=rounded.apart)
+    if weight.transposed:
+        data = packed.data.t()
+        data = data.contiguous() if chip.backend == "cuda" else data
+    else:
+        data = packed.data
+        epilogue = epilogue._replace(column=packed.scale)
+    if rounded.apart is not None:
+        epilogue = epilogue._replace(wa=_columns_apart(weight, rounded.columns, x.dtype))
+    if weight.vendor:
+        return _by_torch(rounded.q, data, y, epilogue, chip)
+    precise = weight.transposed or x.shape[1] > _LONG_SUM
+    config = tuning.config("eight_bit", _shape(x, N, epilogue), chip)
+    eight_bit(rounded.q, data, y, epilogue, config=config, precise=precise)
+    return y
+
+
+def _columns_apart(weight: Packed, columns: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The weights [N, A] that the columns apart are multiplied by, dequantized."""
+    data, scale = weight.weight.data, weight.weight.scale
+    if weight.transposed:
+        return (data[columns].float() * scale[columns, None]).to(dtype).t()
+    return (data[:, columns].float() * scale[:, None]).to(dtype)
+
+
+def _by_torch(
+    q: torch.Tensor, data: torch.Tensor, y: torch.Tensor, epilogue: Epilogue, chip: Chip
+) -> torch.Tensor:
+    """torch's 8-bit product of q [M, K] and data [N, K], then one pass for what is left."""
+    M, N = y.shape
+    shape = Shape(M, N, r=epilogue.rank, dtype=y.dtype, masked=epilogue.dropout.p > 0)
+    config = tuning.config("finish_product", shape, chip)
+    if q.dtype == torch.int8:
+        finish(torch._int_mm(q, data.t())[None], y, epilogue, config=config)
+        return y
+    column = epilogue.column
+    column = torch.ones_like(epilogue.row[:1]).expand(N) if column is None else column
+    parts = torch._scaled_mm(
+        q, data.t(), epilogue.row[:, None], column[None].contiguous(), out_dtype=y.dtype
+    )
+    left = epilogue._replace(row=None, column=None)
+    if left.s is None and left.bias is None:
+        return parts
+    finish(parts[None], y, left, config=config)
+    return y
+
+
+def _shape(x: torch.Tensor, out_features: int, epilogue: Epilogue) -> Shape:
+    masked = epilogue.dropout.p > 0
+    return Shape(x.shape[0], out_features, x.shape[1], epilogue.rank, x.dtype, masked)

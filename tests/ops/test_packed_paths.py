@@ -1,0 +1,196 @@
+"""Triton paths over a packed weight, interpreted: y and every gradient, each strategy forced.
+
+By weight only the accuracy rule holds against the dequantized base in fp64; in 8 bits the truth
+rounds x and dY as docs/quantization.md says, as it does for the eager path.
+"""
+
+import pytest
+import torch
+
+import artemis_kernels
+from artemis_kernels import QuantizedWeight, explain, quantized_linear
+from artemis_kernels.core import packed_choice
+from artemis_kernels.core.device import CHIPS, why_no_triton
+from artemis_kernels.core.tiling import Shape
+from tests import kit
+from tests.kit import Sizes
+from tests.ops.operations import ADAPTER, BF16, HALF, LORA, SINGLE
+from tests.ops.test_quantized_ops import forced, operands, trained, truth_in_eight_bits
+
+FORMATS = ("int8", "fp8", "int4")
+BY_WEIGHT = [
+    (LORA, "split_weight_only"), (LORA, "split_dense"), (LORA, "vendor_dense"),
+    (ADAPTER, "plain_weight_only"), (ADAPTER, "folded_weight_only"), (ADAPTER, "plain_dense"),
+    (ADAPTER, "folded_vendor_dense"),
+]  # fmt: skip
+IN_EIGHT_BITS = [
+    (LORA, "split", "plain"), (LORA, "vendor", "plain"), (ADAPTER, "plain", "plain"),
+    (ADAPTER, "plain_vendor", "plain"), (ADAPTER, "folded", "folded"),
+    (ADAPTER, "folded_vendor", "folded"),
+]  # fmt: skip
+SIZES = [Sizes(1, 24, 17, 1), Sizes(17, 64, 48, 8), Sizes(33, 136, 41, 12)]
+
+
+@pytest.fixture(autouse=True)
+def interpreted():
+    blocker = why_no_triton(torch.device("cpu"))
+    if blocker is not None:
+        pytest.skip(f"needs the interpreter: {blocker}")
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, HALF], ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("operation", "strategy"), BY_WEIGHT)
+def test_by_weight_only(operation, strategy, format, sizes, dtype):
+    tensors, packed = operands(operation, sizes, dtype, format)
+
+    def reference(**arguments):
+        return operation.reference(weight=packed, **arguments)
+
+    kit.assert_follows_reference(
+        forced(operation, strategy, packed, "triton"), reference, tensors, trained(operation),
+        c=2.0 if sizes.m == 1 else 1.25,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("term", ["weight", "branch"])
+@pytest.mark.parametrize("strategy", ["split_weight_only", "split_int8"])
+def test_each_term_alone(strategy, term):
+    """A small term would hide behind the rounding of a large one."""
+    tensors, packed = operands(LORA, Sizes(17, 64, 48, 8), SINGLE)
+    if term == "weight":
+        tensors["lora_b"].zero_()
+    else:
+        packed = QuantizedWeight.quantize(torch.zeros(48, 64))
+    dy = torch.randn(17, 48)
+    actual = kit.outcome(forced(LORA, strategy, packed, "triton"), tensors, trained(LORA), dy)
+    if strategy == "split_int8":
+        truth = truth_in_eight_bits(LORA, "plain", packed, tensors, dy)
+    else:
+        doubles = kit.in_dtype(tensors, torch.float64)
+        truth = kit.outcome(
+            lambda **a: LORA.reference(weight=packed, **a), doubles, trained(LORA), dy
+        )
+    for name, wanted in truth.items():
+        error = (actual[name].double() - wanted).norm()
+        assert error <= 2e-4 * wanted.norm() + 1e-6, f"{name}: {error:.2g}"
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(SINGLE, 3e-4), (HALF, 4e-3)], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("sizes", [*SIZES[1:], Sizes(40, 304, 128, 16)], ids=str)
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+@pytest.mark.parametrize(("operation", "strategy", "meaning"), IN_EIGHT_BITS)
+def test_in_eight_bits(operation, strategy, meaning, format, sizes, dtype, limit):
+    """Codes on the edge between two levels may fall either way; e4m3's steps are wider."""
+    if "vendor" in strategy and (sizes.k % 16 or sizes.n % 16):
+        pytest.skip("torch's 8-bit products want sides that 16 divides")
+    tensors, packed = operands(operation, sizes, dtype, format)
+    dy = torch.randn(sizes.m, sizes.n).to(dtype)
+    if sizes.k > 200:
+        tensors["x"][:, [7, 150]] *= 50
+        dy[:, 11] *= 50
+    run = forced(operation, f"{strategy}_{format}", packed, "triton")
+    actual = kit.outcome(run, tensors, trained(operation), dy)
+    truth = truth_in_eight_bits(operation, meaning, packed, tensors, dy)
+    for name, wanted in truth.items():
+        error = (actual[name].double() - wanted).norm() / wanted.norm()
+        allowed = limit * (4 if format == "fp8" else 1) * (4 if wanted.numel() < 100 else 1)
+        assert error < allowed, f"{name}: {error:.2g}"
+
+
+@pytest.mark.parametrize(
+    "strategy", ["split_weight_only", "split_int8", "split_fp8", "split_dense"]
+)
+def test_dropout_is_that_of_the_eager_path(strategy):
+    """In dX the mask falls on the low-rank term alone."""
+    format = "fp8" if strategy.endswith("fp8") else "int8"
+    tensors, packed = operands(LORA, Sizes(33, 64, 48, 8), SINGLE, format)
+    dy, seed = torch.randn(33, 48), torch.tensor([7])
+
+    def run(impl, strategy):
+        def call(x, lora_a, lora_b, bias, scale):
+            return torch.ops.artemis.lora_linear(
+                x, packed.data, lora_a, lora_b, bias, 1.0, scale, 0.4, seed, impl, strategy,
+                packed.scale, packed.offset,
+            )  # fmt: skip
+
+        return kit.outcome(call, tensors, trained(LORA), dy)
+
+    in_eight_bits = strategy.endswith(("int8", "fp8"))
+    wanted = run("eager", f"addmm_{format}" if in_eight_bits else "addmm_weight_only")
+    for name, value in run("triton", strategy).items():
+        error = (value - wanted[name]).norm() / wanted[name].norm()
+        assert error < 2e-3, f"{name}: {error:.2g}"
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("rows", [0, 1, 70])
+def test_public_functions(rows, format):
+    """What `impl="triton"` chooses, leading dimensions, no rows; and the bare product."""
+    weight = QuantizedWeight.quantize(torch.randn(48, 64), format)
+    x = torch.randn(2, rows, 64, requires_grad=True)
+    a, b, bias = torch.randn(4, 64), torch.randn(48, 4), torch.randn(48)
+    for call in (
+        lambda impl: artemis_kernels.lora_linear(x, weight, a, b, 0.5, bias=bias, impl=impl),
+        lambda impl: artemis_kernels.adapter_linear(
+            x, weight, b.t(), b, bias=bias, scale=0.1, impl=impl
+        ),
+        lambda impl: quantized_linear(x, weight, bias=bias, impl=impl),
+    ):
+        y, wanted = call("triton"), call("reference")
+        assert y.shape == wanted.shape
+        dx, wanted_dx = (torch.autograd.grad(one.square().sum(), x)[0] for one in (y, wanted))
+        if rows:
+            assert (y - wanted).norm() < 0.04 * wanted.norm()
+            assert (dx - wanted_dx).norm() < 0.1 * wanted_dx.norm()
+
+
+def test_the_operators_are_whole_to_torch():
+    tensors, packed = operands(LORA, Sizes(17, 32, 16, 4), SINGLE)
+    for strategy in ("split_weight_only", "split_int8"):
+        arguments = (
+            tensors["x"].requires_grad_(), packed.data, tensors["lora_a"], tensors["lora_b"], None,
+            1.0, None, 0.0, None, "triton", strategy, packed.scale, None,
+        )  # fmt: skip
+        torch.library.opcheck(torch.ops.artemis.lora_linear.default, arguments)
+    bare = (tensors["x"], packed.data, None, "triton", "product_int8", packed.scale, None)
+    torch.library.opcheck(torch.ops.artemis.quantized_linear.default, bare)
+
+
+def chosen(chip: str, rows: int, format: str, bits="auto", dtype=BF16, k=4096) -> tuple[str, bool]:
+    weight = QuantizedWeight.quantize(torch.ones(16, k), format, activation_bits=bits)
+    how, vendor, reason = packed_choice.choose(weight, Shape(rows, 16, k, 8, dtype), CHIPS[chip])
+    assert reason and not reason.endswith(".") and "\n" not in reason
+    return how, vendor
+
+
+def test_choices():
+    assert chosen("sm_90", 1, "int8") == chosen("sm_90", 64, "int4") == ("weight_only", False)
+    assert chosen("sm_90", 4096, "int8") == ("int8", False)
+    assert chosen("sm_90", 4096, "fp8") == ("fp8", False)
+    assert chosen("sm_90", 4096, "fp8", k=14336) == ("fp8", True)
+    assert chosen("sm_90", 4096, "fp8", k=14336, dtype=HALF) == ("fp8", False)
+    assert chosen("sm_90", 4096, "fp8", k=14330) == ("fp8", False)
+    assert (
+        chosen("sm_90", 4096, "int8", bits=16) == chosen("sm_80", 4096, "fp8") == ("dense", False)
+    )
+    assert chosen("sm_80", 100, "fp8", bits=8) == ("weight_only", False)
+    assert chosen("sm_90", 240, "int4") == ("weight_only", False)
+    assert chosen("sm_90", 4096, "int4") == ("dense", False)
+    assert (
+        chosen("gfx942", 4096, "fp8")[0] == "dense" and chosen("gfx942", 4096, "int8")[0] == "int8"
+    )
+    assert chosen("sm_90", 1, "fp8", bits=8)[0] == "fp8"
+
+
+def test_explain_says_how():
+    x, a, b = torch.randn(70, 64), torch.randn(4, 64), torch.randn(48, 4)
+    weight = QuantizedWeight.quantize(torch.randn(48, 64))
+    many = explain("lora_linear", x, weight, a, b, 1.0, impl="triton")
+    assert (many.impl, many.strategy) == ("triton", "split_int8") and "tensor cores" in many.reason
+    down, up = torch.randn(64, 48), torch.randn(48, 64)
+    few = explain("adapter_linear", x[:3], weight, down, up, impl="triton")
+    assert few.strategy == "plain_weight_only" and "few rows" in few.reason
+    bare = explain("quantized_linear", x[:3], weight, impl="triton")
+    assert bare.strategy == "product_weight_only"
