@@ -49,6 +49,7 @@ class Dataset:
                     "retention": self._ratio(retention, arm, "full"),
                     "gap": self._ratio(gap_closed, arm, "full", "frozen"),
                     "trained_parameters": round(_mean(cells, "trained_parameters")),
+                    "peak_memory": _mean(cells, "peak_memory"),
                     "seconds": _mean(cells, "seconds"),
                     "choice": choice,
                     "at_the_edge": choice in (min(trials), max(trials)),
@@ -116,8 +117,10 @@ def _correct(cells: Sequence[Record]) -> numpy.ndarray:
     return right
 
 
-def _mean(cells: Sequence[Record], key: str) -> float:
-    return float(numpy.mean([cell[key] for cell in cells]))
+def _mean(cells: Sequence[Record], key: str) -> float | None:
+    """Over the cells that have it, since a file may hold older ones; None where none does."""
+    known = [cell[key] for cell in cells if key in cell]
+    return float(numpy.mean(known)) if known else None
 
 
 def _against_zero(found: Interval) -> str:

@@ -157,6 +157,7 @@ class Study:
             "steps": outcome.steps,
             "seconds": round(outcome.seconds, 2),
             "trained_parameters": outcome.trained_parameters,
+            "peak_memory": outcome.peak_memory,
             "sizes": outcome.sizes,
         }
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..tables import Column, aligned, piped
+from ..tables import GIGA, Column, aligned, piped
 from .results import Dataset
 
 Record = dict[str, Any]
@@ -27,6 +27,10 @@ def _setting(row: Record) -> str:
     return f"{row['choice']:.0e}{'*' if row['at_the_edge'] else ''}"
 
 
+def _peak(row: Record) -> str:
+    return "" if row["peak_memory"] is None else f"{row['peak_memory'] / GIGA:.2f}"
+
+
 _SEEDS = Column("seeds", lambda row: str(row["seeds"]))
 ARM_COLUMNS = (
     Column("data", lambda row: row["dataset"], words=True),
@@ -36,6 +40,7 @@ ARM_COLUMNS = (
     Column("of full's, %", _interval("retention")),
     Column("gap closed, %", _interval("gap")),
     Column("trained parameters", lambda row: f"{row['trained_parameters']:,}"),
+    Column("peak, GB", _peak),
     Column("seconds", lambda row: f"{row['seconds']:.0f}"),
     Column("rate", _setting),
 )

@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from ...training import Trainer, default_device
+from ..memory import forget_peak, peak_memory
 from .arms import FAMILIES, Arm
 from .data import Batch, Examples, Task, random_batches
 from .model import Classifier, Pretrained, outputs
@@ -38,6 +39,7 @@ class Outcome:
     seconds: float
     steps: int
     trained_parameters: int
+    peak_memory: int  # bytes, beyond what the process held before
     sizes: dict[str, int]
 
 
@@ -53,6 +55,7 @@ def train_and_test(
     test: Examples,
 ) -> Outcome:
     """Train `arm` from the head `start`; `seconds` are those of preparing and training it."""
+    held = forget_peak()
     model = pretrained.classifier(task.classes, FAMILIES[arm.family].frozen)
     model.head.load_state_dict(start.state_dict())
     batches = random_batches(train, recipe.batch_size, seed, task.pad)
@@ -63,11 +66,12 @@ def train_and_test(
     if arm.family != "head":
         steps = _train(pretrained, model, batches, rate, seed, recipe)
     seconds = time.perf_counter() - begin
+    peak = max(peak_memory() - held, 0)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     bank = getattr(model, "hybrid_adapter", None)
     sizes = {} if bank is None else {path: site.spec.size for path, site in bank.sites.items()}
     logits = outputs(pretrained, model, test, task.pad)
-    return Outcome(logits, seconds, steps, trained or _numbers(model.head), sizes)
+    return Outcome(logits, seconds, steps, trained or _numbers(model.head), peak, sizes)
 
 
 def _numbers(module: torch.nn.Module) -> int:
