@@ -17,6 +17,9 @@ from .arms import TrainingStep
 
 _WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float32}
 _FACTOR = 1.25  # of the composed error: intermediates are rounded in either path
+#: Of the dropout masks. The errors of a step's scalars go together, since they share the rounding of
+#: its activations: one step says little about them, however many they are.
+_SEEDS = (3, 4, 5, 6)
 _PEFT_NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.default\.weight")
 _ARTEMIS_NAME = re.compile(r"hybrid_adapter\.(\w+)\.(.+)")
 
@@ -98,16 +101,17 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def gradients(step: TrainingStep, masks: bool) -> Outcome:
-    """Of every adapter parameter, after one forward and backward."""
-    torch.manual_seed(3)  # the same dropout masks in each
+    """Of every adapter parameter, after a forward and backward by each of some dropout masks."""
+    found = {}
     step.model.train(masks)
-    step.backward()
+    for seed in _SEEDS if masks else _SEEDS[:1]:
+        torch.manual_seed(seed)
+        step.backward()
+        for name, p in adapter_parameters(step.model).items():
+            gradient = torch.zeros_like(p) if p.grad is None else p.grad
+            found[f"{name}, masks {seed}"] = gradient.double()
+        step.model.zero_grad()
     step.model.train()
-    found = {
-        name: torch.zeros_like(p).double() if p.grad is None else p.grad.double()
-        for name, p in adapter_parameters(step.model).items()
-    }
-    step.model.zero_grad()
     return found
 
 
@@ -129,8 +133,7 @@ def compare(
 ) -> Verdict:
     """`rms(found - truth) ≤ c · rms(composed - truth) + eps/4 · rms(truth)`, role by role.
 
-    c = 1.25 · (1 + 6/√n) for the n numbers of a role: of a few, either rms is known only roughly,
-    and the errors of a step's scalars go together, since they share the activations' rounding.
+    c = 1.25 · (1 + 6/√n) for the n numbers of a role: of a few, either rms is known only roughly.
     Tensors of a role count alike, each divided by its own rms first; scalars, which may cancel to
     nothing, by that of all scalars of the role.
     """
