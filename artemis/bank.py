@@ -4,13 +4,14 @@ Adapted modules hold no tensors; they look theirs up here at each forward. So a 
 one entry in `state_dict`, and no name of the base changes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
 from .config import HybridAdapterConfig
 from .errors import AdapterError
+from .frozen import Casts
 from .plan import Plan, SiteSpec
 
 #: Name under which the bank is registered on the model, and prefix of its tensors' names.
@@ -88,6 +89,8 @@ class AdapterBank(nn.Module):
         #: Module path -> its `Site`; filled by injection.
         self.sites: dict = {}
         self.enabled = True
+        #: Of its tensors, for inference.
+        self.casts = Casts()
         #: Held in 8 bits: it computes, and can be neither trained nor written.
         self.for_use_only = False
         #: Names of the base's parameters that required a gradient before injection.
@@ -115,6 +118,23 @@ class AdapterBank(nn.Module):
         return {
             role: _leading(getattr(self, role)[key], shape) for role, (key, shape) in layout.items()
         }
+
+    def places(self, role: str, key: str) -> list[tuple[dict, str]]:
+        """Where entry `key` of a table is stored: dictionaries of tensors, and names in them."""
+        table = self._modules[role]
+        if isinstance(table, nn.ParameterDict):
+            return [(table._parameters, key)]
+        return table.places(key)
+
+    def forget(self) -> None:
+        """Drop all that was worked out for inference: memory, never results."""
+        self.casts.clear()
+        for site in self.sites.values():
+            site.frozen = None
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        self.forget()
+        return super()._apply(fn, recurse)
 
     def plan(self) -> Plan:
         """What is adapted now."""

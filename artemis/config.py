@@ -142,6 +142,8 @@ class HybridAdapterConfig:
     dropout_mask_sharing: str = _choice("input", "module", default="input")
     #: whether modules that read the same tensor are computed in one operation
     grouping: bool = _flag(True)
+    #: whether what an unchanging adapter comes down to is kept between calls at inference
+    cache_constants: bool = _flag(True)
     #: heads to train and save as they are; None: those of a classification model
     modules_to_save: tuple[str, ...] | None = _rule(
         lambda value: value is None or _is_list_of(_is_name, value),

@@ -7,7 +7,7 @@ from . import architectures
 from .bank import BANK, AdapterBank, find_bank
 from .config import HybridAdapterConfig
 from .errors import AdapterError
-from .groups import InputGroup
+from .groups import InputGroup, Shelf
 from .layers import adapt, restore
 from .plan import Plan, SiteSpec
 from .sites import SITES, SharedSeed
@@ -102,23 +102,25 @@ def _seeds(config: HybridAdapterConfig, plan: Plan) -> dict[str, SharedSeed]:
     """Module path -> seed: one for all that read the same tensor with the same kind of adapter."""
     if config.dropout_mask_sharing == "module":
         return {spec.path: SharedSeed() for spec in plan.sites}
-    groups: dict[tuple[str, str], SharedSeed] = {}
-    return {
-        spec.path: groups.setdefault((architectures.input_of(spec.path), spec.kind), SharedSeed())
-        for spec in plan.sites
-    }
+    groups: dict[tuple, SharedSeed] = {}
+    return {spec.path: groups.setdefault(_reads(spec), SharedSeed()) for spec in plan.sites}
+
+
+def _reads(spec: SiteSpec) -> tuple[str, str, int]:
+    """Equal for modules that read the same tensor with the same kind of adapter."""
+    return architectures.input_of(spec.path), spec.kind, spec.in_features
 
 
 def _group(model: nn.Module, plan: Plan) -> None:
     """Let linear layers that read the same tensor with the same kind of adapter find each other."""
-    readers: dict[tuple[str, str], list[nn.Module]] = {}
+    readers: dict[tuple, list[nn.Module]] = {}
     for spec in plan.sites:
         if spec.kind != "block":
-            modules = readers.setdefault((architectures.input_of(spec.path), spec.kind), [])
-            modules.append(model.get_submodule(spec.path))
+            readers.setdefault(_reads(spec), []).append(model.get_submodule(spec.path))
+    shelf = Shelf()
     for modules in readers.values():
         if len(modules) > 1:
-            group = InputGroup()
+            group = InputGroup(shelf)
             for module in modules:
                 group.add(module)
 

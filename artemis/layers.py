@@ -4,13 +4,15 @@ Injection sets `module.__class__`, so no parameter moves or changes its name, `i
 holds, and, the classes being importable, whole models pickle.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from artemis_kernels import QuantizedWeight
-
-from .quantized_layers import QUANTIZED, QuantizedConv1D, QuantizedLinear, is_packed
+from . import frozen
+from .frozen import weight_of
+from .quantized_layers import QUANTIZED, QuantizedConv1D, QuantizedLinear
 from .sites import Site
 
 
@@ -23,7 +25,7 @@ class AdaptedLinear(nn.Linear):
         """[..., in] -> [..., out]."""
         if not self.adapter.active:
             return super().forward(input)
-        return _adapted(self, input)
+        return _adapted(self, input, super().forward)
 
     def extra_repr(self) -> str:
         spec = self.adapter.spec
@@ -39,7 +41,7 @@ class AdaptedConv1D(Conv1D):
         """[..., in] -> [..., out]."""
         if not self.adapter.active:
             return super().forward(x)
-        return _adapted(self, x)
+        return _adapted(self, x, super().forward)
 
     def __repr__(self) -> str:
         spec = self.adapter.spec
@@ -66,17 +68,15 @@ PACKED: dict[type[nn.Module], type[nn.Module]] = QUANTIZED | {
 }
 
 
-def weight_of(module: nn.Linear | Conv1D) -> torch.Tensor | QuantizedWeight:
-    """The layer's weight as (out, in): a view of it where it is stored the other way round."""
-    if isinstance(module, nn.Linear) or is_packed(module):
-        return module.weight
-    return module.weight.t()
-
-
-def _adapted(module: nn.Linear | Conv1D, x: torch.Tensor) -> torch.Tensor:
-    """The site's operation on x, alone or with the modules that read the same x."""
+def _adapted(
+    module: nn.Linear | Conv1D, x: torch.Tensor, base: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """The site's operation on x: at inference from its constants; else alone, or with the modules
+    that read the same x."""
     site = module.adapter
-    y = None if site.group is None else site.group.output(module, x)
+    y = frozen.output(module, x, site, base)
+    if y is None and site.group is not None:
+        y = site.group.output(module, x)
     return site.linear(x, weight_of(module), module.bias, module.training) if y is None else y
 
 

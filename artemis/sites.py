@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from artemis_kernels import (
+    FrozenAdapter,
     QuantizedWeight,
     adapter_linear,
     adapter_linear_group,
@@ -23,6 +24,7 @@ from artemis_kernels import (
 )
 
 from .bank import AdapterBank, site_tensors
+from .frozen import Frozen
 from .plan import SiteSpec
 
 if TYPE_CHECKING:
@@ -77,6 +79,8 @@ class Site:
     #: Modules that are computed together with this one, and this one's place among them.
     group: "InputGroup | None" = field(default=None, repr=False)
     place: int = field(default=0, repr=False)
+    #: What was worked out for inference; no part of a copy.
+    frozen: Frozen | None = field(default=None, init=False, repr=False)
     member: int = field(init=False, repr=False)
     #: `site_tensors` of this site: worked out once, not at each forward.
     layout: dict[str, tuple[str, tuple[int, ...]]] = field(init=False, repr=False)
@@ -89,6 +93,24 @@ class Site:
     def active(self) -> bool:
         """Whether the module must add its adapter to what the base computes."""
         return self.original is None and self.bank.enabled
+
+    def versions(self) -> tuple | None:
+        """Equal while this site's tensors are the same in value and size; None while compiling."""
+        if torch.compiler.is_compiling():
+            return None
+        if self.bank.for_use_only:
+            return (self.layout,)  # nothing writes the values, and reading them would unpack them
+        tensors = (getattr(self.bank, role)[key] for role, (key, _) in self.layout.items())
+        return self.layout, *(None if t.is_inference() else t._version for t in tensors)
+
+    def forget(self) -> None:
+        """Drop what was worked out for inference, this module's and what all share."""
+        if self.frozen is not None:
+            self.frozen = None
+            self.bank.casts.clear()
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"frozen": None}
 
     def _factor(self, factor: float, gain: torch.Tensor | None) -> float | torch.Tensor:
         return factor if gain is None else factor * gain
@@ -126,6 +148,23 @@ class LoRASite(Site):
             bias=bias,
             impl=config.impl,
             **self._mask(config.lora_dropout, training, x),
+        )
+
+    def constants(self) -> tuple:
+        """What the adapter's constants depend on beside tensors."""
+        return (self.bank.config.scaling_factor,)
+
+    def frozen_adapter(
+        self,
+        weight: Weight,
+        bias: torch.Tensor | None,
+        tensors: dict[str, torch.Tensor],
+        dtype: torch.dtype,
+    ) -> FrozenAdapter:
+        """The constants of `linear` for the bank's `tensors`, in `dtype`."""
+        scale = self._factor(self.bank.config.scaling_factor, tensors.get("gain"))
+        return FrozenAdapter.lora(
+            tensors["lora_a"], tensors["lora_b"], scale, bias=bias, dtype=dtype
         )
 
     def can_join(self, training: bool) -> bool:
@@ -177,13 +216,39 @@ class BottleneckSite(Site):
             **self._mask(config.adapter_dropout, training, x),
         )
 
+    def constants(self) -> tuple:
+        """What the adapter's constants depend on beside tensors."""
+        return self.bank.config.adapter_scale, self.bank.config.activation
+
+    def frozen_adapter(
+        self,
+        weight: Weight,
+        bias: torch.Tensor | None,
+        tensors: dict[str, torch.Tensor],
+        dtype: torch.dtype,
+    ) -> FrozenAdapter:
+        """The constants of `linear` for the bank's `tensors`, in `dtype`."""
+        config = self.bank.config
+        return FrozenAdapter.bottleneck(
+            weight,
+            tensors["down"],
+            tensors["up"],
+            bias=bias,
+            bias_down=tensors.get("bias_down"),
+            bias_up=tensors.get("bias_up"),
+            activation=config.activation,
+            scale=self._factor(config.adapter_scale, tensors.get("gain")),
+            dtype=dtype,
+        )
+
     def can_join(self, training: bool) -> bool:
         """Whether one operation may serve all modules that read this one's input.
 
-        What is shared shows in the backward; without one, modules stay on their own.
+        What is shared shows in the backward; where none will come, modules stay on their own. In
+        training one comes even to a pass without gradients: checkpointing's first.
         """
         shares = self._shares_mask(self.bank.config.adapter_dropout, training)
-        return shares and torch.is_grad_enabled()
+        return shares and (training or torch.is_grad_enabled())
 
     def linear_group(
         self,

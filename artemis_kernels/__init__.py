@@ -5,6 +5,7 @@ Triton kernels on a GPU, hand-written torch paths everywhere else, one meaning: 
 """
 
 from .core.device import has_fast_bf16
+from .core.frozen import FrozenAdapter
 from .core.quantized import QuantizedWeight
 from .core.rng import dropout_mask, new_seed
 from .core.types import Choice, Cost, Unavailable
@@ -12,6 +13,7 @@ from .ops import explain
 from .ops.adapter_linear.group import adapter_linear_group
 from .ops.adapter_linear.op import adapter_linear
 from .ops.bottleneck_adapter.op import bottleneck_adapter
+from .ops.frozen_linear.op import FrozenLinear, frozen_linear
 from .ops.lora_linear.group import lora_linear_group
 from .ops.lora_linear.op import lora_linear
 from .ops.quantized_linear.op import quantized_linear
@@ -20,6 +22,8 @@ from .tuner import tune
 __all__ = [
     "Choice",
     "Cost",
+    "FrozenAdapter",
+    "FrozenLinear",
     "QuantizedWeight",
     "Unavailable",
     "adapter_linear",
@@ -27,6 +31,7 @@ __all__ = [
     "bottleneck_adapter",
     "dropout_mask",
     "explain",
+    "frozen_linear",
     "has_fast_bf16",
     "lora_linear",
     "lora_linear_group",

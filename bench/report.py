@@ -6,7 +6,7 @@
 NAME is `training-step`, `attention`, `training-step-ratios`, `training-step-profile`, `importance`,
 `importance-cases`, `quality`, `quality-trials`, `quantized-quality`, `quantized-sizes`,
 `packed-predictions`, `predicted-kernels`, `predicted-training` or `predicted-decode` (these four
-are reckoned, not measured), `adapters-PART` of its study or `demo`,
+are reckoned, not measured), `adapters-PART` of its study, `tuned` or `demo`,
 or `bench-TABLE` for what `artemis bench TABLE --json` wrote. Of several runs of one size and
 precision on one machine, the last counts.
 """
@@ -28,11 +28,11 @@ from artemis.cli.demo.report import render
 from . import (
     ROOT,
     adapters_tables,
-    gpu_predictions,
     importance_tables,
-    packed_predictions,
+    predictions,
     quality_tables,
     quantized_tables,
+    tuned,
 )
 from .profile_step import GROUPS
 
@@ -257,16 +257,17 @@ SECTIONS: dict[str, Callable[[list[Record]], str]] = {
     "training-step-ratios": training_step_ratios,
     "training-step-profile": training_step_profile,
     "demo": demo,
+    "tuned": tuned.table,
     "importance": importance_tables.summary,
     "importance-cases": importance_tables.all_cases,
     "quality": quality_tables.summary,
     "quality-trials": quality_tables.trials,
     "quantized-quality": quantized_tables.quality,
     "quantized-sizes": quantized_tables.sizes,
-    "packed-predictions": packed_predictions.table,
-    "predicted-kernels": gpu_predictions.kernels,
-    "predicted-training": gpu_predictions.training,
-    "predicted-decode": gpu_predictions.decode,
+    "predicted-kernels": predictions.kernels,
+    "predicted-training": predictions.training,
+    "predicted-decode": predictions.decoding,
+    "predicted-packed": predictions.packed,
     **{
         f"adapters-{part}": partial(adapters_tables.table, part=part)
         for part in ("orthogonality", "init", "sharing", "allocation")

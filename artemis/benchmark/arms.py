@@ -80,7 +80,8 @@ class Arm:
     `reference` trains the same parameters through the operations' references, for the gate (None:
     nothing is adapted, nothing to check); `masks` says that it draws the same dropout masks.
     `tolerance` replaces the rule of equal rounding where the arm itself rounds the base.
-    `state_bytes` is what a weight of the base costs at the peak of a step, for planning.
+    `state_bytes` is what a weight of the base costs at the peak of a step, for planning. `trains`:
+    it is measured in training too, not at inference only.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Arm:
     reference: Adapt | None = None
     masks: bool = True
     tolerance: float | None = None
+    trains: bool = True
 
     @property
     def is_full(self) -> bool:
@@ -113,12 +115,12 @@ def hybrid(model: PreTrainedModel, **settings) -> nn.Module:
     return add_hybrid_adapter_to_model(model, HybridAdapterConfig(**settings))
 
 
-def hybrid_int8(model: PreTrainedModel) -> nn.Module:
-    """The default hybrid over a base in 8 bits; the adapter stays in 32."""
+def hybrid_quantized(model: PreTrainedModel, bits: int) -> nn.Module:
+    """The default hybrid over a base in 8 or 4 bits; the adapter stays in 32."""
     adapted = hybrid(model)
     if not model.config.num_hidden_layers:
         return adapted
-    return quantize_adapter_model(adapted, bits=8, adapter_bits=32, progress=False)
+    return quantize_adapter_model(adapted, bits=bits, adapter_bits=32, progress=False)
 
 
 def lora(model: PreTrainedModel, dropout: float, **settings) -> nn.Module:
@@ -152,6 +154,8 @@ _REFERENCE = partial(hybrid, impl="reference")
 #: Relative error of gradients over a base in 8 bits: 0.02 to 0.10 were seen at widths 64 to 1,024,
 #: and 0.65 and more from width 512 on where dX was dropped in one layer of seven.
 _INT8_TOLERANCE = 0.25
+#: Of logits over a base in 4 bits, which err by a tenth of a random weight; unrelated ones by 1.4.
+_INT4_TOLERANCE = 0.6
 _FP32, _BF16 = torch.float32, torch.bfloat16
 
 ARMS = {
@@ -167,8 +171,12 @@ ARMS = {
         ),
         Arm("hybrid", "hybrid, bf16 base", _BF16, hybrid, 2, reference=_REFERENCE),
         Arm(
-            "hybrid-int8", "hybrid, int8 base", _BF16, hybrid_int8, 2,
+            "hybrid-int8", "hybrid, int8 base", _BF16, partial(hybrid_quantized, bits=8), 2,
             reference=_REFERENCE, tolerance=_INT8_TOLERANCE,
+        ),
+        Arm(
+            "hybrid-int4", "hybrid, int4 base", _BF16, partial(hybrid_quantized, bits=4), 2,
+            reference=_REFERENCE, tolerance=_INT4_TOLERANCE, trains=False,
         ),
     )
 }  # fmt: skip

@@ -7,11 +7,18 @@ from .operations import Operation, Sizes
 PASSES = ("forward", "backward", "both")
 
 
-def cost(operation: Operation, sizes: Sizes, provider: str, forward: Cost, itemsize: int) -> Cost:
+def cost(
+    operation: Operation,
+    sizes: Sizes,
+    provider: str,
+    forward: Cost,
+    itemsize: int,
+    held: int | None = None,
+) -> Cost:
     """FLOPs and bytes of one forward and one backward; `forward` is what `explain` says of it.
 
     Backward: dX of the base, each thin product twice; dY and what the forward read are read once,
-    dX and the adapter's gradients written once.
+    dX and the adapter's gradients written once. `held`: bytes of a packed weight.
     """
     m, k, n, r = sizes
     has_weight = operation.name != "bottleneck_adapter"
@@ -19,15 +26,22 @@ def cost(operation: Operation, sizes: Sizes, provider: str, forward: Cost, items
     if provider == "bare":
         return Cost(2 * base, 2 * itemsize * (m * k + k * n + m * n))
     adapter = r * (k + n)
-    moved = m * n + k * n * has_weight + 2 * m * k + 2 * adapter
-    return forward + Cost(base + 2 * (forward.flops - base), itemsize * moved)
+    weight = itemsize * k * n * has_weight if held is None else held
+    moved = weight + itemsize * (m * n + 2 * m * k + 2 * adapter)
+    return forward + Cost(base + 2 * (forward.flops - base), moved)
 
 
 def cost_of_pass(
-    operation: Operation, sizes: Sizes, provider: str, forward: Cost, itemsize: int, which: str
+    operation: Operation,
+    sizes: Sizes,
+    provider: str,
+    forward: Cost,
+    itemsize: int,
+    which: str,
+    held: int | None = None,
 ) -> Cost:
     """The same for one of PASSES."""
-    both = cost(operation, sizes, provider, forward, itemsize)
+    both = cost(operation, sizes, provider, forward, itemsize, held)
     if provider == "bare":
         forward = Cost(both.flops // 2, both.bytes // 2)
     if which == "both":

@@ -1,9 +1,12 @@
-"""What an operation is compared with: plain torch, `addmm` by hand, PEFT's layer, the bare product.
+"""What an operation is compared with: plain torch, `addmm` by hand, `torch.compile`, PEFT's layer.
 
-The bare product of the frozen layer is no peer but what none can go below.
+The bare product of the frozen layer is no peer but what none can go below. PEFT stands twice: with
+adapters in the base's dtype, its fastest setting, and in float32, its default. Liger Kernel fuses
+norms, rotary embeddings, feed-forward activations and losses, and has nothing to set beside these.
 """
 
 import importlib.util
+import shutil
 from collections.abc import Callable
 
 import torch
@@ -14,6 +17,16 @@ from .operations import Operation, Sizes, Tensors
 
 HAS_PEFT = importlib.util.find_spec("peft") is not None
 Run = Callable[[Tensors], torch.Tensor]
+#: Those that compute what an operation does; the fastest of them is its best peer.
+PEERS = ("plain", "addmm", "compile", "peft", "peft, fp32 adapters")
+
+
+def _with_fp32_adapters(tensors: Tensors) -> Tensors:
+    return tensors | {name: tensors[name].float() for name in ("lora_a", "lora_b")}
+
+
+#: Provider -> what it makes, before it is timed, of the tensors that all others share.
+OWN_TENSORS: dict[str, Callable[[Tensors], Tensors]] = {"peft, fp32 adapters": _with_fp32_adapters}
 
 
 def plain(operation: Operation, dropout: float) -> Run:
@@ -46,8 +59,21 @@ def addmm(operation: Operation, dropout: float) -> Run:
     return lora if operation.name == "lora_linear" else bottleneck
 
 
-def peft_layer(sizes: Sizes, dropout: float, weight: torch.Tensor) -> Run:
-    """PEFT's LoRA layer, its adapter in the weight's dtype; takes the given A and B."""
+def can_compile(device: torch.device) -> bool:
+    """Whether `torch.compile` finds what it generates code for: Triton, or a C++ compiler."""
+    if device.type == "cuda":
+        return importlib.util.find_spec("triton") is not None
+    return any(map(shutil.which, ("g++", "clang++")))
+
+
+def compiled(run: Run) -> Run:
+    """`run` by `torch.compile`, for the very shapes it is called with."""
+    torch.compiler.reset()  # what was compiled for other sizes would make these dynamic
+    return torch.compile(run, dynamic=False)
+
+
+def peft_layer(sizes: Sizes, dropout: float, weight: torch.Tensor, wide: bool = False) -> Run:
+    """PEFT's LoRA layer with the given A and B, in the weight's dtype or, if `wide`, in float32."""
     from peft import LoraConfig, inject_adapter_in_model
 
     base = nn.Linear(sizes.k, sizes.n, bias=False, device="meta")
@@ -58,7 +84,7 @@ def peft_layer(sizes: Sizes, dropout: float, weight: torch.Tensor) -> Run:
 
     def run(t: Tensors) -> torch.Tensor:
         for layer, name in ((a, "lora_a"), (b, "lora_b")):
-            layer.weight = t[name]  # the same leaf that the other providers get
+            layer.weight = t[name].float() if wide else t[name]  # the leaf that the others get
         return model(t["x"])
 
     for layer in (a, b):
@@ -69,8 +95,13 @@ def peft_layer(sizes: Sizes, dropout: float, weight: torch.Tensor) -> Run:
 def peers(operation: Operation, sizes: Sizes, tensors: Tensors, dropout: float) -> dict[str, Run]:
     """Name -> run, of those that there are for this operation on this machine."""
     found = {"plain": plain(operation, dropout), "addmm": addmm(operation, dropout)}
+    if can_compile(tensors["x"].device):
+        found["compile"] = compiled(plain(operation, dropout))
     if "weight" in tensors:
         found["bare"] = lambda t: functional.linear(t["x"], t["weight"])
     if operation.name == "lora_linear" and HAS_PEFT:
-        found["peft"] = peft_layer(sizes, dropout, tensors["weight"])
+        weight = tensors["weight"]
+        found["peft"] = peft_layer(sizes, dropout, weight)
+        if weight.dtype != torch.float32:
+            found["peft, fp32 adapters"] = peft_layer(sizes, dropout, weight, wide=True)
     return found

@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from .runner import in_turns
+from .runner import Spread, in_turns
 
 _FLUSHED_BYTES = 1 << 28  # far past the last-level cache of a GPU or a CPU
 
@@ -47,3 +48,41 @@ class Timer:
             if number >= self.warmup:
                 times[name].append(ms)
         return times
+
+    def rows(self, calls: dict[str, Callable[[], object]]) -> dict[str, dict[str, Any]]:
+        """`{"ms": spread}` of each call, all in turns.
+
+        On a GPU that is the time of the call's CUDA graph, without what Python and launches cost a
+        short one; the call as it is stands beside it, `eager_ms`, and `graph` says whether there is
+        a graph.
+        """
+        rows = {name: {"ms": spread} for name, spread in self._spreads(calls).items()}
+        if self.on_gpu:
+            graphs = {name: graph for name, call in calls.items() if (graph := captured(call))}
+            for name, row in rows.items():
+                row |= {"eager_ms": row["ms"], "graph": name in graphs}
+            for name, spread in self._spreads(graphs).items():
+                rows[name]["ms"] = spread
+        return rows
+
+    def _spreads(self, calls: dict[str, Callable[[], object]]) -> dict[str, dict[str, float]]:
+        times = self.interleaved(calls).items()
+        return {name: Spread.of(milliseconds).to_dict(5) for name, milliseconds in times}
+
+
+def captured(call: Callable[[], object]) -> Callable[[], object] | None:
+    """The call as a CUDA graph, or None where it cannot be captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    return graph.replay

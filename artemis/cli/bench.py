@@ -160,7 +160,8 @@ def _training(args: argparse.Namespace):
     if args.sequence < 2:
         raise AdapterError(f"--sequence: got {args.sequence}, allowed: an integer from 2")
     tokens = args.tokens or ([1024, 2048, 8192, 32768] if args.full else [1024])
-    return _settings(args, tokens, args.sequence, tuple(ARMS))
+    arms = tuple(name for name, arm in ARMS.items() if arm.trains)
+    return _settings(args, tokens, args.sequence, arms)
 
 
 def _train(args: argparse.Namespace):

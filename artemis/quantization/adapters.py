@@ -51,6 +51,11 @@ class PackedTable(FixedBuffers, nn.Module):
         data, scale = getattr(self, f"data_{index}"), getattr(self, f"scale_{index}")
         return QuantizedWeight(data, scale, None, "int8", None).dequantize(self.dtype)
 
+    def places(self, key: str) -> list[tuple[dict, str]]:
+        """Where the matrix is stored: as `AdapterBank.places`."""
+        index = self._keys.index(key)
+        return [(self._buffers, f"data_{index}"), (self._buffers, f"scale_{index}")]
+
     def keys(self) -> list[str]:
         return self._keys
 

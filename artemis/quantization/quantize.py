@@ -66,8 +66,10 @@ def quantize_adapter_model(
         dtype = weight_of(next(iter(layers.values()))).dtype
         state = Begun(options, dtype, _model_bytes(model))
         setattr(model, BEGUN, state)
-    _pack_all(layers, state, importance, progress)
     bank = find_bank(model)
+    if bank is not None:
+        bank.forget()
+    _pack_all(layers, state, importance, progress)
     if bank is not None:
         adapters.hold(bank, options.adapter_bits, state.dtype)
     packed = tuple(state.reports[path] for path, _ in packed_layers(model))

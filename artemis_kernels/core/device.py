@@ -94,6 +94,11 @@ def chip(device: torch.device) -> Chip:
     return _gpu(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def has_gpu() -> bool:
+    """Whether torch sees a GPU."""
+    return torch.cuda.is_available()
+
+
 def why_no_triton(device: torch.device) -> str | None:
     """One sentence saying why kernels cannot run on tensors of `device`, or None if they can."""
     if not has_triton():

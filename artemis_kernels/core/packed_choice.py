@@ -9,10 +9,10 @@ docs/quantization.md works the costs out.
 
 import torch
 
-from .base import MOST_SUMMED
-from .device import INTERPRETER, Chip
+from .device import Chip
 from .device import chip as chip_of
 from .quantized import QuantizedWeight
+from .strategies import vendor_multiplies, why_no_eight_bits
 from .tiling import FEW_ROWS, Shape
 from .tuning import balance, vendor_gap
 from .tuning import choose_adapter as adapter_of_tensor
@@ -24,7 +24,7 @@ PRODUCTS = ("weight_only", "dense", "int8", "fp8")
 def choose(weight: QuantizedWeight, shape: Shape, chip: Chip) -> tuple[str, bool, str]:
     """`(one of PRODUCTS, by the vendor, reason)` for y [m, n] = x [m, k] Wᵀ on a chip."""
     bits = weight.activation_bits
-    refusal = _no_eight_bits(weight, chip)
+    refusal = why_no_eight_bits(weight.format, max(weight.shape), chip)
     if bits == 8 and not refusal:
         return weight.format, _vendor(weight, shape, chip), "activation_bits is 8"
     if shape.m <= FEW_ROWS:
@@ -39,32 +39,14 @@ def choose(weight: QuantizedWeight, shape: Shape, chip: Chip) -> tuple[str, bool
     return "dense", False, f"{why}, and with many rows a dense copy costs little"
 
 
-def _no_eight_bits(weight: QuantizedWeight, chip: Chip) -> str:
-    """Why `chip` cannot multiply 8-bit activations by this weight; nothing if it can."""
-    if weight.format == "int4":
-        return "products of 8-bit activations need 8-bit weights, not int4"
-    if weight.format == "int8" and max(weight.shape) > MOST_SUMMED:
-        return f"int32 may not hold sums over {max(weight.shape):,} products"
-    if chip.name == INTERPRETER or chip.backend == "hip" and weight.format == "int8":
-        return ""
-    if weight.format == "int8":
-        return "" if chip.generation >= 80 else f"{chip.name} has no int8 tensor cores for it"
-    if chip.generation >= 89 or chip.name == "gfx950":
-        return ""
-    return f"{chip.name} has no e4m3 tensor cores"
-
-
 def _vendor(weight: QuantizedWeight, shape: Shape, chip: Chip) -> bool:
     """Whether torch's 8-bit product and one more pass over y beat the fused kernel.
 
-    What torch asks for: more than 16 rows and sides that 16 divides; of e4m3 with scales by row,
-    y in bfloat16. int8 leaves int32 sums behind (8·m·n bytes written and read), e4m3 y itself (4).
+    int8 leaves int32 sums behind (8·m·n bytes written and read), e4m3 y itself (4).
     """
-    if chip.name == INTERPRETER or chip.backend == "hip" or shape.m <= 16:
+    if not vendor_multiplies(weight.format, shape, chip):
         return False
     integers = weight.format == "int8"
-    if shape.k % 16 or shape.n % 16 or not (integers or shape.dtype == torch.bfloat16):
-        return False
     if integers and chip.generation >= 100:
         return True  # Triton reaches only the older int8 instructions there
     bytes_again, twice_as_fast = 8 if integers else 4, 2

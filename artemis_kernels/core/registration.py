@@ -40,11 +40,17 @@ class Operation(torch.autograd.Function):
 
 
 def once(backward: Callable) -> Callable:
-    """Wrap a Function's backward: its gradients are constants, and autocast does not reach in."""
+    """Wrap a Function's backward: its gradients are constants, and autocast does not reach in.
+
+    Where no gradient reached any output, none is passed on.
+    """
 
     @torch.autograd.function.once_differentiable
     def wrapped(ctx, *grads):
-        kind = next(grad for grad in grads if grad is not None).device.type
+        reached = next((grad for grad in grads if grad is not None), None)
+        if reached is None:
+            return (None,) * len(ctx.needs_input_grad)
+        kind = reached.device.type
         if not torch.amp.is_autocast_available(kind):  # the meta device has none
             return backward(ctx, *grads)
         with torch.autocast(kind, enabled=False):

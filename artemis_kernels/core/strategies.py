@@ -13,8 +13,10 @@ from . import tiling
 from .base import MOST_DIRECT_ROWS, MOST_SUMMED
 from .device import INTERPRETER, Chip, has_fast_bf16, multiplies_int8
 from .quantized import FORMATS, QuantizedWeight
+from .tiling import Shape
 
 TENSOR = "tensor"
+DTYPES = ("float64", "float32", "float16", "bfloat16")
 _BITS = {"int8": ("auto", 8, 16), "fp8": ("auto", 8, 16), "int4": ("auto", 16)}
 #: What the weight of a `Case` may be: a tensor, or a format and what it is multiplied in.
 WEIGHTS = (TENSOR, *(f"{format}:{bits}" for format in FORMATS for bits in _BITS[format]))
@@ -51,10 +53,15 @@ class Case(NamedTuple):
             raise ValueError(key)
         sizes, (dtype, weight), flags = map(int, rest[:4]), rest[4:6], rest[6:]
         case = cls(op, *sizes, dtype, weight, "training" in flags, "dropout" in flags)
-        known = isinstance(getattr(torch, dtype, None), torch.dtype) and case.key == key
-        if not known or min(case[1:5]) < 0 or case.rows < 1 or case.rows & (case.rows - 1):
+        if dtype not in DTYPES or case.key != key:
+            raise ValueError(key)
+        if min(case[1:5]) < 0 or case.rows < 1 or case.rows & (case.rows - 1):
             raise ValueError(key)
         return case
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
 
     @property
     def format(self) -> str:
@@ -65,6 +72,11 @@ class Case(NamedTuple):
     def bits(self) -> str:
         """What a packed weight asks to be multiplied in: `auto`, `8`, `16`."""
         return self.weight.partition(":")[2]
+
+
+def named(dtype: torch.dtype) -> str:
+    """The word of `Case.dtype`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def weight_of(weight: torch.Tensor | QuantizedWeight | None) -> str:
@@ -156,7 +168,8 @@ def _cpu_products(case: Case) -> tuple[str, ...]:
 def _gpu_products(case: Case, chip: Chip) -> tuple[tuple[str, bool], ...]:
     """`(how, by the vendor)` of every way to multiply by a packed weight on a chip."""
     native = not why_no_eight_bits(case.format, max(case.in_features, case.out_features), chip)
-    vendor = vendor_multiplies(case, chip)
+    shape = Shape(case.rows, case.out_features, case.in_features, dtype=case.torch_dtype)
+    vendor = vendor_multiplies(case.format, shape, chip)
     eight = ((case.format, False), (case.format, True))[: 1 + vendor] if native else ()
     if case.bits == "8" and native:
         return eight
@@ -165,7 +178,7 @@ def _gpu_products(case: Case, chip: Chip) -> tuple[tuple[str, bool], ...]:
 
 
 def why_no_eight_bits(format: str, longest: int, chip: Chip) -> str:
-    """Why `chip` cannot multiply 8-bit activations by a weight of this longest side; '' if it can."""
+    """Why `chip` cannot multiply 8-bit activations by such a weight; nothing if it can."""
     if format == "int4":
         return "products of 8-bit activations need 8-bit weights, not int4"
     if format == "int8" and longest > MOST_SUMMED:
@@ -179,11 +192,14 @@ def why_no_eight_bits(format: str, longest: int, chip: Chip) -> str:
     return f"{chip.name} has no e4m3 tensor cores"
 
 
-def vendor_multiplies(case: Case, chip: Chip) -> bool:
-    """Whether torch multiplies this case's weight in 8 bits: more than 16 rows, sides that 16
-    divides, and y in bfloat16 for e4m3 with scales by row."""
-    if chip.name == INTERPRETER or chip.backend == "hip" or case.rows <= 16:
+def vendor_multiplies(format: str, shape: Shape, chip: Chip) -> bool:
+    """Whether torch has the 8-bit product of y [m, n] = x [m, k] Wᵀ on a chip.
+
+    It asks for more than 16 rows, sides that 16 divides and, of e4m3 with scales by row, y in
+    bfloat16.
+    """
+    if chip.name == INTERPRETER or chip.backend == "hip" or shape.m <= 16:
         return False
-    if case.in_features % 16 or case.out_features % 16:
+    if shape.k % 16 or shape.n % 16:
         return False
-    return case.format == "int8" or case.dtype == "bfloat16"
+    return format == "int8" or shape.dtype == torch.bfloat16

@@ -15,13 +15,15 @@ import functools
 import json
 import os
 import tempfile
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from . import tiling
 from .device import CHIPS, INTERPRETER, Chip, cpu_name
+from .device import chip as chip_of
 from .strategies import Case, candidates
 from .tiling import Config, Shape
 
@@ -74,21 +76,22 @@ def read(path: Path, chip: Chip | None) -> dict[str, dict]:
         or not all(isinstance(part, dict) for part in found.values())
     ):
         raise ValueError(f"{path}: not a tuning table: it must hold {' and '.join(PARTS)}")
-    for part, check in zip(PARTS, (_check_strategy, _check_tiles), strict=True):
+    for part, complaint in zip(PARTS, (_wrong_strategy, _wrong_tiles), strict=True):
         for key, entry in found[part].items():
-            _check(path, key, entry, lambda e, key=key, check=check: check(key, e, chip))
+            wrong = _wrong_entry(entry) or complaint(key, entry, chip) or _wrong_times(entry["ms"])
+            if wrong:
+                raise ValueError(f"{path}: {key!r}{wrong}")
     return found
 
 
-def _check(path: Path, key: str, entry: object, complaint: Callable[[dict], str]) -> None:
+def _wrong_entry(entry: object) -> str:
+    """What is wrong, as the end of a sentence that starts with the key; here and below."""
     if not isinstance(entry, dict) or set(entry) != _KEYS:
-        raise ValueError(f"{path}: {key!r}: an entry must hold {', '.join(sorted(_KEYS))}")
-    wrong = complaint(entry) or _check_times(entry["ms"])
-    if wrong:
-        raise ValueError(f"{path}: {key!r}{wrong}")
+        return f": an entry must hold {', '.join(sorted(_KEYS))}"
+    return "" if isinstance(entry["ms"], dict) else ": ms must map names to times"
 
 
-def _check_strategy(key: str, entry: dict, chip: Chip | None) -> str:
+def _wrong_strategy(key: str, entry: dict, chip: Chip | None) -> str:
     try:
         allowed = candidates(Case.of(key), chip)
     except ValueError:
@@ -96,14 +99,12 @@ def _check_strategy(key: str, entry: dict, chip: Chip | None) -> str:
     for name in (entry["chosen"], entry["usual"]):
         if name not in allowed:
             return f": got {name!r}, allowed: {', '.join(allowed) or 'nothing'}"
-    if not isinstance(entry["ms"], dict) or not {entry["chosen"], entry["usual"]} <= set(
-        entry["ms"]
-    ):
+    if not {entry["chosen"], entry["usual"]} <= set(entry["ms"]):
         return ": ms must give the times of chosen and usual"
     return ""
 
 
-def _check_tiles(key: str, entry: dict, chip: Chip | None) -> str:
+def _wrong_tiles(key: str, entry: dict, chip: Chip | None) -> str:
     kernel, _, shape = key.partition(" ")
     if chip is None or kernel not in tiling.HEURISTICS or not tiling.is_key(shape):
         return " is no key of a tuning table"
@@ -113,12 +114,12 @@ def _check_tiles(key: str, entry: dict, chip: Chip | None) -> str:
             return f": got {tile!r}, allowed: integers for {', '.join(sorted(_FIELDS))}"
         if not tiling.is_legal(Config(**tile)):
             return f": got {tile!r}, allowed: powers of two, tiles from 16, up to 8 warps"
-    if not isinstance(entry["ms"], dict) or set(entry["ms"]) != {"chosen", "usual"}:
+    if set(entry["ms"]) != {"chosen", "usual"}:
         return ": ms must give the times of chosen and usual"
     return ""
 
 
-def _check_times(times: dict) -> str:
+def _wrong_times(times: dict) -> str:
     for name, three in times.items():
         numbers = isinstance(three, list) and len(three) == 3
         if not numbers or not all(isinstance(ms, int | float) and ms > 0 for ms in three):
@@ -182,14 +183,19 @@ def entries(
 entries._dynamo_marked_constant = True  # a fact of the machine, as in device.py
 
 
-def choice(case: Case, chip: str, usual: tuple[str, str]) -> tuple[str, str]:
-    """`(strategy, reason)` of a call: a measured winner over the usual one, or that.
+def choice(case: Case, impl: str, device: torch.device, usual: tuple[str, str]) -> tuple[str, str]:
+    """`(strategy, reason)` of a call on a path: a measured winner over the usual one, or that.
 
-    `case.rows` may be any number. An entry that beat another strategy than today's usual one is
-    out of date and not used.
+    `case.rows` may be any number. An entry holds where what it beat is the usual strategy.
     """
+    if impl == "eager" and device.type != "cpu":
+        return usual
+    chip = CPU if impl == "eager" else chip_of(device).name
+    drops = False
+    if case.drops:  # a branch: under torch.compile it may be symbolic, as no constant's argument is
+        drops = True
     for most, sizes, strategy, beaten, reason in entries(
-        chip, case.op, case.dtype, case.weight, case.trains, case.drops
+        chip, case.op, case.dtype, case.weight, case.trains, drops
     ):
         k, n, r = sizes
         same = case.in_features == k and case.out_features == n and case.width == r
@@ -209,9 +215,8 @@ def _tiles(name: str, chip: Chip) -> dict[str, Config]:
 
 def tiles(kernel: str, shape: Shape, chip: Chip) -> Config | None:
     """The measured configuration of a kernel for a bucketed shape, if there is one."""
-    if chip.name == INTERPRETER:
-        return None
-    return _tiles(chip.name, chip).get(f"{kernel} {shape.key}")
+    measured = {} if chip.name == INTERPRETER else _tiles(chip.name, chip)
+    return measured.get(f"{kernel} {shape.key}") if measured else None
 
 
 def reload() -> None:

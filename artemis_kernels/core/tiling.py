@@ -5,6 +5,8 @@ holds every choice to that for the chips that matter. A measured table (`core.tu
 override any of them.
 """
 
+import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -61,6 +63,19 @@ class Shape:
         return f"{self.m} {self.n} {self.k} {self.r} {dtype}" + " masked" * self.masked
 
 
+def is_key(text: str) -> bool:
+    """Whether `text` is the `key` of a bucketed shape."""
+    found = re.fullmatch(r"(\d+) \d+ \d+ \d+ (float32|float16|bfloat16)( masked)?", text)
+    return found is not None and int(found[1]) == next_power_of_2(max(1, int(found[1])))
+
+
+def is_legal(config: Config) -> bool:
+    """Whether a kernel takes these sizes: powers of two, a dot's minimum of 16, whole parts."""
+    sizes = (config.block_m, config.block_n, config.block_k, config.block_r)
+    tiles = all(size == 0 or (size >= 16 and size & (size - 1) == 0) for size in sizes)
+    return tiles and config.warps in (1, 2, 4, 8) and config.split >= 1 and config.stages >= 1
+
+
 def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
@@ -80,6 +95,7 @@ def max_row_block_width(chip: Chip) -> int:
     return 64 if chip.backend == "hip" else 256
 
 
+@functools.cache
 def heuristic(kernel: str, shape: Shape, chip: Chip) -> Config:
     """The configuration of `kernel` (a key of `HEURISTICS`) where nothing was measured."""
     if chip.name == INTERPRETER:

@@ -5,19 +5,12 @@ heuristic of `core.tiling`. The strategies compare costs that are worked out in 
 and say in one sentence what decided; an unknown chip gets the same treatment, never an error.
 """
 
-import functools
-import json
-from pathlib import Path
-
 import torch
 
-from . import tiling
+from . import tables, tiling
 from .device import INTERPRETER, Chip
 from .device import chip as chip_of
 from .tiling import FEW_ROWS, Config, Shape
-
-SHIPPED_TABLES = Path(__file__).parent / "tuned"
-USER_TABLES = Path.home() / ".cache" / "artemis_kernels" / "tuned"
 
 # FLOPs of 16-bit products that take as long as one byte of memory traffic, by generation: dense
 # peaks over bandwidth from NVIDIA's data sheets of A100, H100 and B200.
@@ -27,29 +20,19 @@ _BALANCE = {8: 156.0, 9: 240.0, 10: 281.0}
 # measured: the newer the tensor cores, the more they need what pointer loads do not give.
 _VENDOR_GAP = {8: 0.05, 9: 0.15, 10: 0.25}
 
+# Chips on which `make gpu` saw products by tensor descriptors agree with those by pointers and take
+# less time. None yet: what a driver makes of a descriptor shows at a launch only, where nothing can
+# stand in for it, so that pointers are the default until a chip has run both.
+_DESCRIPTORS: frozenset[str] = frozenset()
+
 _VENDOR_REASON = "in so long a product the vendor's GEMM gains more than another pass over y costs"
 _EPILOGUE_REASON = "starting the accumulator from the low-rank term saves a pass over y"
 
 
 def config(kernel: str, shape: Shape, chip: Chip) -> Config:
     """The configuration of `kernel` (a key of `tiling.HEURISTICS`) for a shape on a chip."""
-    return _config(kernel, shape.bucket, chip)
-
-
-@functools.cache
-def _config(kernel: str, shape: Shape, chip: Chip) -> Config:
-    for folder in (USER_TABLES, SHIPPED_TABLES):
-        entry = table(folder, chip.name).get(kernel, {}).get(shape.key)
-        if entry is not None:
-            return Config(**entry)
-    return tiling.heuristic(kernel, shape, chip)
-
-
-@functools.cache
-def table(folder: Path, chip_name: str) -> dict[str, dict[str, dict[str, int]]]:
-    """A measured table, `{kernel: {shape key: fields of Config}}`; empty where there is none."""
-    path = folder / f"{chip_name}.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    shape = shape.bucket
+    return tables.tiles(kernel, shape, chip) or tiling.heuristic(kernel, shape, chip)
 
 
 def lora_strategy(
@@ -121,11 +104,11 @@ def choose_bottleneck(shape: Shape, chip: Chip) -> tuple[str, str]:
 def multiplies_by_descriptors(shape: Shape, chip: Chip) -> bool:
     """Whether a fused product [m, n] of 16-bit operands that TMA can address is the persistent one.
 
-    On Hopper, where its tile takes a whole processor anyway. A tile that draws a mask, and those of
-    Blackwell, do better with two programs a processor, of which one multiplies at any time.
+    For Hopper's sake, where its tile takes a whole processor anyway. A tile that draws a mask, and
+    those of Blackwell, do better with two programs a processor, of which one multiplies at a time.
     """
     wide = shape.dtype.itemsize == 2 and shape.m > FEW_ROWS
-    return chip.generation == 90 and wide and not shape.masked
+    return chip.name in _DESCRIPTORS and wide and not shape.masked
 
 
 def balance(chip: Chip) -> float:

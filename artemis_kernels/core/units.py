@@ -15,7 +15,7 @@ from .activations import ACTIVATIONS
 from .dropped import Dropout, dropped
 from .products import column_sum, inner
 
-_KINDS = ("identity", "relu", "silu", "gelu", "gelu_tanh")  # as numbered in native/units.c
+KINDS = ("identity", "relu", "silu", "gelu", "gelu_tanh")  # as numbered in native/units.c
 _ROWS_OF_A_SUM = 64  # as there
 
 
@@ -44,7 +44,7 @@ class Units(NamedTuple):
         h = z.new_empty(m, w + biased)
         getattr(library, f"artemis_units_forward_{native.NAMES[z.dtype]}")(
             z.data_ptr(), h.data_ptr(), m, w, w + biased, self._factor(),
-            _KINDS.index(self.activation), *Dropout.arguments(self.mask), torch.get_num_threads(),
+            KINDS.index(self.activation), *Dropout.arguments(self.mask), torch.get_num_threads(),
         )  # fmt: skip
         return h
 
@@ -68,7 +68,7 @@ class Units(NamedTuple):
         getattr(library, f"artemis_units_backward_{native.NAMES[z.dtype]}")(
             z.data_ptr(), dz.data_ptr(), h.data_ptr() if needs_h else None, sums.data_ptr(),
             m, w, w + biased, self._factor(), factor,
-            _KINDS.index(self.activation), *Dropout.arguments(self.mask), torch.get_num_threads(),
+            KINDS.index(self.activation), *Dropout.arguments(self.mask), torch.get_num_threads(),
         )  # fmt: skip
         total = sums.sum(0)
         return UnitGradients(dz, h, total[:w], total[w])

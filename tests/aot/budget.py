@@ -15,8 +15,9 @@ from pathlib import Path
 import triton
 
 from artemis_kernels.core.device import CHIPS, interpreting
-from tests.aot.artefacts import Artefact, compiled, launches_of
-from tests.aot.cases import CASES, TARGETS
+from artemis_kernels.tuner.artefacts import Artefact, compiled, launches_of
+from tests.aot.case import TARGETS
+from tests.aot.cases import CASES
 
 BUDGET = Path(__file__).with_name("budget.json")
 

@@ -117,3 +117,31 @@ def test_a_run_ends_in_tables(tmp_path, capsys):
             record["ms"] = {"p50": 123456.0, "p20": 1.0, "p80": 1.0}
     renewed = report.filled(document, records + later)
     assert "123,456" in renewed and len(renewed.splitlines()) == len(document.splitlines())
+
+
+def test_decoding_ends_in_a_table():
+    """What `artemis bench decode --resume` wrote, as docs/benchmarks.md shows it: the last counts."""
+    head = {
+        "kind": "run", "run": "1", "processor": {"name": "cpu", "flags": ["avx2"]}, "threads": 2,
+        "versions": {"torch": "2.13"}, "dirty": False, "commit": "abc", "time": "2026-01-01T00:00",
+        "device": "cpu",
+    }  # fmt: skip
+
+    def row(arm, prompt, speed):
+        phase = {"tokens_per_second": 1000 * speed, "speedup": {"full-bf16": speed}}
+        return {
+            "kind": "row", "table": "decode", "run": "1", "model": "2048x2", "tokens": prompt,
+            "sequence": prompt, "batch": 1, "how": "measured whole", "arm": arm, "what": arm,
+            "prefill": phase, "decode": phase,
+        }  # fmt: skip
+
+    records = [
+        head, row("hybrid-int4", 1024, 3.0), row("full-bf16", 128, 1.0),
+        row("hybrid-int4", 128, 9.0), row("hybrid-int4", 128, 2.5),
+    ]  # fmt: skip
+    document = report.filled("<!-- begin: bench-decode -->\n<!-- end: bench-decode -->", records)
+    lines = [line for line in document.splitlines() if line.startswith("| 2048x2")]
+    assert [line.split(" | ")[3].strip() for line in lines] == [
+        "full-bf16", "hybrid-int4", "hybrid-int4"
+    ]  # fmt: skip
+    assert "2.50" in lines[1] and "3.00" in lines[2] and "9.00" not in document

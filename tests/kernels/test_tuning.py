@@ -1,14 +1,13 @@
 """Choices of tiles and strategies: pure functions, tested for chips that are not here."""
 
-import json
 from dataclasses import asdict, replace
 
 import pytest
 import torch
 
-from artemis_kernels.core import tiling, tuning
+from artemis_kernels.core import tables, tiling, tuning
 from artemis_kernels.core.device import CHIPS, INTERPRETER, Chip, chip
-from artemis_kernels.core.tiling import HEURISTICS, Config, Shape
+from artemis_kernels.core.tiling import HEURISTICS, Shape
 from artemis_kernels.ops.lora_linear import fused
 
 GPUS = [one for name, one in CHIPS.items() if name != INTERPRETER]
@@ -44,25 +43,52 @@ def test_few_rows_split_the_reduction():
 def test_a_measured_table_wins(tmp_path, monkeypatch):
     """A user's entry is taken for its shape alone, on its chip alone."""
     shape = Shape(8192, 640, 320, 8)
-    measured = replace(tuning.config("expand", shape, HOPPER), stages=2, warps=2)
-    entry = {"expand": {shape.bucket.key: asdict(measured)}}
-    (tmp_path / "sm_90.json").write_text(json.dumps(entry))
-    monkeypatch.setattr(tuning, "USER_TABLES", tmp_path)
-    tuning._config.cache_clear()
+    usual = tuning.config("expand", shape, HOPPER)
+    measured = replace(usual, stages=2, warps=2)
+    path = write_tiles(tmp_path, f"expand {shape.bucket.key}", measured, usual)
+    monkeypatch.setattr(tables, "USER_TABLES", path.parent)
+    tables.reload()
     assert tuning.config("expand", shape, HOPPER) == measured
     assert tuning.config("expand", replace(shape, m=8191), HOPPER) == measured
     assert tuning.config("expand", replace(shape, k=352), HOPPER) != measured
     assert tuning.config("expand", shape, CHIPS["sm_80"]) != measured
-    tuning._config.cache_clear()
+    tables.reload()
 
 
-def test_shipped_tables_name_kernels_and_fields():
-    for path in tuning.SHIPPED_TABLES.glob("*.json"):
-        assert path.stem in CHIPS
-        for kernel, entries in json.loads(path.read_text()).items():
-            assert kernel in HEURISTICS
-            for entry in entries.values():
-                Config(**entry)
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("expand 8192 640 320 8 bfloat16", {"warps": 3}, "powers of two, tiles from 16"),
+        ("expand 8192 640 320 8 bfloat16", {"block_m": 48}, "powers of two, tiles from 16"),
+        ("expand 8192 640 320 8 bfloat16", {"block_m": "64"}, "integers for block_k, block_m"),
+        ("expand 8191 640 320 8 bfloat16", {}, "is no key"),
+        ("other 8192 640 320 8 bfloat16", {}, "is no key"),
+    ],
+)
+def test_bad_tiles_are_refused_at_load(tmp_path, monkeypatch, key, change, message):
+    usual = tuning.config("expand", Shape(8192, 640, 320, 8), HOPPER)
+    path = write_tiles(tmp_path, key, replace(usual, **change), usual)
+    monkeypatch.setattr(tables, "USER_TABLES", path.parent)
+    tables.reload()
+    with pytest.raises(ValueError) as refusal:
+        tuning.config("shrink", Shape(64, k=64, r=8), HOPPER)
+    assert str(path) in str(refusal.value) and key in str(refusal.value)
+    assert message in str(refusal.value)
+    tables.reload()
+
+
+def write_tiles(folder, key, chosen, usual):
+    ms = {"chosen": [1, 1, 1], "usual": [2, 2, 2]}
+    entry = {"chosen": asdict(chosen), "usual": asdict(usual), "ms": ms, "rounds": 3}
+    entry |= {"torch": "2", "triton": "3", "date": "2026-01-01"}
+    path = folder / "sm_90.json"
+    tables.write(path, {"strategies": {}, "tiles": {key: entry}})
+    return path
+
+
+def test_shipped_tables_are_read():
+    for path in tables.SHIPPED_TABLES.glob("sm_*.json"):
+        assert tables.read(path, CHIPS[path.stem])["tiles"]
 
 
 @pytest.mark.parametrize(

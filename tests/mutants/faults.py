@@ -109,8 +109,8 @@ EAGER = (
     Fault(
         "scale squared in the forward",
         f"{KERNELS}/ops/lora_linear/eager.py",
-        "b.t(), alpha=scale)",
-        "b.t(), alpha=scale * scale)",
+        "lora_b.to(y.dtype).t(), alpha=scale)",
+        "lora_b.to(y.dtype).t(), alpha=scale * scale)",
         ("tests/ops/test_lora_linear.py::test_number_as_scale_without_bias",),
     ),
     Fault(
@@ -307,7 +307,7 @@ TRITON = (
     ),
     Fault(
         "bias of the low-rank branch skipped",
-        f"{LOW_RANK}/expand.py",
+        f"{LOW_RANK}/low_rank_tile.py",
         "acc += (bias_low * effective_scale(scale, scale_ptr))[None, :]",
         "acc += 0.0",
         ("tests/ops/test_adapter_linear.py::test_hard_shapes", "-k", "triton-folded-float32"),
@@ -380,10 +380,10 @@ MODEL = (
     ),
     Fault(
         "Conv1D's weight not transposed",
-        "artemis/layers.py",
+        "artemis/frozen.py",
         "return module.weight.t()",
         "return module.weight",
-        ("tests/artemis/test_injection.py", "-k", "fresh"),
+        ("tests/artemis/test_frozen.py::test_the_same_results", "-k", "gpt2"),
     ),
     Fault(
         "folding forgets the bias that reaches the bottleneck",
@@ -451,16 +451,16 @@ EIGHT_BITS = "tests/ops/test_quantized_ops.py::test_eight_bits"
 QUANTIZED = (
     Fault(
         "codes read as 128 + c and not taken back",
-        f"{CORE}/native/few_rows.c",
+        f"{CORE}/native/dots.h",
         "from_bf16(w->offset[index]) - 128 * scale",
         "from_bf16(w->offset[index])",
         (FEW_ROWS,),
     ),
     Fault(
         "every block of few rows takes the first block's sums",
-        f"{CORE}/native/few_rows.c",
-        "x_sums + top * (k / group)",
-        "x_sums",
+        f"{CORE}/native/dots.h",
+        "x->sums + top * (w->k / w->group)",
+        "x->sums",
         (FEW_ROWS,),
     ),
     Fault(
@@ -642,6 +642,23 @@ GROUPS = (
     ),
 )
 
+MEASURED = (
+    Fault(
+        "a provider that fails the accuracy rule is timed",
+        "artemis/benchmark/measure.py",
+        'if rows[name]["gate"]["passed"]',
+        'if name != "artemis/failing"',
+        ("tests/artemis/benchmark/test_measure.py", "-k", "not_timed"),
+    ),
+    Fault(
+        "packed weights may err as if all of a weight were rounding",
+        "artemis/benchmark/packed.py",
+        "limit = 2 * plain + 1e-6",
+        "limit = 2 * plain + 1.0",
+        ("tests/artemis/benchmark/test_measure.py", "-k", "stand_for"),
+    ),
+)
+
 PERSISTENT = (
     Fault(
         "a persistent program takes one tile only",
@@ -659,4 +676,148 @@ PERSISTENT = (
     ),
 )
 
-FAULTS = (*MASK, *EAGER, *TRITON, *PERSISTENT, *MODEL, *RANKS, *QUANTIZED, *PACKED_KERNELS, *GROUPS)
+TUNER = f"{KERNELS}/tuner"
+TUNED_TESTS = "tests/core/test_tuner.py"
+TILES_TESTS = "tests/kernels/test_tiles_search.py"
+
+TUNING = (
+    Fault(
+        "a win of less than 5 % is kept",
+        f"{TUNER}/timing.py",
+        "median * MARGIN < usual_median",
+        "median < usual_median",
+        (TUNED_TESTS, "-k", "beyond_doubt"),
+    ),
+    Fault(
+        "a win within the spread is kept",
+        f"{TUNER}/timing.py",
+        "and slow < usual_fast",
+        "and True",
+        (TUNED_TESTS, "-k", "beyond_doubt"),
+    ),
+    Fault(
+        "the shipped table overrides the user's",
+        f"{CORE}/tables.py",
+        '((SHIPPED_TABLES, "shipped"), (USER_TABLES, "user\'s"))',
+        '((USER_TABLES, "user\'s"), (SHIPPED_TABLES, "shipped"))',
+        (TUNED_TESTS, "-k", "overrides"),
+    ),
+    Fault(
+        "an entry stands for fewer rows than its half, too",
+        f"{CORE}/tables.py",
+        "most // 2 < case.rows <= most",
+        "case.rows <= most",
+        (TUNED_TESTS, "-k", "for_its_cases_alone"),
+    ),
+    Fault(
+        "configurations that spill are timed",
+        f"{TUNER}/tiles.py",
+        "and not resources.stack",
+        "and True",
+        (TILES_TESTS, "-k", "never_timed"),
+    ),
+    Fault(
+        "configurations beyond the chip's shared memory are compiled",
+        f"{TUNER}/tiles.py",
+        "if staged_bytes(kernel, shape, config) <= chip.shared_bytes",
+        "if True",
+        (TILES_TESTS, "-k", "even_compiled"),
+    ),
+)
+
+FROZEN = "tests/ops/test_frozen_linear.py"
+KEPT = "tests/artemis/test_frozen.py"
+INFERENCE = (
+    Fault(
+        "the bias of the up-projection not taken back where the adapter reads the output",
+        f"{CORE}/frozen.py",
+        "before = -shift",
+        "before = None",
+        (f"{FROZEN}::test_each_bias_may_be_absent",),
+    ),
+    Fault(
+        "the base's bias not folded into the units'",
+        f"{CORE}/frozen.py",
+        "before, through, inner = bias, down, bias_down",
+        "before, through, inner = None, down, bias_down",
+        (f"{FROZEN}::test_each_bias_may_be_absent",),
+    ),
+    Fault(
+        "the units read x where they read the output",
+        f"{CORE}/native/frozen.c",
+        "hidden(&output, m, n, &a, h);",
+        "hidden(&input, m, k, &a, h);",
+        (f"{FROZEN}::test_few_rows_in_one_pass",),
+    ),
+    Fault(
+        "the units' bias left out, C",
+        f"{CORE}/native/frozen.c",
+        "float z = out[i - top][u - first] + shift;",
+        "float z = out[i - top][u - first] + 0 * shift;",
+        (f"{FROZEN}::test_few_rows_in_one_pass",),
+    ),
+    Fault(
+        "weights read as 128 too large and not taken back",
+        f"{CORE}/native/fixed_point.h",
+        " - 128 * x->sum",
+        "",
+        (f"{FROZEN}::test_lora",),
+    ),
+    Fault(
+        "a row taken in fixed point whatever stands out of it",
+        f"{CORE}/native/fixed_point.h",
+        "32512 * count > 64 * (int64_t)sizes",
+        "0",
+        (f"{FROZEN}::test_features_that_stand_out",),
+    ),
+    Fault(
+        "constants kept when a tensor changes in place",
+        "artemis/frozen.py",
+        "if tensor._version != version or tensor.data_ptr() != address:",
+        "if tensor.data_ptr() != address:",
+        (f"{KEPT}::test_no_change_goes_unseen",),
+    ),
+    Fault(
+        "constants kept when a tensor's storage changes",
+        "artemis/frozen.py",
+        "if tensor._version != version or tensor.data_ptr() != address:",
+        "if tensor._version != version:",
+        (f"{KEPT}::test_no_change_goes_unseen",),
+    ),
+    Fault(
+        "constants kept when a parameter is replaced",
+        "artemis/frozen.py",
+        "if holder.get(name) is not tensor:",
+        "if tensor is None:",
+        (f"{KEPT}::test_no_change_goes_unseen",),
+    ),
+    Fault(
+        "constants copied with the model",
+        "artemis/sites.py",
+        'return self.__dict__ | {"frozen": None}',
+        "return dict(self.__dict__)",
+        (f"{KEPT}::test_copies_start_without",),
+    ),
+    Fault(
+        "an adapter with a bias taken for a fresh one",
+        "artemis/frozen.py",
+        'for role in ("lora_b", "up", "bias_up") if',
+        'for role in ("lora_b", "up") if',
+        (f"{KEPT}::test_one_term_is_enough_to_count",),
+    ),
+)
+
+FAULTS = (
+    *MASK,
+    *EAGER,
+    *TRITON,
+    *PERSISTENT,
+    *MEASURED,
+    *MODEL,
+    *RANKS,
+    *QUANTIZED,
+    *PACKED_KERNELS,
+    *GROUPS,
+    *TUNING,
+    *INFERENCE,
+)

@@ -136,6 +136,26 @@ def test_only_what_is_asked_for(operation):
                 torch.testing.assert_close(value, every[name], rtol=1e-5, atol=1e-5)
 
 
+@BOTH
+def test_a_reader_that_passes_no_gradient_on(operation):
+    """Its node stands in the graph all the same, so the backward runs, with nothing to do."""
+
+    class Silent(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            return None
+
+    x, members = members_of(operation, SINGLE)
+    x.requires_grad_()
+    ys = grouped(operation, x, members)
+    (sum(Silent.apply(y).sum() for y in ys) + x.sum()).backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
 @pytest.mark.skipif("triton" not in IMPLS, reason="no interpreter")
 @pytest.mark.parametrize("strategy", ["split", "vendor"])
 def test_kernels_share_the_shrink(strategy):

@@ -102,6 +102,10 @@ def _signatures() -> Iterator[tuple[str, str]]:
         "artemis_few_rows_bf16",
         f"pointer pointer pointer pointer pointer pointer size {sizes} size flag threads",
     )
+    yield (
+        "artemis_frozen_bf16",
+        f"{'pointer ' * 10}{sizes} size size factor flag flag flag threads",
+    )
 
 
 def _built(compiler: str) -> Path:

@@ -5,12 +5,12 @@
 
 #include "numbers.h"
 
-enum { INT8, FP8, INT4 };
+enum { INT8, FP8, INT4, BF16 }; /* BF16: numbers as they are, for passes over any weight */
 
 #define SLAB 1024 /* columns decoded at a time: a multiple of every group size */
 
 typedef struct {
-    const uint8_t *data; /* [n, k], or [n, k / 2] for int4 */
+    const uint8_t *data; /* [n, k], or [n, k / 2] for int4; of two bytes for bf16 */
     const void *scale;   /* fp32 [n], or bf16 [n, k / group] for int4 */
     const uint16_t *offset; /* bf16 [n, k / group], int4 only */
     int64_t k, group;
@@ -27,6 +27,11 @@ static inline float from_e4m3(uint8_t bits) {
 
 /* out[0..count) = row `n` of the weight from column `from`, a multiple of the group. */
 static inline void decode(const Packed *w, int64_t n, int64_t from, int64_t count, float *out) {
+    if (w->format == BF16) {
+        const uint16_t *row = (const uint16_t *)w->data + n * w->k + from;
+        for (int64_t i = 0; i < count; ++i) out[i] = from_bf16(row[i]);
+        return;
+    }
     if (w->format != INT4) {
         const uint8_t *row = w->data + n * w->k + from;
         float scale = ((const float *)w->scale)[n];

@@ -2,7 +2,7 @@
 
 import torch
 
-from ...core import base, call, checks, cpu_tables, packed_choice, tuning
+from ...core import base, call, checks, packed_choice, tables, tuning
 from ...core.quantized import QuantizedWeight
 from ...core.registration import (
     Operation,
@@ -13,6 +13,7 @@ from ...core.registration import (
     present,
     wanted,
 )
+from ...core.strategies import Case, named, weight_of
 from ...core.types import Choice, Cost
 from ..bases import held
 from . import eager, reference
@@ -114,23 +115,28 @@ def plan(
     impl, reason = call.implementation(NAME, impl, dtype, x.device, call.trains(weight))
     if impl == "reference":
         return call.Path(impl, "composed", reason)
-    rows = x.numel() // max(in_features, 1)
     trains = torch.is_grad_enabled() and (x.requires_grad or down.requires_grad)
-    if impl == "eager":
-        sizes = (rows, in_features, out_features, width)
-        tuned = None
-        if not isinstance(weight, QuantizedWeight):
-            tuned = cpu_tables.choice(NAME, *sizes, str(dtype).removeprefix("torch."), trains)
-        strategy, why = tuned or fold_or_plain(*sizes, trains)
-        suffix, also = base.packed_strategy(weight, rows)
-        strategy, why = strategy + suffix, why + also
-    elif isinstance(weight, QuantizedWeight):
-        strategy, why = packed_choice.adapter_strategy(weight, rows, width, trains, dtype, x.device)
-    else:
-        strategy, why = tuning.adapter_strategy(
-            rows, in_features, out_features, width, trains, dtype, x.device
-        )
+    case = Case(
+        NAME, x.numel() // max(in_features, 1), in_features, out_features, width, named(dtype),
+        weight_of(weight), trains, dropout_p > 0,
+    )  # fmt: skip
+    strategy, why = tables.choice(case, impl, x.device, usual(case, impl, weight, x.device))
     return call.Path(impl, strategy, f"{reason} and {why}")
+
+
+def usual(
+    case: Case, impl: str, weight: torch.Tensor | QuantizedWeight, device: torch.device
+) -> tuple[str, str]:
+    """`(strategy, reason)` where no table says otherwise."""
+    rows, k, n, width = case[1:5]
+    if impl == "eager":
+        strategy, why = fold_or_plain(rows, k, n, width, case.trains)
+        suffix, also = base.packed_strategy(weight, rows)
+        return strategy + suffix, why + also
+    dtype = case.torch_dtype
+    if isinstance(weight, QuantizedWeight):
+        return packed_choice.adapter_strategy(weight, rows, width, case.trains, dtype, device)
+    return tuning.adapter_strategy(rows, k, n, width, case.trains, dtype, device)
 
 
 def fold_or_plain(m: int, k: int, n: int, width: int, trains: bool) -> tuple[str, str]:

@@ -2,7 +2,7 @@
 
 import torch
 
-from ...core import call, checks, tuning
+from ...core import call, checks, tables, tuning
 from ...core.registration import (
     Operation,
     define,
@@ -12,6 +12,7 @@ from ...core.registration import (
     present,
     wanted,
 )
+from ...core.strategies import Case, named
 from ...core.types import Choice, Cost
 from . import eager, reference
 
@@ -105,11 +106,21 @@ def plan(
     if residual is not None and not call.autocasts(x):
         checks.same_dtype(NAME, "residual", residual, dtype)
     impl, reason = call.implementation(NAME, impl, dtype, x.device, trains_weight=False)
-    if impl != "triton":
-        return call.Path(impl, "addmm" if impl == "eager" else "composed", reason)
+    if impl == "reference":
+        return call.Path(impl, "composed", reason)
+    trains = torch.is_grad_enabled() and (x.requires_grad or down.requires_grad)
     rows = x.numel() // max(hidden, 1)
-    strategy, why = tuning.bottleneck_strategy(rows, hidden, width, dtype, x.device)
-    return call.Path(impl, strategy, f"{reason} and {why}")
+    case = Case(NAME, rows, 0, hidden, width, named(dtype), trains=trains, drops=dropout_p > 0)
+    strategy, why = tables.choice(case, impl, x.device, usual(case, impl, None, x.device))
+    return call.Path(impl, strategy, f"{reason} and {why}" if why else reason)
+
+
+def usual(case: Case, impl: str, weight: None, device: torch.device) -> tuple[str, str]:
+    """`(strategy, reason)` where no table says otherwise; the reason may be empty."""
+    if impl == "eager":
+        return "addmm", ""
+    dtype = case.torch_dtype
+    return tuning.bottleneck_strategy(case.rows, case.out_features, case.width, dtype, device)
 
 
 def explain(x, down, up, **options) -> Choice:

@@ -2,7 +2,7 @@
 
 import torch
 
-from ...core import base, call, checks, packed_choice, tuning
+from ...core import base, call, checks, packed_choice, tables, tuning
 from ...core.quantized import QuantizedWeight
 from ...core.registration import (
     Operation,
@@ -13,6 +13,7 @@ from ...core.registration import (
     present,
     wanted,
 )
+from ...core.strategies import Case, named, weight_of
 from ...core.types import Choice, Cost
 from ..bases import held
 from . import eager, reference
@@ -100,17 +101,27 @@ def plan(
     impl, reason = call.implementation(NAME, impl, dtype, x.device, call.trains(weight))
     if impl == "reference":
         return call.Path(impl, "composed", reason)
-    rows = x.numel() // max(in_features, 1)
+    trains = torch.is_grad_enabled() and (x.requires_grad or lora_a.requires_grad)
+    case = Case(
+        NAME, x.numel() // max(in_features, 1), in_features, out_features, rank, named(dtype),
+        weight_of(weight), trains, dropout_p > 0,
+    )  # fmt: skip
+    strategy, why = tables.choice(case, impl, x.device, usual(case, impl, weight, x.device))
+    return call.Path(impl, strategy, f"{reason} and {why}" if why else reason)
+
+
+def usual(
+    case: Case, impl: str, weight: torch.Tensor | QuantizedWeight, device: torch.device
+) -> tuple[str, str]:
+    """`(strategy, reason)` where no table says otherwise; the reason may be empty."""
+    rows, k, n, rank = case[1:5]
     if impl == "eager":
         suffix, why = base.packed_strategy(weight, rows)
-        return call.Path(impl, "addmm" + suffix, reason + why)
+        return "addmm" + suffix, why.removeprefix(" and ")
+    dtype = case.torch_dtype
     if isinstance(weight, QuantizedWeight):
-        strategy, why = packed_choice.lora_strategy(weight, rows, rank, dtype, x.device)
-    else:
-        strategy, why = tuning.lora_strategy(
-            rows, in_features, out_features, rank, dropout_p > 0, dtype, x.device
-        )
-    return call.Path(impl, strategy, f"{reason} and {why}")
+        return packed_choice.lora_strategy(weight, rows, rank, dtype, device)
+    return tuning.lora_strategy(rows, k, n, rank, case.drops, dtype, device)
 
 
 def explain(x, weight, lora_a, lora_b, scale, **options) -> Choice:

@@ -2,7 +2,7 @@
 
 import torch
 
-from ...core import base, call, checks, packed_choice
+from ...core import base, call, checks, packed_choice, tables
 from ...core.products import column_sum
 from ...core.quantized import QuantizedWeight
 from ...core.registration import (
@@ -14,6 +14,7 @@ from ...core.registration import (
     present,
     wanted,
 )
+from ...core.strategies import Case, named, weight_of
 from ...core.types import Choice, Cost
 from ..bases import held
 from . import reference
@@ -71,12 +72,23 @@ def plan(x, weight, *, bias=None, impl=None) -> call.Path:
     impl, reason = call.implementation(NAME, impl, dtype, x.device, False)
     if impl == "reference":
         return call.Path(impl, "composed", reason)
-    rows = x.numel() // max(weight.shape[1], 1)
+    out_features, in_features = weight.shape
+    trains = torch.is_grad_enabled() and x.requires_grad
+    case = Case(
+        NAME, x.numel() // max(in_features, 1), in_features, out_features, 0, named(dtype),
+        weight_of(weight), trains,
+    )  # fmt: skip
+    strategy, why = tables.choice(case, impl, x.device, usual(case, impl, weight, x.device))
+    return call.Path(impl, strategy, f"{reason} and {why}")
+
+
+def usual(case: Case, impl: str, weight: QuantizedWeight, device: torch.device) -> tuple[str, str]:
+    """`(strategy, reason)` where no table says otherwise."""
     if impl == "eager":
-        suffix, why = base.packed_strategy(weight, rows)
-        return call.Path(impl, "product" + suffix, reason + why)
-    suffix, why = packed_choice.product(weight, rows, 0, dtype, x.device)
-    return call.Path(impl, "product" + suffix, f"{reason} and {why}")
+        suffix, why = base.packed_strategy(weight, case.rows)
+        return "product" + suffix, why.removeprefix(" and ")
+    suffix, why = packed_choice.product(weight, case.rows, 0, case.torch_dtype, device)
+    return "product" + suffix, why
 
 
 def explain(x, weight, **options) -> Choice:

@@ -18,6 +18,8 @@ ADAPTERS = [name for name, arm in ARMS.items() if not arm.is_full]
 @pytest.mark.parametrize("arm", ADAPTERS)
 @pytest.mark.parametrize("workload", ["train", "decode"])
 def test_the_gate_passes_every_arm(arm, workload):
+    if workload == "train" and not ARMS[arm].trains:
+        pytest.skip("measured at inference only")
     step = Step(workload, arm, CELL)
     assert check(step, prepare(step)).passed
 

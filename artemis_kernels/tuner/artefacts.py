@@ -1,6 +1,6 @@
-"""Compile kernels exactly as a launch would, for chips that are not here, and read the result.
+"""Compile kernels exactly as a launch would, for any chip, and read what they need.
 
-`captured` runs launchers on meta tensors and keeps the arguments of every launch; `compiled`
+`launches_of` runs launchers on meta tensors and keeps the arguments of every launch; `compiled`
 specialises a kernel on them (alignment, strides of 1, None pointers) as Triton's launcher does,
 and compiles it without a driver. It must run in a process without TRITON_INTERPRET. The private
 parts of Triton's API that this needs are used here only.
@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from unittest import mock
 
 import torch
 import triton
@@ -20,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, MockTensor, create_function_from_signature
 
-from artemis_kernels.core.device import Chip
+from ..core.device import Chip
 
 
 @dataclass(frozen=True)
@@ -48,14 +47,17 @@ class Artefact:
 @contextmanager
 def captured() -> Iterator[list[Launch]]:
     """Record launches instead of running them."""
-    launches = []
+    launches, run = [], JITFunction.run
 
     def record(self, *args, grid, warmup, **kwargs):
         assert not args, f"{self.__name__} is launched with positional arguments"
         launches.append(Launch(self, kwargs))
 
-    with mock.patch.object(JITFunction, "run", record):
+    JITFunction.run = record
+    try:
         yield launches
+    finally:
+        JITFunction.run = run
 
 
 def launches_of(launch: Callable[[], object]) -> list[Launch]:

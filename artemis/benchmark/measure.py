@@ -1,0 +1,194 @@
+"""One operation on one layer, measured: everybody checked, then timed in turns.
+
+A provider that fails the accuracy rule, or does not run at all, is not timed. Peers draw dropout
+masks of their own and are checked without.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+
+import artemis_kernels
+
+from . import packed
+from .costs import cost_of_pass
+from .operations import (
+    SEED,
+    Operation,
+    Sizes,
+    Tensors,
+    Truth,
+    Verdict,
+    operands,
+    relative_error,
+)
+from .peers import OWN_TENSORS, PEERS, Run, peers
+from .timer import Timer
+
+Record = dict[str, Any]
+LEARN = ("x", "lora_a", "lora_b", "down", "up")  # no bias is timed, and the scale is a constant 1
+_CHECKED = 1 << 35  # multiply-adds up to which a gate takes all tokens
+_GATE_TOKENS = 128  # else
+
+
+class Work(Protocol):
+    """What is measured; `which` is one of `costs.PASSES`, `name` says where the layer is from."""
+
+    operation: Operation
+    sizes: Sizes
+    dropout: float
+    which: str
+    name: str
+
+
+Weights = dict[str, artemis_kernels.QuantizedWeight]
+#: `(work, tensors, dropout)` -> more providers of Artemis by name: other ways of the operation.
+More = Callable[[Work, Tensors, float], dict[str, Run]]
+
+
+def measure(
+    work: Work,
+    dtype: torch.dtype,
+    device: torch.device,
+    timer: Timer,
+    peaks: Record,
+    more: More | None = None,
+    impl: str | None = None,
+    failures: tuple[type[Exception], ...] = (RuntimeError,),
+) -> Iterator[Record]:
+    """A row for every provider: verdict, times, rates, and ratios to floor and best peer.
+
+    `impl` is what the public functions are called with; one of `failures` (of a launch, or of a
+    compiler that is not whole) fails its provider, not the run.
+    """
+    torch.manual_seed(0)
+    every = operands(work.operation, work.sizes, dtype, device)
+    tensors = {name: every[name] for name in ("weight", *LEARN) if name in every}
+    weights = packed.quantized(tensors)
+    ways = {p: _providers(work, tensors, p, weights, more, impl) for p in {0.0, work.dropout}}
+    rows = _checked(work, tensors, weights, ways, impl, failures)
+    calls = {
+        name: _call(
+            run, OWN_TENSORS.get(name, dict)(tensors), work.which,
+            learns=("x",) if name == "bare" else LEARN,
+        )
+        for name, run in ways[work.dropout].items()
+        if rows[name]["gate"]["passed"]
+    }  # fmt: skip
+    for name, times in timer.rows(calls).items():
+        rows[name] |= times
+    choices = _choices(work, tensors, weights, impl)
+    for name, choice in choices.items():
+        rows[name] |= {"impl": choice.impl, "strategy": choice.strategy}
+    timed = [rows[name]["ms"]["p50"] for name in PEERS if "ms" in rows.get(name, {})]
+    for name, row in rows.items():
+        if "ms" in row:
+            seconds = row["ms"]["p50"] / 1e3
+            choice = choices.get(name, choices["artemis"])
+            held = weights[name].nbytes if name in weights else None
+            needed = cost_of_pass(
+                work.operation, work.sizes, name, choice.cost, dtype.itemsize, work.which, held
+            )
+            floor = max(needed.flops / peaks["gflops"], needed.bytes / peaks["gbs"]) / 1e9
+            row |= {
+                "gflops": needed.flops / seconds / 1e9, "gbs": needed.bytes / seconds / 1e9,
+                "intensity": needed.flops / needed.bytes, "over_floor": seconds / floor,
+                "over_best_peer": row["ms"]["p50"] / min(timed) if timed else None,
+            }  # fmt: skip
+        yield {"provider": name, "what": f"{name} on {work.name}", **row}
+
+
+def _choices(
+    work: Work, tensors: Tensors, weights: Weights, impl: str | None
+) -> dict[str, artemis_kernels.Choice]:
+    """What the public function says of each of its calls."""
+    given = {"scale": 1.0} | _leaves(tensors, work.which, LEARN)
+    calls = {"artemis": given, **{name: given | {"weight": w} for name, w in weights.items()}}
+    return {
+        name: artemis_kernels.explain(
+            work.operation.name, **arguments, dropout_p=work.dropout, impl=impl
+        )
+        for name, arguments in calls.items()
+    }
+
+
+def _providers(
+    work: Work,
+    tensors: Tensors,
+    dropout: float,
+    weights: Weights,
+    more: More | None,
+    impl: str | None,
+) -> dict[str, Run]:
+    """`artemis`, the public function, also over packed weights, and its peers."""
+
+    def artemis(t: Tensors) -> torch.Tensor:
+        return work.operation.public(t, dropout_p=dropout, seed=SEED, impl=impl)
+
+    return {
+        "artemis": artemis,
+        **({} if more is None else more(work, tensors, dropout)),
+        **{n: packed.provider(work.operation, w, dropout, impl) for n, w in weights.items()},
+        **peers(work.operation, work.sizes, tensors, dropout),
+    }
+
+
+def _checked(
+    work: Work,
+    tensors: Tensors,
+    weights: Weights,
+    ways: dict[float, dict[str, Run]],
+    impl: str | None,
+    failures: tuple[type[Exception], ...],
+) -> dict[str, Record]:
+    """Verdict and error of every provider.
+
+    Gradients are checked where a backward is timed; where that would take long, on fewer tokens.
+    """
+    m, k, n, _ = work.sizes
+    few = m * k * n > _CHECKED and tensors["x"].device.type == "cpu"
+    tensors = tensors | {"x": tensors["x"][:_GATE_TOKENS]} if few else tensors
+    wanted = tuple(n for n in LEARN if n in tensors) if work.which != "forward" else ("x",)
+    truths = {p: Truth(work.operation, tensors, wanted, dropout_p=p) for p in ways}
+    rows: dict[str, Record] = {}
+    for name in ways[0.0]:
+        dropout = work.dropout if name.startswith("artemis") else 0.0
+        run, weight, truth = ways[dropout][name], weights.get(name), truths[dropout]
+        if name == "bare":
+            rows[name] = {"gate": {"passed": True}}
+            continue
+        try:
+            if weight is None:
+                verdict = truth.judge(run)
+            else:
+                stands_for = {"weight": weight.dequantize(tensors["x"].dtype)}
+                truth = Truth(work.operation, tensors | stands_for, wanted, dropout_p=dropout)
+                verdict = packed.judge(work.operation, weight, run, truth, impl)
+            error = relative_error(run(tensors), truth.exact["y"])
+            rows[name] = {"gate": verdict.to_dict(), "error": error}
+        except failures as failure:
+            where = f"{type(failure).__name__}: {failure}"[:300]
+            rows[name] = {"gate": Verdict(None, where).to_dict()}
+    return rows
+
+
+def _call(run: Run, tensors: Tensors, which: str, learns: tuple[str, ...]) -> Callable[[], object]:
+    """A call that runs the pass `which` once."""
+    leaves = _leaves(tensors, which, learns)
+    wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
+    if which == "forward":
+        return lambda: run(leaves)
+    y = run(leaves)
+    dy = torch.randn_like(y)
+    if which == "backward":
+        return lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
+    return lambda: torch.autograd.grad(run(leaves), wanted, dy)
+
+
+def _leaves(tensors: Tensors, which: str, learns: tuple[str, ...]) -> Tensors:
+    """The tensors anew; those that learn require a gradient unless only the forward is asked."""
+    return {
+        name: tensor.detach().requires_grad_(which != "forward" and name in learns)
+        for name, tensor in tensors.items()
+    }

@@ -1,0 +1,171 @@
+"""Adapted layers at inference: what their tensors stand for, worked out once and kept.
+
+Outside training and without gradients a layer's constants (the adapter in x's dtype, `D W`, biases
+added up) are made at its first call and serve until something they were made of has changed: each
+call compares the tensors, their storage and their version. Copies of a model start without them,
+and whatever moves, casts, packs or trains it drops them.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import nn
+
+from artemis_kernels import FrozenLinear, QuantizedWeight
+
+from .quantized_layers import PARTS, is_packed
+
+if TYPE_CHECKING:
+    from .sites import Site
+
+
+class Source(NamedTuple):
+    """A tensor in its place, as it was; holding its storage keeps its address from being reused."""
+
+    holder: dict[str, torch.Tensor | None]
+    name: str
+    tensor: torch.Tensor | None
+    version: int
+    address: int
+    storage: torch.UntypedStorage | None
+
+    @classmethod
+    def of(cls, holder: dict[str, torch.Tensor | None], name: str) -> "Source":
+        tensor = holder.get(name)
+        if tensor is None:
+            return cls(holder, name, None, 0, 0, None)
+        version, storage = tensor._version, tensor.untyped_storage()
+        return cls(holder, name, tensor, version, tensor.data_ptr(), storage)
+
+
+def _unchanged(sources: Iterable[Source]) -> bool:
+    for holder, name, tensor, version, address, _ in sources:
+        if holder.get(name) is not tensor:
+            return False
+        if tensor is None:
+            continue
+        if tensor._version != version or tensor.data_ptr() != address:
+            return False
+    return True
+
+
+def _same(one: Source, other: Source) -> bool:
+    same = one.tensor is other.tensor and one.version == other.version
+    return same and one.address == other.address
+
+
+class Frozen(NamedTuple):
+    """A layer at inference, and what it was made of."""
+
+    sources: tuple[Source, ...]
+    conditions: tuple
+    linear: FrozenLinear | None  # None: the adapter adds nothing
+
+
+class Casts:
+    """A bank's tensors in another dtype, each once for all layers that share it."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple, tuple[list[Source], torch.Tensor]] = {}
+
+    def clear(self) -> None:
+        self._made.clear()
+
+    def get(
+        self, key: tuple, sources: list[Source], tensor: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """`tensor`, named by `key` and made of `sources`, in `dtype` and contiguous."""
+        key = (*key, tensor.shape, dtype)
+        known, cast = self._made.get(key, ([], None))
+        if cast is None or not all(map(_same, known, sources)):
+            cast = tensor.detach().to(dtype).contiguous()
+            self._made[key] = sources, cast
+        return cast
+
+    def __reduce__(self) -> tuple:
+        return Casts, ()  # a copy of a model makes its own
+
+
+def output(
+    module: nn.Module, x: torch.Tensor, site: "Site", base: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor | None:
+    """The layer's output from its constants, or by `base` alone where the adapter adds nothing.
+
+    None where the usual operation is to run.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    if module.training or torch.is_grad_enabled():
+        site.forget()  # an optimizer may follow, and may write through `.data`, which nobody counts
+        return None
+    ready = _ready(module, x, site)
+    if ready is None:
+        return None
+    return base(x) if ready.linear is None else ready.linear(x)
+
+
+def _ready(module: nn.Module, x: torch.Tensor, site: "Site") -> Frozen | None:
+    config, kind = site.bank.config, x.device.type
+    if not config.cache_constants or config.impl == "reference" or type(x) is not torch.Tensor:
+        return None
+    if kind not in ("cpu", "cuda") or torch.is_autocast_enabled(kind):
+        return None
+    if "forward" in vars(module):  # accelerate sets it, and brings the weights for each call
+        return None
+    conditions = (x.dtype, config.impl, id(site.layout), *site.constants())
+    ready = site.frozen
+    if ready is not None and ready.conditions == conditions and _unchanged(ready.sources):
+        return ready
+    site.frozen = None
+    places = _places(module, site)
+    tensors = [holder.get(name) for holder, name in places]
+    if tensors[0] is None or any(t is not None and t.is_inference() for t in tensors):
+        return None  # parametrized, perhaps; or nobody counts the changes
+    if kind == "cuda" and torch.cuda.is_current_stream_capturing():
+        return None  # made inside a graph, they would be there after its first replay only
+    sources = tuple(Source.of(*place) for place in places)
+    site.frozen = Frozen(sources, conditions, _linear(module, x.dtype, site))
+    return site.frozen
+
+
+def _places(module: nn.Module, site: "Site") -> list[tuple[dict, str]]:
+    """Where all tensors are that the output depends on, the weight first."""
+    if is_packed(module):
+        places = [(module._buffers, name) for name in PARTS]
+    else:
+        places = [(module._parameters, "weight")]
+    places.append((module._parameters, "bias"))
+    for role, (key, _) in site.layout.items():
+        places += site.bank.places(role, key)
+    return places
+
+
+def _linear(module: nn.Module, dtype: torch.dtype, site: "Site") -> FrozenLinear | None:
+    bank, layout = site.bank, site.layout
+    given = bank.tensors(layout)
+    if _adds_nothing(given):
+        return None
+    for role in ("lora_a", "down", "up"):
+        if role in layout:
+            key = layout[role][0]
+            sources = [Source.of(*place) for place in bank.places(role, key)]
+            given[role] = bank.casts.get((role, key), sources, given[role], dtype)
+    weight = weight_of(module)
+    if isinstance(weight, torch.Tensor):
+        weight = weight.detach()
+    adapter = site.frozen_adapter(weight, module.bias, given, dtype)
+    return FrozenLinear(weight, adapter, impl=bank.config.impl)
+
+
+def _adds_nothing(given: dict[str, torch.Tensor]) -> bool:
+    """Whether the adapter is as good as fresh; a GPU is not waited for to know it."""
+    last = [given[role] for role in ("lora_b", "up", "bias_up") if role in given]
+    return all(tensor.device.type == "cpu" and not tensor.any() for tensor in last)
+
+
+def weight_of(module: nn.Module) -> torch.Tensor | QuantizedWeight:
+    """The layer's weight as (out, in): a view of it where it is stored the other way round."""
+    if isinstance(module, nn.Linear) or is_packed(module):
+        return module.weight
+    return module.weight.t()

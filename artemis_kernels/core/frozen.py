@@ -1,0 +1,198 @@
+"""An adapted layer whose tensors no longer change: its constants, and its pass over few rows.
+
+LoRA and a bottleneck on a linear layer are then one formula over every base:
+
+    y1 = x Wᵀ + bias     z = from Fᵀ + c     y = y1 + scale · act(z) Gᵀ
+
+LoRA has F = A, G = B and the identity. A bottleneck has G = U and bias = b + scale·b_u, and either
+reads x, with F = D W and c = D b + b_d, or y1, with F = D and c = b_d − scale·D b_u.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from . import native
+from .device import has_fast_bf16
+from .products import accumulator
+from .quantized import FORMATS, QuantizedWeight
+from .units import KINDS
+
+_BF16 = len(FORMATS)  # of a tensor, as numbered in native/formats.h
+_MOST_ROWS = {"int8": 16, "fp8": 16, "int4": 8}  # a plain weight's are int4's
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenAdapter:
+    """The constants of `frozen_linear`, made once by `lora` or `bottleneck`, in one dtype.
+
+    Make them anew when a tensor that they were made of has changed.
+
+    Args:
+        down: F [r, in], or [r, out] where the adapter reads the layer's output.
+        up: G [out, r].
+        bias: [out] or None, that of the base and the adapter's together.
+        bias_down: c [r] or None.
+        scale: a float, or a 0-d tensor.
+        activation: "relu", "gelu", "gelu_tanh", "silu" or "identity".
+        reads_output: whether z is made from y1, not from x.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    bias: torch.Tensor | None = None
+    bias_down: torch.Tensor | None = None
+    scale: float | torch.Tensor = 1.0
+    activation: str = "identity"
+    reads_output: bool = False
+
+    @classmethod
+    @torch.no_grad()
+    def lora(
+        cls,
+        lora_a: torch.Tensor,
+        lora_b: torch.Tensor,
+        scale: float | torch.Tensor = 1.0,
+        *,
+        bias: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "FrozenAdapter":
+        """The constants of `lora_linear` with these arguments, in `dtype` (None: lora_a's)."""
+        dtype = dtype or lora_a.dtype
+        return cls(
+            _constant(lora_a, dtype), _constant(lora_b, dtype), _constant(bias, dtype),
+            scale=_number(scale),
+        )  # fmt: skip
+
+    @classmethod
+    @torch.no_grad()
+    def bottleneck(
+        cls,
+        weight: torch.Tensor | QuantizedWeight,
+        down: torch.Tensor,
+        up: torch.Tensor,
+        *,
+        bias: torch.Tensor | None = None,
+        bias_down: torch.Tensor | None = None,
+        bias_up: torch.Tensor | None = None,
+        activation: str = "gelu",
+        scale: float | torch.Tensor = 1.0,
+        dtype: torch.dtype | None = None,
+    ) -> "FrozenAdapter":
+        """The constants of `adapter_linear` with these arguments, in `dtype` (None: down's).
+
+        D is folded through the weight where that reads less: on a GPU always, on a CPU where the
+        layer has fewer inputs than outputs.
+        """
+        dtype, scale = dtype or down.dtype, _number(scale)
+        out_features, in_features = weight.shape
+        wide = accumulator(dtype)
+        before, through, inner = bias, down, bias_down
+        shift = None if bias_up is None else bias_up.to(wide) * scale
+        total = shift if bias is None else bias.to(wide) if shift is None else bias.to(wide) + shift
+        folds = down.device.type != "cpu" or in_features < out_features
+        if folds:
+            through = torch.mm(down.to(dtype), _dense(weight, dtype))
+        elif shift is not None:
+            before = -shift
+        else:
+            before = None
+        if before is not None:
+            moved = torch.mv(down.to(wide), before.to(wide))
+            inner = moved if bias_down is None else moved + bias_down.to(wide)
+        return cls(
+            _constant(through, dtype), _constant(up, dtype), _constant(total, dtype),
+            _constant(inner, dtype), scale, activation, not folds,
+        )  # fmt: skip
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all constants."""
+        return self.down.dtype
+
+
+def _dense(weight: torch.Tensor | QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
+    return weight.dequantize(dtype) if isinstance(weight, QuantizedWeight) else weight.to(dtype)
+
+
+def _constant(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    return None if tensor is None else tensor.detach().to(dtype).contiguous()
+
+
+def _number(scale: float | torch.Tensor) -> float | torch.Tensor:
+    """A scale as a constant: a float on a CPU; a GPU is not waited for."""
+    if isinstance(scale, torch.Tensor) and scale.device.type != "cpu":
+        return scale.detach().clone()
+    return float(scale)
+
+
+def most_few_rows(
+    dtype: torch.dtype, device: torch.device, weight: torch.Tensor | QuantizedWeight
+) -> int:
+    """Up to how many rows `FewRows` serves a call: bf16 on a CPU that multiplies it, else 0."""
+    if dtype != torch.bfloat16 or device.type != "cpu" or not weight.shape[0]:
+        return 0
+    packed = isinstance(weight, QuantizedWeight)
+    fits = (weight.group_size or 64) % 64 == 0 if packed else weight.is_contiguous()
+    if not fits or not _has_pass():
+        return 0
+    return _MOST_ROWS[weight.format if packed else "int4"]
+
+
+def _has_pass() -> bool:
+    return has_fast_bf16() and native.library().handle is not None
+
+
+_has_pass._dynamo_marked_constant = True  # a fact of the machine, as in device.py
+
+
+class FewRows:
+    """The whole layer for a few rows in one pass, where `most_few_rows` allows."""
+
+    def __init__(self, weight: torch.Tensor | QuantizedWeight, adapter: FrozenAdapter):
+        if isinstance(weight, QuantizedWeight):
+            parts, group = (weight.data, weight.scale, weight.offset), weight.group_size or 0
+            format = FORMATS.index(weight.format)
+        else:
+            parts, group, format = (weight, None, None), 0, _BF16
+        tensors = (*parts, adapter.down, adapter.up, adapter.bias, adapter.bias_down)
+        # Held as tensors of their own, so that the addresses stay good whatever the owners do.
+        self._held = [None if t is None else t.detach().contiguous() for t in tensors]
+        self._pointers = [None if t is None else t.data_ptr() for t in self._held]
+        (out_features, rank), in_features = adapter.up.shape, weight.shape[1]
+        self._sizes = (in_features, out_features, group, rank)
+        self._options = (
+            float(adapter.scale), format, KINDS.index(adapter.activation), adapter.reads_output
+        )  # fmt: skip
+        self._pass = native.library().handle.artemis_frozen_bf16
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """y [..., out] for x [..., in], bf16."""
+        x, (k, n, group, r) = x.contiguous(), self._sizes
+        m = x.numel() // k
+        y = x.new_empty(*x.shape[:-1], n)
+        size = _scratch(m, k, n, group, r, self._options[-1])
+        scratch = torch.zeros(size, dtype=torch.uint8)
+        self._pass(
+            x.data_ptr(), *self._pointers, y.data_ptr(), scratch.data_ptr(), m, *self._sizes,
+            *self._options, torch.get_num_threads(),
+        )  # fmt: skip
+        return y
+
+
+def _scratch(m: int, k: int, n: int, group: int, r: int, reads_output: bool) -> int:
+    """Bytes that native/frozen.c works in: x in its forms, h, and y1 twice where it is read."""
+    rows = m if m == 1 else 4 if m <= 4 else -(-m // 8) * 8
+    numbers = rows * _padded(k) + m * _padded(r)
+    wide = rows * (k // group) if group else 0
+    if reads_output:
+        numbers, wide = numbers + rows * _padded(n), wide + m * n
+    fixed = 0
+    if m == 1:  # x in fixed point: two bytes a number, a step a block
+        blocks = k // group if group else -(-k // 256)
+        fixed = 2 * (blocks * (group or 256) + 64) + 4 * blocks
+    return 2 * numbers + 4 * wide + fixed
+
+
+def _padded(size: int) -> int:
+    return -(-size // 32) * 32

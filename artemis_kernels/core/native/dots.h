@@ -1,0 +1,215 @@
+/* Products of a few rows of bf16 x with rows of a weight in any format, sums in fp32.
+
+   Numbers of int8, e4m3 and int4 fit bf16's eight bits exactly, so the processor's bf16 dot product
+   multiplies them as they are; scales come after the fp32 sums. With x's sums over a group, int4's
+   offset costs a multiplication a group, and its codes need no conversion: 0x4300 | c is 128 + c. */
+
+#ifndef ARTEMIS_DOTS_H
+#define ARTEMIS_DOTS_H
+
+#include "fixed_point.h"
+
+/* x [padded m, pitch], zeros beyond m and k: 1, 4 or a multiple of 8 rows, pitch a multiple of 32.
+   sums [padded m, k / group]: of x over groups, int4 only (a group is a multiple of 64 there). */
+typedef struct {
+    const uint16_t *data;
+    int64_t pitch;
+    const float *sums;
+    const Fixed *fixed; /* of a single row, or NULL */
+} Rows;
+
+/* Rows of x, and of the weight, that `dots` takes at once, for m rows in all. */
+static inline int rows_at_once(int64_t m) { return m == 1 ? 1 : m <= 4 ? 4 : 8; }
+static inline int columns_at_once(int rows) { return rows == 8 ? 2 : 4; }
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#include <immintrin.h>
+
+static inline __m512i bytes_as_ints(const uint8_t *p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
+}
+
+static inline __m512bh paired(__m512 first, __m512 second) {
+    return _mm512_cvtne2ps_pbh(second, first);
+}
+
+static inline __m512bh load_int8(const uint8_t *p) {
+    __m512i first = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p));
+    __m512i second = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(p + 16)));
+    return paired(_mm512_cvtepi32_ps(first), _mm512_cvtepi32_ps(second));
+}
+
+static inline __m512 e4m3(const uint8_t *p) { /* as from_e4m3, sixteen at a time */
+    __m512i bits = bytes_as_ints(p);
+    __m512i sign = _mm512_slli_epi32(_mm512_and_si512(bits, _mm512_set1_epi32(0x80)), 24);
+    __m512i rest = _mm512_slli_epi32(_mm512_and_si512(bits, _mm512_set1_epi32(0x7f)), 20);
+    __m512 tiny = _mm512_castsi512_ps(_mm512_or_si512(sign, rest));
+    return _mm512_mul_ps(tiny, _mm512_set1_ps(0x1p120f));
+}
+
+static inline __m512bh load_fp8(const uint8_t *p) { return paired(e4m3(p), e4m3(p + 16)); }
+
+static inline __m512bh load_bf16(const uint8_t *p) { return (__m512bh)_mm512_loadu_si512(p); }
+
+static inline __m512bh load_x(const uint16_t *p) { return (__m512bh)_mm512_loadu_si512(p); }
+
+/* out[i][j] = Σ x[i, :]·w[j] for ROWS rows of x, zero-padded to `pitch`, by COLUMNS rows of w. */
+#define DOT(NAME, LOAD, SIZE, ROWS, COLUMNS)                                                      \
+    static void NAME(const uint16_t *x, int64_t pitch, const uint8_t *const *w, int64_t k,        \
+                     float out[8][4]) {                                                           \
+        __m512 sums[ROWS][COLUMNS];                                                               \
+        for (int i = 0; i < ROWS; ++i)                                                            \
+            for (int j = 0; j < COLUMNS; ++j) sums[i][j] = _mm512_setzero_ps();                   \
+        for (int64_t c = 0; c < k; c += 32) {                                                     \
+            __m512bh values[COLUMNS];                                                             \
+            uint8_t last[32 * SIZE] = {0};                                                        \
+            for (int j = 0; j < COLUMNS; ++j) {                                                   \
+                const uint8_t *from = w[j] + c * SIZE;                                            \
+                if (k - c < 32) from = memcpy(last, from, (size_t)(k - c) * SIZE);                \
+                values[j] = LOAD(from);                                                           \
+                __builtin_prefetch(w[j] + c * SIZE + 1024);                                       \
+            }                                                                                     \
+            for (int i = 0; i < ROWS; ++i)                                                        \
+                for (int j = 0; j < COLUMNS; ++j)                                                 \
+                    sums[i][j] =                                                                  \
+                        _mm512_dpbf16_ps(sums[i][j], load_x(x + i * pitch + c), values[j]);       \
+        }                                                                                         \
+        for (int i = 0; i < ROWS; ++i)                                                            \
+            for (int j = 0; j < COLUMNS; ++j) out[i][j] = _mm512_reduce_add_ps(sums[i][j]);       \
+    }
+
+DOT(int8_1, load_int8, 1, 1, 4)
+DOT(int8_4, load_int8, 1, 4, 4)
+DOT(int8_8, load_int8, 1, 8, 2)
+DOT(fp8_1, load_fp8, 1, 1, 4)
+DOT(fp8_4, load_fp8, 1, 4, 4)
+DOT(fp8_8, load_fp8, 1, 8, 2)
+DOT(bf16_1, load_bf16, 2, 1, 4)
+DOT(bf16_4, load_bf16, 2, 4, 4)
+DOT(bf16_8, load_bf16, 2, 8, 2)
+
+static inline __m512bh codes(__m512i words) {
+    return (__m512bh)_mm512_or_si512(words, _mm512_set1_epi16(0x4300));
+}
+
+/* The same for int4, whose rows of w are numbered; x_sums[i, q] are x's sums over groups. */
+#define DOT4(NAME, ROWS, COLUMNS)                                                                 \
+    static void NAME(const uint16_t *x, int64_t pitch, const float *x_sums, const Packed *w,      \
+                     const int64_t *numbers, float out[8][4]) {                                   \
+        int64_t groups = w->k / w->group, half = w->group / 2;                                    \
+        __m512 sums[ROWS][COLUMNS];                                                               \
+        float through[ROWS][COLUMNS] = {{0}};                                                     \
+        for (int i = 0; i < ROWS; ++i)                                                            \
+            for (int j = 0; j < COLUMNS; ++j) sums[i][j] = _mm512_setzero_ps();                   \
+        for (int64_t q = 0; q < groups; ++q) {                                                    \
+            for (int j = 0; j < COLUMNS; ++j) {                                                   \
+                const uint8_t *pairs = w->data + (numbers[j] * w->k + q * w->group) / 2;          \
+                int64_t index = numbers[j] * groups + q;                                          \
+                float scale = from_bf16(((const uint16_t *)w->scale)[index]);                     \
+                float offset = from_bf16(w->offset[index]) - 128 * scale;                         \
+                __m512 of_group[ROWS];                                                            \
+                for (int i = 0; i < ROWS; ++i) of_group[i] = _mm512_setzero_ps();                 \
+                __builtin_prefetch(pairs + 1024);                                                 \
+                for (int64_t c = 0; c < half; c += 32) {                                          \
+                    __m512i both =                                                                \
+                        _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(pairs + c)));   \
+                    __m512bh low = codes(_mm512_and_si512(both, _mm512_set1_epi16(15)));          \
+                    __m512bh high = codes(_mm512_srli_epi16(both, 4));                            \
+                    for (int i = 0; i < ROWS; ++i) {                                              \
+                        const uint16_t *row = x + i * pitch + q * w->group + c;                   \
+                        of_group[i] = _mm512_dpbf16_ps(of_group[i], load_x(row), low);            \
+                        of_group[i] = _mm512_dpbf16_ps(of_group[i], load_x(row + half), high);    \
+                    }                                                                             \
+                }                                                                                 \
+                for (int i = 0; i < ROWS; ++i) {                                                  \
+                    sums[i][j] = _mm512_fmadd_ps(of_group[i], _mm512_set1_ps(scale), sums[i][j]); \
+                    through[i][j] += offset * x_sums[i * groups + q];                             \
+                }                                                                                 \
+            }                                                                                     \
+        }                                                                                         \
+        for (int i = 0; i < ROWS; ++i)                                                            \
+            for (int j = 0; j < COLUMNS; ++j)                                                     \
+                out[i][j] = _mm512_reduce_add_ps(sums[i][j]) + through[i][j];                     \
+    }
+
+DOT4(int4_1, 1, 4)
+DOT4(int4_4, 4, 4)
+DOT4(int4_8, 8, 2)
+
+#define PICK(FORMAT, ...)                                                                         \
+    (rows == 1 ? FORMAT##_1(__VA_ARGS__) : rows == 4 ? FORMAT##_4(__VA_ARGS__)                    \
+                                                     : FORMAT##_8(__VA_ARGS__))
+
+/* out[i][j] = x[top + i]·w[first + j] for `rows` rows of x; rows of w beyond n are not read. */
+static inline void dots(const Rows *x, int64_t top, int rows, const Packed *w, int64_t first,
+                        int64_t n, float out[8][4]) {
+    const uint16_t *block = x->data + top * x->pitch;
+    int columns = columns_at_once(rows);
+    int64_t numbers[4], bytes = w->format == BF16 ? 2 * w->k : w->k;
+    const uint8_t *lines[4];
+    for (int j = 0; j < columns; ++j) {
+        numbers[j] = first + j < n ? first + j : n - 1;
+        lines[j] = w->data + numbers[j] * bytes;
+    }
+#if HAS_FIXED_POINT
+    if (x->fixed && w->format == INT4) {
+        for (int j = 0; j < columns; ++j) out[0][j] = int4_fixed(x->fixed, x->sums, w, numbers[j]);
+        return;
+    }
+#endif
+    if (w->format == INT4) {
+        PICK(int4, block, x->pitch, x->sums + top * (w->k / w->group), w, numbers, out);
+        return;
+    }
+    if (w->format == BF16) {
+        PICK(bf16, block, x->pitch, lines, w->k, out);
+        return;
+    }
+    if (w->format == FP8)
+        PICK(fp8, block, x->pitch, lines, w->k, out);
+#if HAS_FIXED_POINT
+    else if (x->fixed)
+        int8_fixed(x->fixed, lines, w->k, out[0]);
+#endif
+    else
+        PICK(int8, block, x->pitch, lines, w->k, out);
+    for (int i = 0; i < rows; ++i)
+        for (int j = 0; j < columns; ++j) out[i][j] *= ((const float *)w->scale)[numbers[j]];
+}
+
+/* h·g for h [r], zero-padded to a multiple of 32, and g [r]. */
+static inline float thin_dot(const uint16_t *h, const uint16_t *g, int64_t r) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t c = 0; c < r; c += 32) {
+        __mmask32 within = r - c >= 32 ? ~0u : (1u << (r - c)) - 1;
+        sum = _mm512_dpbf16_ps(sum, load_x(h + c), (__m512bh)_mm512_maskz_loadu_epi16(within, g + c));
+    }
+    return _mm512_reduce_add_ps(sum);
+}
+
+#else
+/* Callers ask for them only where the processor has bf16 products; this compiler knows none. */
+static inline void dots(const Rows *x, int64_t top, int rows, const Packed *w, int64_t first,
+                        int64_t n, float out[8][4]) {
+    for (int j = 0; j < columns_at_once(rows); ++j) {
+        int64_t number = first + j < n ? first + j : n - 1;
+        for (int i = 0; i < rows; ++i) out[i][j] = 0;
+        for (int64_t from = 0; from < w->k; from += SLAB) {
+            float values[SLAB];
+            int64_t count = w->k - from < SLAB ? w->k - from : SLAB;
+            decode(w, number, from, count, values);
+            for (int i = 0; i < rows; ++i)
+                for (int64_t c = 0; c < count; ++c)
+                    out[i][j] += from_bf16(x->data[(top + i) * x->pitch + from + c]) * values[c];
+        }
+    }
+}
+
+static inline float thin_dot(const uint16_t *h, const uint16_t *g, int64_t r) {
+    float sum = 0;
+    for (int64_t c = 0; c < r; ++c) sum += from_bf16(h[c]) * from_bf16(g[c]);
+    return sum;
+}
+#endif
+
+#endif

@@ -1,0 +1,229 @@
+"""`frozen_linear`: an adapted layer at inference, its constants prepared, in one call."""
+
+import torch
+
+from ...core import base, call, checks, frozen, packed_choice, tuning
+from ...core.frozen import FrozenAdapter
+from ...core.quantized import QuantizedWeight
+from ...core.registration import define
+from ...core.types import Choice, Cost
+from ..bases import held
+from . import eager, reference
+
+NAME = "frozen_linear"
+
+
+def frozen_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor | QuantizedWeight,
+    adapter: FrozenAdapter,
+    *,
+    impl: str | None = None,
+) -> torch.Tensor:
+    """Return what `lora_linear` or `adapter_linear` computes, from constants made beforehand.
+
+    `y1 = x Wᵀ + bias`, then `y1 + scale · act(z) Gᵀ` with `z = x Fᵀ + c` or `z = y1 Fᵀ + c`
+    (docs/frozen_linear.md).
+
+    Args:
+        x: [..., in] of the constants' dtype (autocast's, where that is on).
+        weight: [out, in] of that dtype, or a `QuantizedWeight`.
+        adapter: the constants, for this very weight.
+        impl: None for the best that applies, or "triton", "eager", "reference".
+
+    Returns:
+        [..., out]; there are no gradients.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype or device, naming it; or one
+            that asks for a gradient.
+        Unavailable: a path asked for by `impl` that cannot run, saying why.
+    """
+    path = plan(x, weight, adapter, impl=impl)
+    dtype = call.compute_dtype(x)
+    x = x.to(dtype)
+    with call.outside_autocast(x):
+        if path.impl == "reference":
+            return reference.frozen_linear(
+                x, call.dense_weight(weight, dtype), *_constants(adapter), adapter.scale,
+                adapter.activation, adapter.reads_output,
+            ).to(dtype)  # fmt: skip
+        rows = x.reshape(-1, x.shape[-1])
+        if type(x) is torch.Tensor and not _is_watched():
+            y = _computed(rows, weight, adapter, path.impl, path.strategy)
+        else:
+            data, quantizers = call.weight_tensors(weight, dtype)
+            scale = call.Scale.of(adapter.scale)
+            y = _operator(
+                rows, data, *_constants(adapter), scale.number, scale.tensor, adapter.activation,
+                adapter.reads_output, path.impl, path.strategy, *quantizers,
+            )  # fmt: skip
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+class FrozenLinear:
+    """`frozen_linear` of one weight and one adapter: checked once, for few rows at no overhead.
+
+    Args:
+        weight, adapter, impl: as in `frozen_linear`. They are held, and serve as they are now.
+
+    Raises:
+        ValueError, TypeError: tensors that do not fit together.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor | QuantizedWeight,
+        adapter: FrozenAdapter,
+        *,
+        impl: str | None = None,
+    ):
+        x = adapter.down.new_empty(1, weight.shape[1])
+        with torch.no_grad():
+            path = plan(x, weight, adapter, impl=impl)
+        self.weight, self.adapter, self.impl = weight, adapter, impl
+        self._few_rows, self._most_rows = None, 0
+        if path.strategy.startswith("one_call"):
+            self._few_rows = frozen.FewRows(weight, adapter)
+            self._most_rows = frozen.most_few_rows(adapter.dtype, x.device, weight)
+            if path.strategy.endswith("_weight_only"):
+                self._most_rows = min(self._most_rows, base.MANY_ROWS - 1)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in] -> [..., out]."""
+        if type(x) is torch.Tensor and x.dtype is torch.bfloat16 and x.dim() and x.is_cpu:
+            in_features = self.weight.shape[1]
+            few = 0 < x.numel() <= self._most_rows * in_features and x.shape[-1] == in_features
+            if few and not _is_special(x):
+                return self._few_rows(x)
+        return frozen_linear(x, self.weight, self.adapter, impl=self.impl)
+
+
+def _is_special(x: torch.Tensor) -> bool:
+    """Whether there is more to see to than the numbers."""
+    asks = x.requires_grad and torch.is_grad_enabled()
+    return asks or torch.is_autocast_enabled("cpu") or _is_watched()
+
+
+def _is_watched() -> bool:
+    """Whether a compiler, tracer or dispatch mode must see an operator: it costs 15 µs a call."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def plan(x, weight, adapter, *, impl=None) -> call.Path:
+    """Check the arguments of `frozen_linear` and choose its path; runs nothing."""
+    checks.input_tensor(NAME, x)
+    checks.weight(NAME, weight, x)
+    _check_adapter(x, weight, adapter)
+    dtype = call.compute_dtype(x)
+    checks.same_dtype(NAME, "adapter", adapter.down, dtype)
+    if not call.autocasts(x):
+        checks.same_dtype(NAME, "weight", weight, dtype)
+    checks.options(NAME, 0.0, impl, adapter.activation)
+    trains = call.trains(weight) or x.requires_grad and torch.is_grad_enabled()
+    if trains:
+        name = "x" if x.requires_grad else "weight"
+        raise ValueError(
+            f"{NAME}: {name} requires a gradient, and there is none here; call it under"
+            " torch.no_grad(), or take lora_linear or adapter_linear"
+        )
+    impl, reason = call.implementation(NAME, impl, dtype, x.device, False)
+    if impl == "reference":
+        return call.Path(impl, "composed", reason)
+    rows = x.numel() // max(weight.shape[1], 1)
+    choose = _eager_strategy if impl == "eager" else _fused_strategy
+    strategy, why = choose(rows, weight, adapter, dtype, x.device)
+    return call.Path(impl, strategy, f"{reason}{why}")
+
+
+def _check_adapter(x, weight, adapter) -> None:
+    if not isinstance(adapter, FrozenAdapter):
+        raise TypeError(f"{NAME}: adapter must be a FrozenAdapter, got {type(adapter).__name__}")
+    out_features, in_features = weight.shape
+    read, rank = out_features if adapter.reads_output else in_features, adapter.down.shape[0]
+    checks.tensor(NAME, "adapter.down", adapter.down, (None, read), x)
+    checks.tensor(NAME, "adapter.up", adapter.up, (out_features, rank), x)
+    checks.optional(NAME, "adapter.bias", adapter.bias, (out_features,), x)
+    checks.optional(NAME, "adapter.bias_down", adapter.bias_down, (rank,), x)
+
+
+def _eager_strategy(rows, weight, adapter, dtype, device) -> tuple[str, str]:
+    suffix, why = base.packed_strategy(weight, rows)
+    most = frozen.most_few_rows(dtype, device, weight)
+    if 0 < rows <= most and weight.shape[1] and suffix in ("", "_weight_only"):
+        return "one_call" + suffix, f" and one compiled pass serves few rows of bf16{why}"
+    return "products" + suffix, why
+
+
+def _fused_strategy(rows, weight, adapter, dtype, device) -> tuple[str, str]:
+    (out_features, in_features), rank = weight.shape, adapter.down.shape[0]
+    if isinstance(weight, QuantizedWeight):
+        strategy, why = packed_choice.lora_strategy(weight, rows, rank, dtype, device)
+    else:
+        strategy, why = tuning.lora_strategy(
+            rows, in_features, out_features, rank, False, dtype, device
+        )
+    linear = adapter.activation == "identity" and adapter.bias_down is None
+    if adapter.reads_output:
+        strategy = "product_" + strategy.removeprefix("split_")
+        why = "the adapter reads the layer's output"
+    elif strategy == "one_pass" and not linear:
+        strategy, why = "split", "an activation stands between the adapter's products"
+    return strategy, f" and {why}"
+
+
+def explain(x, weight, adapter, **options) -> Choice:
+    """The path `frozen_linear` takes for these arguments, why, and what it costs."""
+    path = plan(x, weight, adapter, **options)
+    rows, size = x.numel() // max(x.shape[-1], 1), adapter.dtype.itemsize
+    total = cost(rows, weight.shape[1], weight.shape[0], *adapter.down.shape, size)
+    return Choice(NAME, *path, base.as_held(total, weight, size))
+
+
+def cost(m: int, k: int, n: int, r: int, read: int, itemsize: int) -> Cost:
+    """Each tensor read or written once; `read` is the width of what the adapter reads, k or n."""
+    return Cost(
+        flops=2 * m * k * n + 2 * m * r * (read + n),
+        bytes=itemsize * (m * k + k * n + m * n + r * (read + n)),
+    )
+
+
+def _constants(adapter: FrozenAdapter) -> tuple[torch.Tensor | None, ...]:
+    return adapter.down, adapter.up, adapter.bias, adapter.bias_down
+
+
+def _computed(x, weight, adapter, impl, strategy) -> torch.Tensor:
+    """y [M, out] for x [M, in]."""
+    if strategy.startswith("one_call"):
+        return frozen.FewRows(weight, adapter)(x)
+    quantizers = (None, None)
+    if isinstance(weight, QuantizedWeight):
+        weight, quantizers = weight.data, (weight.scale, weight.offset)
+    weight = held(impl, weight, *quantizers, strategy)
+    if impl == "eager":
+        return eager.forward(x, weight, adapter)
+    from . import fused  # imports triton
+
+    return fused.forward(x, weight, adapter, strategy)
+
+
+def _kernel(
+    x, weight, down, up, bias, bias_down, scale, scale_tensor, activation, reads_output, impl,
+    strategy, weight_scale=None, weight_offset=None,
+) -> torch.Tensor:  # fmt: skip
+    factor = scale if scale_tensor is None else scale_tensor
+    adapter = FrozenAdapter(down, up, bias, bias_down, factor, activation, reads_output)
+    if weight_scale is not None:
+        weight = QuantizedWeight.of_parts(weight, weight_scale, weight_offset)
+    return _computed(x, weight, adapter, impl, strategy)
+
+
+_operator = define(
+    f"{NAME}(Tensor x, Tensor weight, Tensor down, Tensor up, Tensor? bias, Tensor? bias_down, "
+    "float scale, Tensor? scale_tensor, str activation, bool reads_output, str impl, "
+    f"str strategy, {base.SCHEMA}) -> Tensor",
+    _kernel,
+    lambda x, weight, *rest: x.new_empty(x.shape[0], weight.shape[0]),
+)

@@ -1,0 +1,114 @@
+"""The public function: which cases, on which chip, into which table."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from ..core import device as devices
+from ..core import tables
+from ..core.strategies import DTYPES, OPERATIONS, WEIGHTS, Case
+from ..core.tiling import next_power_of_2
+
+
+def tune(
+    shapes: Iterable[tuple[int, int, int]],
+    rows: Iterable[int],
+    *,
+    op: str = "adapter_linear",
+    weight: str = "tensor",
+    dtype: str = "bfloat16",
+    trains: bool = True,
+    dropout_p: float = 0.0,
+    device: torch.device | str = "cpu",
+    rounds: int = 9,
+    table: str | Path | None = None,
+    progress: bool = True,
+) -> dict[str, dict]:
+    """Time the strategies of an operation, and on a GPU its kernels' tiles; keep what wins.
+
+    A winner beats the built-in choice by more than 5 % in the median of `rounds` rounds, with
+    percentiles (20 and 80) that do not overlap. The table is written after every case, and what it
+    holds is not timed again: an interrupted run goes on where it stopped.
+
+    Args:
+        shapes: `(in, out, width)` of the layers; width is the rank of `lora_linear` and not looked
+            at by `quantized_linear`; `bottleneck_adapter` works on `out`.
+        rows: numbers of rows; each stands for all down to half its power of two.
+        op: "lora_linear", "adapter_linear", "bottleneck_adapter" or "quantized_linear".
+        weight: "tensor", or a packed format and its activation bits, as "int8:auto", "int4:16".
+        dtype: of x and a tensor weight, by name; the adapter is float32.
+        trains: time forward and backward, else the forward under `no_grad`.
+        dropout_p: whether dropout is drawn (0.1 is timed for any value above 0).
+        device: "cpu", or a GPU.
+        rounds: timed rounds, in which all take turns.
+        table: folder to write in; None is the user's, which dispatch reads.
+        progress: whether to show a bar on a terminal.
+
+    Returns:
+        What the table holds of these cases, `{"strategies": {case: entry}, "tiles": {kernel and
+        shape: entry}}`, with the entries of docs/tuning.md.
+
+    Raises:
+        ValueError: an unknown operation, weight, dtype or device, sizes or rounds below 1; a table
+            that is malformed.
+    """
+    shapes, rows, device = tuple(map(tuple, shapes)), tuple(rows), torch.device(device)
+    _check(shapes, rows, rounds, op, weight, dtype)
+    _check_device(device, dtype)
+    cases = tuple(dict.fromkeys(
+        _case(op, m, *shape, dtype, weight, trains, dropout_p > 0)
+        for shape in shapes
+        for m in rows
+    ))  # fmt: skip
+    chip = None if device.type == "cpu" else devices.chip(device)
+    folder = tables.USER_TABLES if table is None else Path(table)
+    path = tables.path_of(folder, tables.name_of(chip))
+    from . import search  # not before somebody tunes: tqdm, and for tiles triton
+
+    tiled = {}
+    if chip is not None:
+        from . import tiles
+
+        tiled = tiles.search(cases, path, chip, device, rounds=rounds, progress=progress)
+        tables.reload()
+    real = search.Measured(device, rounds)
+    found = search.strategies(
+        cases, path, chip, usual=real.usual, measure=real.measure, rounds=rounds, progress=progress
+    )
+    tables.reload()
+    return {"strategies": found, "tiles": tiled}
+
+
+def _case(op, m, k, n, width, dtype, weight, trains, drops) -> Case:
+    """What a call of these sizes looks up."""
+    k = 0 if op == "bottleneck_adapter" else k
+    width, drops = (0, False) if op == "quantized_linear" else (width, drops)
+    weight = "tensor" if op == "bottleneck_adapter" else weight
+    return Case(op, next_power_of_2(m), k, n, width, dtype, weight, trains, drops)
+
+
+def _check_device(device: torch.device, dtype: str) -> None:
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"tune: device must be 'cpu' or 'cuda', got {str(device)!r}")
+    if device.type == "cuda" and not devices.has_gpu():
+        raise ValueError(f"tune: device {str(device)!r} was asked for, and torch sees no GPU")
+    if device.type == "cuda" and dtype == "float64":
+        raise ValueError("tune: the kernels take float16, bfloat16 and float32, not float64")
+
+
+def _check(shapes, rows, rounds, op, weight, dtype) -> None:
+    if op not in OPERATIONS:
+        raise ValueError(f"tune: op must be one of {sorted(OPERATIONS)}, got {op!r}")
+    if weight not in WEIGHTS:
+        raise ValueError(f"tune: weight must be one of {sorted(WEIGHTS)}, got {weight!r}")
+    if op == "quantized_linear" and weight == "tensor":
+        raise ValueError("tune: quantized_linear needs a packed weight, as int8:auto, got 'tensor'")
+    if dtype not in DTYPES:
+        raise ValueError(f"tune: dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
+    for shape in shapes:
+        if len(shape) != 3:
+            raise ValueError(f"tune: a shape must be (in, out, width), got {shape}")
+    for size in (*rows, rounds, *(size for shape in shapes for size in shape)):
+        if size < 1:
+            raise ValueError(f"tune: sizes, rows and rounds must be at least 1, got {size}")

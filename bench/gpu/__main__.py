@@ -1,0 +1,166 @@
+"""What a GPU can prove, in under ten minutes; installs nothing (torch, triton, transformers).
+
+    python3 -m bench.gpu --out bench/results
+    TRITON_INTERPRET=1 python -m bench.gpu --device cpu --tiny --out /tmp/gpu  # every line, no GPU
+
+Most important first: accuracy of every strategy in bf16 and fp16; the products whose measured times
+decide the defaults; tuning; operations beside their peers, groups of layers, packed weights;
+training steps and decoding. Each section runs in processes of its own, so that one that crashes or
+runs out of time leaves what it had; each writes JSON lines, one by one, to OUT/gpu_SECTION.jsonl,
+and OUT/gpu_summary.md sums up: eight files. Exit status 1 where anything of Artemis is inaccurate
+or a section fails.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from artemis.benchmark import machine
+from artemis.benchmark.operations import OPERATIONS
+from artemis.benchmark.runner import append, read
+
+from .. import ROOT
+from .summary import summary
+
+#: Name -> (its parts, each a process, side by side; the share of all minutes after which it ends).
+SECTIONS = {
+    "accuracy": (tuple(op.name for op in OPERATIONS), 0.20),
+    "products": (("",), 0.29),
+    "tuning": (("",), 0.38),
+    "kernels": (("",), 0.64),
+    "groups": (("",), 0.71),
+    "packed": (("",), 0.79),
+    "models": (("",), 1.0),
+}
+Row = dict[str, Any]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parse(arguments)
+    if options.section is not None:
+        return _run_section(options)
+    start, run = time.monotonic(), uuid.uuid4().hex[:12]
+    header = {
+        "kind": "run", "run": run, **machine.facts(), "gpu": machine.accelerator(),
+        "device": options.device, "tiny": options.tiny, "minutes": options.minutes,
+    }  # fmt: skip
+    states = {}
+    for name, (parts, share) in SECTIONS.items():
+        append(_file(options.out, name), [header])
+        deadline = start + 60 * options.minutes * share
+        states[name] = _wait(_start(options, name, parts, run), deadline)
+        end = {"kind": "end", "run": run, "state": states[name]}
+        append(_file(options.out, name), [end])
+        rows = _rows(options.out, name, run)
+        print(f"{name}: {states[name]}, {len(rows)} rows", flush=True)
+        _summarize(options.out, header, states)
+    print(f"{time.monotonic() - start:.0f} s; {options.out / 'gpu_summary.md'}")
+    return 1 if "failed" in states.values() else 0
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for everything (default 9)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, fp32 and fp16")
+    for internal in ("--section", "--part", "--run"):  # of the processes that this one starts
+        parser.add_argument(internal, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.minutes <= 0:
+        parser.error(f"--minutes: got {options.minutes}, allowed: more than 0")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: got cuda, but torch finds no GPU; allowed: cpu, with --tiny")
+    if options.device == "cpu" and not options.tiny:
+        parser.error("--device: got cpu, allowed: with --tiny only")
+    return options
+
+
+def _file(out: Path, section: str) -> Path:
+    return out / f"gpu_{section}.jsonl"
+
+
+def _start(
+    options: argparse.Namespace, section: str, parts: tuple[str, ...], run: str
+) -> list[subprocess.Popen]:
+    command = [sys.executable, "-m", "bench.gpu", "--out", options.out.absolute(), "--run", run]
+    command += ["--device", options.device, "--section", section]
+    command += ["--tiny"] if options.tiny else []
+    return [subprocess.Popen([*command, "--part", part], cwd=ROOT) for part in parts]
+
+
+def _wait(processes: list[subprocess.Popen], deadline: float) -> str:
+    """`passed`, `failed`, or `out of time` where a process had to be stopped."""
+    in_time = True
+    try:
+        for process in processes:
+            try:
+                process.wait(max(deadline - time.monotonic(), 0))
+            except subprocess.TimeoutExpired:
+                in_time = False
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    if any(process.returncode > 0 or process.returncode < 0 and in_time for process in processes):
+        return "failed"
+    return "passed" if in_time else "out of time"
+
+
+def _run_section(options: argparse.Namespace) -> int:
+    """Write the rows of one part of a section as they come; 1 where Artemis is inaccurate."""
+    device, failed = torch.device(options.device), False
+    for row in _section(options.section, options.part, device, options.tiny):
+        append(_file(options.out, options.section), [{"run": options.run, **row}])
+        ours = str(row.get("provider", "artemis")).startswith("artemis")
+        failed |= ours and row.get("passed") is False
+    return 1 if failed else 0
+
+
+def _section(name: str, part: str, device: torch.device, tiny: bool) -> Iterator[Row]:
+    """The rows of a section; each imports only what it needs, so that none fails with another."""
+    if name == "accuracy":
+        from .accuracy import check
+
+        (operation,) = (op for op in OPERATIONS if op.name == part)
+        return check(operation, device, tiny)
+    if name == "products":
+        from .products import products as rows
+    elif name == "tuning":
+        from .tuning import tuning as rows
+    elif name == "kernels":
+        from .operations import operations as rows
+    elif name == "groups":
+        from .groups import groups as rows
+    elif name == "packed":
+        from .packed import packed as rows
+    else:
+        from .models import models as rows
+    return rows(device, tiny)
+
+
+def _rows(out: Path, section: str, run: str) -> list[Row]:
+    path = _file(out, section)
+    every = read(path) if path.exists() else []
+    return [r for r in every if r["run"] == run and r["kind"] not in ("run", "end")]
+
+
+def _summarize(out: Path, header: Row, states: dict[str, str]) -> None:
+    rows = {name: _rows(out, name, header["run"]) for name in SECTIONS}
+    (out / "gpu_summary.md").write_text(summary(header, states, rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""LoRA over a base in int8, fp8 and int4, beside the product of the 16-bit weight.
+
+At the rows of decoding, of short prompts and of a training step.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional
+
+from artemis.benchmark import packed as of_packed
+from artemis.benchmark.operations import OPERATIONS, Sizes, Tensors, Truth, operands
+from artemis.benchmark.timer import Timer
+from artemis_kernels import QuantizedWeight, explain
+
+from .accuracy import FAILURES
+
+FORMATS = ("int8", "fp8", "int4")
+RANK = 16
+_LORA = OPERATIONS[0]
+_LEARN = ("x", "lora_a", "lora_b")
+
+
+class Workload(NamedTuple):
+    """One layer [in, out] at so many rows; `backward` means forward and all gradients."""
+
+    rows: int
+    k: int
+    n: int
+    backward: bool
+
+
+def workloads(tiny: bool) -> Iterator[Workload]:
+    """Llama 2 7B's attention and feed-forward layers: decoding first."""
+    if tiny:
+        yield from (Workload(1, 64, 48, False), Workload(70, 64, 48, True))
+        return
+    for rows, backward in ((1, False), (16, False), (64, False), (512, False), (8192, True)):
+        for k, n in ((4096, 4096), (4096, 11008), (11008, 4096)):
+            yield Workload(rows, k, n, backward)
+
+
+def packed(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
+    """A row for every workload, format and provider; `over_bare` compares with the 16-bit one."""
+    dtype = torch.float32 if tiny else torch.bfloat16
+    timer = Timer(device, rounds=1 if tiny else 20)
+    for work in workloads(tiny):
+        torch.manual_seed(0)
+        every = operands(_LORA, Sizes(work.rows, work.k, work.n, RANK), dtype, device)
+        tensors = {name: every[name] for name in ("weight", *_LEARN)}
+        weights = {
+            f"artemis, {format}": QuantizedWeight.quantize(every["weight"], format)
+            for format in FORMATS
+        }
+        rows = {name: _judged(weight, tensors, work.backward) for name, weight in weights.items()}
+        runs = {n: of_packed.provider(_LORA, w, 0.0, "triton") for n, w in weights.items()}
+        runs |= {
+            "artemis, 16 bits": lambda t: _LORA.public(t, impl="triton"),
+            "bare": lambda t: functional.linear(t["x"], t["weight"]),
+        }
+        calls = {
+            name: _call(run, tensors, work.backward, name == "bare")
+            for name, run in runs.items() if rows.get(name, {"passed": True})["passed"]
+        }  # fmt: skip
+        for name, times in timer.rows(calls).items():
+            rows[name] = rows.get(name, {"passed": True}) | times
+        bare = rows["bare"]["ms"]["p50"]
+        for name, row in rows.items():
+            if "ms" in row:
+                row["over_bare"] = row["ms"]["p50"] / bare
+            yield {"kind": "packed", "provider": name, **work._asdict(), **row}
+
+
+def _call(run, tensors: Tensors, backward: bool, bare: bool):
+    learns = () if not backward else ("x",) if bare else _LEARN
+    leaves = {n: t.detach().requires_grad_(n in learns) for n, t in tensors.items()}
+    if not backward:
+        return lambda: run(leaves)
+    dy = torch.randn_like(run(leaves))
+    return lambda: torch.autograd.grad(run(leaves), [leaves[name] for name in learns], dy)
+
+
+def _judged(weight: QuantizedWeight, tensors: Tensors, backward: bool) -> dict[str, Any]:
+    """The path, the largest error over its limit, and the verdict."""
+    given = {"scale": 1.0} | tensors | {"weight": weight}
+    strategy = explain("lora_linear", **given, impl="triton").strategy
+    stands_for = {"weight": weight.dequantize(tensors["x"].dtype)}
+    truth = Truth(_LORA, tensors | stands_for, _LEARN if backward else ("x",))
+    run = of_packed.provider(_LORA, weight, 0.0, "triton")
+    try:
+        verdict = of_packed.judge(_LORA, weight, run, truth, "triton")
+    except FAILURES as error:
+        return {"passed": False, "strategy": strategy, "where": repr(error)[:300]}
+    passed = {"passed": verdict.passed, "where": verdict.where}
+    return {"strategy": strategy, "error": verdict.ratio} | passed

@@ -1,0 +1,103 @@
+"""The tables of one run of `bench.gpu`, of what it has so far."""
+
+from typing import Any
+
+Row = dict[str, Any]
+#: (Section, kind of its rows) -> title, titles of the columns, key of each cell.
+_TABLES = {
+    ("products", "product"): (
+        "Products with a low-rank epilogue, by pointers, descriptors and the vendor's GEMM",
+        "m|k|n|r|dX|provider|ms|TFLOP/s|÷ pointers|error",
+        "m k n r back provider ms tflops over_pointers error",
+    ),
+    ("tuning", "tuned"): (
+        "Tuning: what was chosen and what is usual",
+        "operation|part|case or kernel and shape|chosen|usual|milliseconds (20 %, median, 80 %)",
+        "op part key chosen usual times",
+    ),
+    ("kernels", "kernel"): (
+        "Operations",
+        "operation|m|k|n|r|dropout|pass|provider|strategy|ms|eager ms|GFLOP/s|GB/s|÷ floor"
+        "|÷ best peer|of a copy|error",
+        "op m k n r dropout pass provider strategy ms eager_ms gflops gbs over_floor"
+        " over_best_peer of_copy error",
+    ),
+    ("groups", "group"): (
+        "Layers that read one x",
+        "members|rows|in|outs|r|dropout|provider|ms|eager ms|÷ group|error ÷ limit",
+        "members rows k outs r dropout provider ms eager_ms over_joined error",
+    ),
+    ("packed", "packed"): (
+        "LoRA over a packed base",
+        "rows|in|out|backward|base|strategy|ms|÷ 16-bit bare|error ÷ limit",
+        "rows k n backward provider strategy ms over_bare error",
+    ),
+    ("models", "train"): (
+        "Training step",
+        "model|layers|tokens|arm|ms|tokens/s|peak GB|trained parameters",
+        "model layers tokens arm ms tokens_per_second peak_gb trained_parameters",
+    ),
+    ("models", "decode"): (
+        "Decoding, adapters unmerged",
+        "model|layers|tokens|arm|ms a token|tokens/s|peak GB",
+        "model layers tokens arm ms tokens_per_second peak_gb",
+    ),
+}
+
+
+def summary(header: Row, states: dict[str, str], rows: dict[str, list[Row]]) -> str:
+    """Markdown: origin, how each section ended, and its table."""
+    gpu = header["gpu"] or {"name": "CPU, Triton interpreted", "driver": None}
+    versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
+    lines = [
+        "# What a GPU showed", "",
+        f"{gpu['name']}, driver {gpu['driver']}; {versions}; commit {header['commit']}"
+        f"{' with changes' if header['dirty'] else ''}; {header['time']}; run {header['run']}.", "",
+        *(f"- {name}: {state}" for name, state in states.items()),
+    ]  # fmt: skip
+    lines += _accuracy(rows.get("accuracy", []))
+    for (name, kind), (title, columns, keys) in _TABLES.items():
+        lines += ["", f"## {title}", ""]
+        lines += [
+            f"Peaks: {row['gflops'] / 1e3:.4g} TFLOP/s, copy {row['gbs']:.4g} GB/s.\n"
+            for row in rows.get(name, []) if row["kind"] == "peaks"
+        ]  # fmt: skip
+        lines += _header(columns.split("|"))
+        lines += [
+            _line(*(_cell(row, key) for key in keys.split()))
+            for row in rows.get(name, [])
+            if row["kind"] == kind
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _accuracy(rows: list[Row]) -> list[str]:
+    lines = ["", "## Accuracy: largest error over its limit (passes up to 1)", ""]
+    lines += _header(["operation", "strategy", "dtype", "cases", "failed", "worst", "where"])
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["op"], row["strategy"], row["dtype"]), []).append(row)
+    for key, each in groups.items():
+        worst = max(each, key=lambda row: float("inf") if row["ratio"] is None else row["ratio"])
+        failed = sum(not row["passed"] for row in each)
+        sizes = "×".join(str(size) for size in worst["sizes"].values())
+        where = f"{worst['where']} at {sizes}, dropout {worst['dropout']}"
+        lines.append(_line(*key, len(each), failed, worst["ratio"], where))
+    return lines
+
+
+def _cell(row: Row, key: str) -> Any:
+    if key == "ms":
+        return row["ms"]["p50"] if "ms" in row else f"not timed: {row.get('where')}"
+    if key == "eager_ms":
+        return row["eager_ms"]["p50"] if "eager_ms" in row else None
+    return row.get(key)
+
+
+def _header(titles: list[str]) -> list[str]:
+    return [_line(*titles), "|" + " --- |" * len(titles)]
+
+
+def _line(*cells: Any) -> str:
+    shown = (f"{c:.4g}" if isinstance(c, float) else "" if c is None else str(c) for c in cells)
+    return "| " + " | ".join(cell.replace("\n", " ").replace("|", "/") for cell in shown) + " |"

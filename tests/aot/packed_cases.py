@@ -1,0 +1,117 @@
+"""Cases of the kernels over weights in 8 and 4 bits."""
+
+import torch
+
+from artemis_kernels.core import tuning
+from artemis_kernels.core.quantized import QuantizedWeight
+from artemis_kernels.core.tiling import Shape
+from artemis_kernels.ops.low_rank.arguments import NO_DROPOUT
+from artemis_kernels.ops.packed.eight_bit import eight_bit
+from artemis_kernels.ops.packed.epilogue import Epilogue, finish
+from artemis_kernels.ops.packed.round_rows import round_rows
+from artemis_kernels.ops.packed.unpack import unpack
+from artemis_kernels.ops.packed.weight_only import weight_only
+from tests.aot.case import BF16, FP8, WITH_FP8, Case, drawn, meta, scaled
+
+
+def _epilogue(m, n, r, **more):
+    return Epilogue(meta(m, r), meta(n, r), meta(n, dtype=BF16), scale=scaled(), **more)
+
+
+def _packed(n, k, format):
+    if format != "int4":
+        data = meta(n, k, dtype=torch.int8 if format == "int8" else FP8)
+        return QuantizedWeight(data, meta(n), None, format, None)
+    scale, offset = meta(n, k // 128, dtype=BF16), meta(n, k // 128, dtype=BF16)
+    return QuantizedWeight(meta(n, k // 2, dtype=torch.uint8), scale, offset, format, 128)
+
+
+def _weight_only(m, n, k, r, format):
+    def launch(chip):
+        name = "weight_only_4" if format == "int4" else "weight_only_8"
+        config = tuning.config(name, Shape(m, n, k, r, BF16), chip)
+        x = meta(m, k, dtype=BF16)
+        weight_only(x, _packed(n, k, format), _epilogue(m, n, r), config=config)
+
+    return launch
+
+
+def _unpack(n, k, format):
+    def launch(chip):
+        config = tuning.config("unpack", Shape(1, n, k, dtype=BF16), chip)
+        unpack(_packed(n, k, format), BF16, config=config)
+
+    return launch
+
+
+def _eight_bit(m, n, k, r, dtype, dropout=NO_DROPOUT, precise=False):
+    def launch(chip):
+        config = tuning.config("eight_bit", Shape(m, n, k, r, BF16, bool(dropout.p)), chip)
+        more = {"row": meta(m), "column": meta(n), "dropout": dropout}
+        if dtype == torch.int8:
+            more |= {"xa": meta(m, 16, dtype=BF16), "wa": meta(n, 16, dtype=BF16)}
+        eight_bit(
+            meta(m, k, dtype=dtype), meta(n, k, dtype=dtype), meta(m, n, dtype=BF16),
+            _epilogue(m, n, r, **more), config=config, precise=precise,
+        )  # fmt: skip
+
+    return launch
+
+
+def _round_rows(m, k, dtype):
+    def launch(chip):
+        config = tuning.config("round_rows", Shape(m, k, dtype=BF16), chip)
+        round_rows(meta(m, k, dtype=BF16), dtype, meta(k), config=config)
+
+    return launch
+
+
+def _finish_product(m, n, r):
+    def launch(chip):
+        config = tuning.config("finish_product", Shape(m, n, r=r, dtype=BF16), chip)
+        more = {"row": meta(m), "column": meta(n)}
+        parts, y = meta(1, m, n, dtype=torch.int32), meta(m, n, dtype=BF16)
+        finish(parts, y, _epilogue(m, n, r, **more), config=config)
+
+    return launch
+
+
+CASES = (
+    *(
+        Case(f"weight_only {format} {m} rows", _weight_only(m, 4096, 4096, 16, format))
+        for format in ("int8", "fp8", "int4")
+        for m in (1, 64, 256)
+    ),
+    Case("unpack int8", _unpack(4096, 4096, "int8")),
+    Case("unpack int4", _unpack(4096, 4096, "int4")),
+    Case(
+        "eight_bit int8",
+        _eight_bit(8192, 4096, 4096, 16, torch.int8),
+        training=True,
+        eight_bit=True,
+    ),
+    Case("eight_bit int8 dropout", _eight_bit(8192, 4096, 4096, 16, torch.int8, drawn())),
+    Case(
+        "eight_bit int8 width 64",
+        _eight_bit(8192, 4096, 4096, 64, torch.int8),
+        training=True,
+        eight_bit=True,
+    ),
+    Case(
+        "eight_bit fp8",
+        _eight_bit(8192, 4096, 4096, 16, FP8),
+        training=True,
+        chips=WITH_FP8,
+        eight_bit=True,
+    ),
+    Case(
+        "eight_bit fp8 precise dropout",
+        _eight_bit(8192, 4096, 4096, 16, FP8, drawn(), precise=True),
+        training=True,
+        chips=WITH_FP8,
+    ),  # fmt: skip
+    Case("eight_bit odd", _eight_bit(8192, 4097, 4097, 16, torch.int8)),
+    Case("round_rows int8", _round_rows(8192, 4096, torch.int8)),
+    Case("round_rows fp8", _round_rows(8192, 4096, FP8), chips=WITH_FP8),
+    Case("finish_product int32", _finish_product(8192, 4096, 16)),
+)

@@ -1,0 +1,75 @@
+"""One operation measured: who is timed, how packed weights are judged, what the floor counts."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from artemis.benchmark import packed, peers
+from artemis.benchmark.costs import cost_of_pass
+from artemis.benchmark.measure import measure
+from artemis.benchmark.operations import OPERATIONS, Operation, Sizes, Truth, operands
+from artemis.benchmark.timer import Timer
+from artemis_kernels import Cost, QuantizedWeight
+
+CPU = torch.device("cpu")
+LORA, ADAPTER, _ = OPERATIONS
+LEARN = {"lora_linear": ("x", "lora_a", "lora_b"), "adapter_linear": ("x", "down", "up")}
+
+
+class Work(NamedTuple):
+    operation: Operation = LORA
+    sizes: Sizes = Sizes(40, 64, 48, 8)
+    dropout: float = 0.0
+    which: str = "both"
+    name: str = "a layer"
+
+
+def wrong(work, tensors, dropout):
+    """Two more ways of Artemis: one off by a hundredth in its small term, one that fails."""
+
+    def off(t):
+        return LORA.public(t | {"scale": 1.01}, impl="reference")
+
+    def failing(t):
+        raise RuntimeError("no such kernel")
+
+    return {"artemis/off": off, "artemis/failing": failing}
+
+
+def test_what_is_wrong_or_fails_is_not_timed(monkeypatch):
+    monkeypatch.setattr(peers, "can_compile", lambda device: False)
+    peaks = {"gflops": 1.0, "gbs": 1.0}
+    found = measure(Work(), torch.float32, CPU, Timer(CPU, 1, flush=False), peaks, more=wrong)
+    rows = {row["provider"]: row for row in found}
+    assert {name for name, row in rows.items() if "ms" not in row} == {
+        "artemis/off", "artemis/failing"
+    }  # fmt: skip
+    assert rows["artemis/failing"]["gate"]["where"] == "RuntimeError: no such kernel"
+    timed = [rows[name]["ms"]["p50"] for name in ("plain", "addmm", "peft")]
+    assert rows["artemis"]["over_best_peer"] == rows["artemis"]["ms"]["p50"] / min(timed)
+    assert {"artemis, int8", "artemis, int4", "bare"} <= rows.keys()
+
+
+@pytest.mark.parametrize("operation", [LORA, ADAPTER], ids=lambda op: op.name)
+@pytest.mark.parametrize("format", ["int8", "fp8", "int4"])
+def test_packed_weights_are_judged_by_the_weight_they_stand_for(operation, format):
+    torch.manual_seed(0)
+    tensors = operands(operation, Sizes(40, 64, 48, 8), torch.float32, CPU)
+    tensors = {n: tensors[n] for n in ("weight", *LEARN[operation.name])}
+    weight = QuantizedWeight.quantize(tensors["weight"], format)
+    stands_for = {"weight": weight.dequantize(torch.float32)}
+    truth = Truth(operation, tensors | stands_for, LEARN[operation.name])
+    run = packed.provider(operation, weight, 0.0)
+    assert packed.judge(operation, weight, run, truth).passed
+    other = packed.provider(
+        operation, QuantizedWeight.quantize(1.1 * tensors["weight"], format), 0.0
+    )
+    assert not packed.judge(operation, weight, other, truth).passed
+
+
+def test_the_floor_of_a_packed_weight_counts_its_own_bytes():
+    sizes, forward = Sizes(4, 64, 48, 8), Cost(1000, 500)
+    dense = cost_of_pass(LORA, sizes, "artemis", forward, 2, "backward")
+    held = cost_of_pass(LORA, sizes, "artemis", forward, 2, "backward", held=64 * 48)
+    assert dense.bytes - held.bytes == 64 * 48 and dense.flops == held.flops

@@ -1,0 +1,307 @@
+"""`frozen_linear`: prepared constants compute what the adapted layer computes."""
+
+import pytest
+import torch
+
+from artemis_kernels import (
+    FrozenAdapter,
+    FrozenLinear,
+    QuantizedWeight,
+    adapter_linear,
+    explain,
+    frozen_linear,
+    lora_linear,
+)
+from artemis_kernels.core import frozen
+from artemis_kernels.core.device import why_no_triton
+from tests import kit
+
+FORMATS = (None, "int8", "fp8", "int4")
+SINGLE, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
+SHAPES = {"wide": (64, 136), "narrow": (192, 33), "ragged": (80, 50)}  # in, out
+interpreted = pytest.mark.skipif(
+    why_no_triton(torch.device("cpu")) is not None, reason="the interpreter is off"
+)
+
+
+def layer(k: int, n: int, format: str | None, dtype: torch.dtype, m: int = 3):
+    """x, the weight as a layer holds it and as a tensor, and all adapter tensors, balanced."""
+    shapes = {
+        "x": (m, k), "weight": (n, k), "bias": (n,), "lora_a": (5, k), "lora_b": (n, 5),
+        "down": (35, n), "up": (n, 35), "bias_down": (35,), "bias_up": (n,),
+    }  # fmt: skip
+    tensors = kit.operands(shapes, torch.float32)
+    weight = tensors.pop("weight")
+    if format is None:
+        held = weight.to(dtype)
+        exact = held.double()
+    else:
+        size = {"group_size": 64 if k % 64 == 0 else 16} if format == "int4" else {}
+        held = QuantizedWeight.quantize(weight, format, activation_bits=16, **size)
+        exact = held.dequantize(torch.float64)
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}, held, exact
+
+
+def picked(tensors, *names):
+    return {name: tensors[name] for name in names}
+
+
+BOTTLENECK = ("bias", "bias_down", "bias_up")
+
+
+def both(op, x, exact, dtype, *matrices, **options):
+    """Plain torch's result in fp64 and in `dtype`."""
+
+    def cast(to):
+        arguments = [t.to(to) for t in (x, exact, *matrices)]
+        other = {k: v.to(to) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+        return op(*arguments, impl="reference", **other)
+
+    return cast(torch.float64), cast(dtype)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+@pytest.mark.parametrize("rows", [1, 3, 8, 13, 40])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [SINGLE, BF16], ids=str)
+def test_a_bottleneck(dtype, format, shape, rows, activation):
+    tensors, held, exact = layer(*shape, format, dtype, rows)
+    options = picked(tensors, *BOTTLENECK) | {"scale": 0.7, "activation": activation}
+    matrices = tensors["down"], tensors["up"]
+    adapter = FrozenAdapter.bottleneck(held, *matrices, **options)
+    assert adapter.reads_output == (shape[0] >= shape[1])
+    y = frozen_linear(tensors["x"], held, adapter)
+    truth, plain = both(adapter_linear, tensors["x"], exact, dtype, *matrices, **options)
+    # F is rounded once, like y0 of the plain formula: each may be the lucky one.
+    kit.assert_accurate(y, truth, plain, dtype, c=2.0)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("rows", [1, 4, 16])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [SINGLE, BF16], ids=str)
+def test_lora(dtype, format, shape, rows, biased):
+    tensors, held, exact = layer(*shape, format, dtype, rows)
+    options = picked(tensors, "bias") if biased else {}
+    matrices = tensors["lora_a"], tensors["lora_b"]
+    adapter = FrozenAdapter.lora(*matrices, torch.tensor(0.7), **options)
+    y = frozen_linear(tensors["x"], held, adapter)
+    truth, plain = both(lora_linear, tensors["x"], exact, dtype, *matrices, scale=0.7, **options)
+    kit.assert_accurate(y, truth, plain, dtype, c=1.25)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("absent", [(), ("bias",), ("bias_up",), BOTTLENECK], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES["wide"], SHAPES["narrow"]], ids=["folds", "reads y"])
+def test_each_bias_may_be_absent(shape, absent, format):
+    """In fp32, where an error of a small term shows."""
+    tensors, held, exact = layer(*shape, format, SINGLE)
+    options = picked(tensors, *(name for name in BOTTLENECK if name not in absent))
+    matrices = tensors["down"], tensors["up"]
+    adapter = FrozenAdapter.bottleneck(held, *matrices, scale=0.3, **options)
+    y = frozen_linear(tensors["x"], held, adapter)
+    truth, _ = both(adapter_linear, tensors["x"], exact, SINGLE, *matrices, scale=0.3, **options)
+    torch.testing.assert_close(y.double(), truth, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("activation", kit.ACTIVATIONS)
+@pytest.mark.parametrize("reads_output", [True, False])
+@pytest.mark.parametrize("format", [None, "int8"])
+def test_few_rows_in_one_pass(format, reads_output, activation):
+    """The compiled pass against the meaning, the adapter alone: no base hides it."""
+    tensors, held, exact = layer(64, 40, format, BF16, 5)
+    read = 40 if reads_output else 64
+    down, up = torch.randn(9, read).bfloat16() / read**0.5, torch.randn(40, 9).bfloat16()
+    adapter = FrozenAdapter(
+        down, up, tensors["bias"], torch.randn(9).bfloat16(), 0.5, activation, reads_output
+    )
+    if not frozen.most_few_rows(BF16, down.device, held):
+        pytest.skip("no compiled pass here")
+    x = tensors["x"]
+    y = frozen.FewRows(held, adapter)(x)
+    wide = FrozenAdapter(
+        down.double(), up.double(), tensors["bias"].double(), adapter.bias_down.double(), 0.5,
+        activation, reads_output,
+    )  # fmt: skip
+    truth = frozen_linear(x.double(), exact, wide, impl="reference")
+    base = x.double() @ exact.t() + tensors["bias"].double()
+    # y rounded once (2⁻⁹ of it), h once and, where it is read, y1 once.
+    error = (y.double() - truth).abs().max() / truth.abs().max()
+    assert error < 0.02 and (truth - base).abs().max() > 0.5, error
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [SINGLE, HALF], ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("kind", ["lora", "folds", "reads y"])
+def test_the_kernels(kind, format, dtype):
+    tensors, held, exact = layer(64, 40, format, dtype, 20)
+    if kind == "lora":
+        matrices, options = (tensors["lora_a"], tensors["lora_b"]), picked(tensors, "bias")
+        adapter = FrozenAdapter.lora(*matrices, 0.7, **options)
+        op = lora_linear
+    else:
+        matrices, options = (tensors["down"], tensors["up"]), picked(tensors, *BOTTLENECK)
+        adapter = folded(held, matrices, options, dtype, kind == "folds")
+        op = adapter_linear
+    y = frozen_linear(tensors["x"], held, adapter, impl="triton")
+    truth, plain = both(op, tensors["x"], exact, dtype, *matrices, scale=0.7, **options)
+    kit.assert_accurate(y, truth, plain, dtype, c=2.0)
+
+
+def folded(weight, matrices, options, dtype, folds: bool) -> FrozenAdapter:
+    """Either form of a bottleneck, whatever a CPU prefers for the shape."""
+    down, up = (t.double() for t in matrices)
+    bias, bias_down, bias_up = (options[name].double() for name in BOTTLENECK)
+    exact = weight.double() if isinstance(weight, torch.Tensor) else weight.dequantize(down.dtype)
+    total, inner = bias + 0.7 * bias_up, bias_down - 0.7 * down @ bias_up
+    if folds:
+        inner, down = bias_down + down @ bias, down @ exact
+    constants = (t.to(dtype) for t in (down, up, total, inner))
+    return FrozenAdapter(*constants, 0.7, "gelu", not folds)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "kind, allowed", [("lora", 1), ("folds", 3)], ids=["lora: one pass", "bottleneck: shrink twice"]
+)
+def test_launches_at_few_rows(kind, allowed, monkeypatch):
+    """A layer of a Llama has four LoRA modules and three bottlenecks: 7 products and 6 more."""
+    from artemis_kernels.ops.low_rank import expand, one_pass, shrink
+
+    launched = []
+    for module, name in (
+        (one_pass, "_one_pass"), (shrink, "_shrink"), (shrink, "_finish"), (expand, "_expand")
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, Counted(getattr(module, name), name, launched))
+    tensors, held, _ = layer(512, 40, None, SINGLE, 2)
+    if kind == "lora":
+        adapter = FrozenAdapter.lora(tensors["lora_a"], tensors["lora_b"], 0.7)
+    else:
+        matrices, options = (tensors["down"], tensors["up"]), picked(tensors, *BOTTLENECK)
+        adapter = folded(held, matrices, options, SINGLE, True)
+    frozen_linear(tensors["x"], held, adapter, impl="triton")
+    assert 1 <= len(launched) <= allowed, launched
+
+
+class Counted:
+    """A kernel that notes its launches."""
+
+    def __init__(self, kernel, name: str, launched: list):
+        self.kernel, self.name, self.launched = kernel, name, launched
+
+    def __getitem__(self, grid):
+        self.launched.append(self.name)
+        return self.kernel[grid]
+
+
+def test_layouts_and_leading_dimensions():
+    tensors, held, _ = layer(64, 136, None, BF16, 6)
+    adapter = FrozenAdapter.lora(tensors["lora_a"], tensors["lora_b"], 0.5)
+    wanted = frozen_linear(tensors["x"], held, adapter)
+    kit.assert_same_bits(
+        frozen_linear(tensors["x"].view(2, 3, 64), held, adapter), wanted.view(2, 3, 136)
+    )
+    for change in kit.LAYOUTS:
+        kit.assert_same_bits(frozen_linear(change(tensors["x"]), held, adapter), wanted)
+        y = frozen_linear(tensors["x"], change(held), adapter)
+        torch.testing.assert_close(y, wanted, rtol=0.02, atol=0.02)
+    assert frozen_linear(tensors["x"][:0], held, adapter).shape == (0, 136)
+
+
+@pytest.mark.parametrize("fill", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_row(fill):
+    tensors, held, _ = layer(64, 136, "int8", BF16, 3)
+    adapter = FrozenAdapter.lora(tensors["lora_a"], tensors["lora_b"], 0.5)
+    clean = frozen_linear(tensors["x"], held, adapter)
+    tensors["x"][1, 5] = fill
+    y = frozen_linear(tensors["x"], held, adapter)
+    assert not torch.isfinite(y[1]).any()
+    kit.assert_same_bits(y[[0, 2]], clean[[0, 2]])
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("factor", [1.0, 30.0, 1e4])
+def test_features_that_stand_out(factor, format):
+    """A row in fixed point must not lose the others: here the large ones meet weights of zero."""
+    tensors, held, _ = layer(640, 40, None, BF16, 1)
+    held[:, ::100] = 0
+    held = QuantizedWeight.quantize(
+        held, format, **({"group_size": 64} if format == "int4" else {})
+    )
+    tensors["x"][:, ::100] = factor
+    adapter = FrozenAdapter.lora(tensors["lora_a"] * 0, tensors["lora_b"])
+    y = frozen_linear(tensors["x"], held, adapter)
+    exact = held.dequantize(torch.float64)
+    truth, plain = tensors["x"].double() @ exact.t(), tensors["x"] @ exact.bfloat16().t()
+    kit.assert_accurate(y, truth, plain, BF16, c=1.25)
+
+
+def test_under_autocast():
+    tensors, held, _ = layer(64, 136, "int8", BF16, 3)
+    adapter = FrozenAdapter.lora(tensors["lora_a"], tensors["lora_b"], 0.5)
+    wanted = frozen_linear(tensors["x"], held, adapter)
+    with torch.autocast("cpu", torch.bfloat16):
+        kit.assert_same_bits(frozen_linear(tensors["x"].float(), held, adapter), wanted)
+
+
+@pytest.mark.parametrize("format", [None, "int8"])
+def test_compiles_whole_and_passes_opcheck(format):
+    tensors, held, _ = layer(64, 136, format, BF16, 3)
+    adapter = FrozenAdapter.lora(tensors["lora_a"], tensors["lora_b"], 0.5)
+    step = torch.compile(
+        lambda x: frozen_linear(x, held, adapter), fullgraph=True, backend="aot_eager"
+    )
+    with torch.no_grad():
+        kit.assert_same_bits(step(tensors["x"]), frozen_linear(tensors["x"], held, adapter))
+    data, *quantizers = (held,) if format is None else (held.data, held.scale, held.offset)
+    strategy = explain(frozen_linear, tensors["x"], held, adapter).strategy
+    torch.library.opcheck(
+        torch.ops.artemis.frozen_linear.default,
+        (tensors["x"], data, adapter.down, adapter.up, None, None, 0.5, None, "identity", False,
+         "eager", strategy, *quantizers),
+    )  # fmt: skip
+
+
+def test_refusals():
+    tensors, held, _ = layer(64, 136, None, SINGLE)
+    x, adapter = tensors["x"], FrozenAdapter.lora(tensors["lora_a"], tensors["lora_b"])
+    with pytest.raises(TypeError, match="adapter must be a FrozenAdapter, got Tensor"):
+        frozen_linear(x, held, tensors["lora_a"])
+    with pytest.raises(ValueError, match=r"adapter.up must have shape \(20, 5\)"):
+        frozen_linear(x, held[:20], adapter)
+    with pytest.raises(TypeError, match="adapter is torch.float32, but x is torch.bfloat16"):
+        frozen_linear(x.bfloat16(), held.bfloat16(), adapter)
+    with pytest.raises(ValueError, match="x requires a gradient, and there is none here"):
+        frozen_linear(x.clone().requires_grad_(), held, adapter)
+    with pytest.raises(ValueError, match="weight requires a gradient"):
+        frozen_linear(x, held.clone().requires_grad_(), adapter)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("rows", [1, 9, 30])
+def test_as_an_object(rows, format):
+    """The same bits; addresses outlive the tensors that they were taken from."""
+    tensors, held, _ = layer(64, 136, format, BF16, rows)
+    adapter = FrozenAdapter.bottleneck(
+        held, tensors["down"], tensors["up"], **picked(tensors, *BOTTLENECK)
+    )
+    wanted = frozen_linear(tensors["x"], held, adapter)
+    linear = FrozenLinear(held, adapter)
+    for part in (held,) if format is None else (held.data, held.scale):
+        part.data = part.data.clone()
+    kit.assert_same_bits(linear(tensors["x"][None]), wanted[None])
+    with pytest.raises(ValueError, match="weight must have shape"):
+        linear(tensors["x"][:, :10])
+    with pytest.raises(ValueError, match="requires a gradient"):
+        linear(tensors["x"].clone().requires_grad_())
+
+
+def test_explained():
+    tensors, held, _ = layer(64, 136, "int8", BF16, 3)
+    adapter = FrozenAdapter.bottleneck(held, tensors["down"], tensors["up"])
+    choice = explain("frozen_linear", tensors["x"], held, adapter)
+    assert choice.strategy in ("one_call_weight_only", "products_weight_only")
+    assert choice.cost.flops == 2 * 3 * 64 * 136 + 2 * 3 * 35 * (64 + 136)
