@@ -17,8 +17,8 @@ from .arms import TrainingStep
 
 _WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float32}
 _FACTOR = 1.25  # of the composed error: intermediates are rounded in either path
-#: Of the dropout masks. The errors of a step's scalars go together, since they share the rounding of
-#: its activations: one step says little about them, however many they are.
+#: Of the dropout masks. The errors of a step's scalars go together, since they share the rounding
+#: of its activations: one step says little about them, however many they are.
 _SEEDS = (3, 4, 5, 6)
 _PEFT_NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.default\.weight")
 _ARTEMIS_NAME = re.compile(r"hybrid_adapter\.(\w+)\.(.+)")

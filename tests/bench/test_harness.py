@@ -120,7 +120,7 @@ def test_a_run_ends_in_tables(tmp_path, capsys):
 
 
 def test_decoding_ends_in_a_table():
-    """What `artemis bench decode --resume` wrote, as docs/benchmarks.md shows it: the last counts."""
+    """What `artemis bench decode --resume` wrote, as the documents show it: the last counts."""
     head = {
         "kind": "run", "run": "1", "processor": {"name": "cpu", "flags": ["avx2"]}, "threads": 2,
         "versions": {"torch": "2.13"}, "dirty": False, "commit": "abc", "time": "2026-01-01T00:00",
