@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .config import HybridAdapterConfig
 from .errors import AdapterError
@@ -89,6 +90,8 @@ class AdapterBank(nn.Module):
         #: Module path -> its `Site`; filled by injection.
         self.sites: dict = {}
         self.enabled = True
+        #: What injection hung before the model's output head.
+        self.head_hook: RemovableHandle | None = None
         #: Of its tensors, for inference.
         self.casts = Casts()
         #: Held in 8 bits: it computes, and can be neither trained nor written.

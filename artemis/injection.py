@@ -33,6 +33,8 @@ def inject(model: nn.Module, config: HybridAdapterConfig, plan: Plan) -> Adapter
             adapt(module, site)
     _group(model, plan)
     _freeze(model, bank)
+    if (head := architectures.output_head(model)) is not None:
+        bank.head_hook = head.register_forward_pre_hook(_row_after_row)
     model.add_module(BANK, bank)
     return bank
 
@@ -45,10 +47,21 @@ def eject(model: nn.Module) -> None:
             site.hook.remove()
         else:
             restore(model.get_submodule(path))
+    if bank.head_hook is not None:
+        bank.head_hook.remove()
     delattr(model, BANK)
     trained = set(bank.trained_before)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
+
+
+def _row_after_row(head: nn.Module, args: tuple) -> tuple:
+    """A forward pre-hook: the head's input without gaps between its rows.
+
+    Generation hands over the last token's states alone, a view; for such a view torch multiplies
+    by a weight that no longer trains in a batched product, and copies the whole weight for it.
+    """
+    return tuple(arg.contiguous() if isinstance(arg, torch.Tensor) else arg for arg in args)
 
 
 def check_injection(model: nn.Module, plan: Plan) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from artemis import HybridAdapterConfig, add_hybrid_adapter_to_model
 from tests.artemis.models import (
@@ -253,3 +254,26 @@ def test_the_parameter_count_is_printed(capsys):
     assert (
         f"{trainable:,} of {total:,} ({100 * trainable / total:.4f} %)" in capsys.readouterr().out
     )
+
+
+class Products(TorchDispatchMode):
+    """Records the sizes of what batched products multiply by."""
+
+    def __init__(self):
+        super().__init__()
+        self.batched = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.bmm.default:
+            self.batched.append(tuple(args[1].shape))
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_last_tokens_logits_copy_no_head():
+    model = adapted(llama()).eval()
+    with torch.no_grad(), Products() as seen:
+        model(tokens(), logits_to_keep=1)
+    assert not any(model.config.vocab_size in sizes for sizes in seen.batched)
+    head = model.get_output_embeddings()
+    model.remove_adapter()
+    assert not head._forward_pre_hooks
