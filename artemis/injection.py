@@ -56,12 +56,13 @@ def eject(model: nn.Module) -> None:
 
 
 def _row_after_row(head: nn.Module, args: tuple) -> tuple:
-    """A forward pre-hook: the head's input without gaps between its rows.
+    """A forward pre-hook: the head's input without gaps between its rows, in strides too.
 
     Generation hands over the last token's states alone, a view; for such a view torch multiplies
     by a weight that no longer trains in a batched product, and copies the whole weight for it.
     """
-    return tuple(arg.contiguous() if isinstance(arg, torch.Tensor) else arg for arg in args)
+    x, *rest = args
+    return x.reshape(-1, x.shape[-1]).view(x.shape), *rest
 
 
 def check_injection(model: nn.Module, plan: Plan) -> None:

@@ -269,10 +269,11 @@ class Products(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_the_last_tokens_logits_copy_no_head():
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_last_tokens_logits_copy_no_head(batch):
     model = adapted(llama()).eval()
     with torch.no_grad(), Products() as seen:
-        model(tokens(), logits_to_keep=1)
+        model(tokens()[:batch], logits_to_keep=1)
     assert not any(model.config.vocab_size in sizes for sizes in seen.batched)
     head = model.get_output_embeddings()
     model.remove_adapter()
