@@ -62,7 +62,7 @@ def _row_after_row(head: nn.Module, args: tuple) -> tuple:
     by a weight that no longer trains in a batched product, and copies the whole weight for it.
     """
     x, *rest = args
-    return x.reshape(-1, x.shape[-1]).view(x.shape), *rest
+    return x.reshape(-1, x.shape[-1]).contiguous().view(x.shape), *rest
 
 
 def check_injection(model: nn.Module, plan: Plan) -> None:
