@@ -60,15 +60,15 @@ class InputGroup:
     shelf: Shelf
     modules: list[nn.Module] = field(default_factory=list)
     dissolved: bool = False
-    #: What each module did in its last forward pass, in training and not: recomputation does the
-    #: same again, whatever ran without a gradient in between.
-    joined: dict[tuple[int, bool], bool] = field(default_factory=dict)
+    #: What each module did in the last forward pass that a backward may follow, for recomputation
+    #: to do again.
+    joined: dict[int, bool] = field(default_factory=dict)
 
     def add(self, module: nn.Module) -> None:
         """Make an adapted module a member, before the first forward."""
         place = len(self.modules)
         module.adapter.group, module.adapter.place = self, place
-        self.joined |= {(place, False): False, (place, True): False}
+        self.joined[place] = False
         self.modules.append(module)
 
     def output(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
@@ -78,10 +78,11 @@ class InputGroup:
         if y is not None:
             return y
         if _recomputing():
-            joins = self.joined[place, module.training]
+            joins = self.joined[place]
         else:
             joins = not self.dissolved and self._can_join(module, x)
-            self.joined[place, module.training] = joins
+            if module.training or torch.is_grad_enabled():
+                self.joined[place] = joins
         if not joins:
             return None
         outputs = self._compute(module, x)

@@ -634,6 +634,13 @@ GROUPS = (
         (GROUP_MODULES, "-k", "same_conditions"),
     ),
     Fault(
+        "outputs of an adapter that has changed since are handed over",
+        "artemis/groups.py",
+        "if versions != site.versions():",
+        "if False:",
+        (GROUP_MODULES, "-k", "adapter_changed"),
+    ),
+    Fault(
         "a dissolved group recomputed one by one",
         "artemis/groups.py",
         "if _recomputing():",
