@@ -55,12 +55,14 @@ def eject(model: nn.Module) -> None:
         parameter.requires_grad_(name in trained)
 
 
-def _row_after_row(head: nn.Module, args: tuple) -> tuple:
+def _row_after_row(head: nn.Module, args: tuple) -> tuple | None:
     """A forward pre-hook: the head's input without gaps between its rows, in strides too.
 
     Generation hands over the last token's states alone, a view; for such a view torch multiplies
     by a weight that no longer trains in a batched product, and copies the whole weight for it.
     """
+    if not args:
+        return None  # called by keywords
     x, *rest = args
     return x.reshape(-1, x.shape[-1]).contiguous().view(x.shape), *rest
 

@@ -5,7 +5,7 @@
 
 NAME is `training-step`, `attention`, `training-step-ratios`, `training-step-profile`, `importance`,
 `importance-cases`, `quality`, `quality-trials`, `quantized-quality`, `quantized-sizes`,
-`packed-predictions`, `predicted-kernels`, `predicted-training` or `predicted-decode` (these four
+`predicted-packed`, `predicted-kernels`, `predicted-training` or `predicted-decode` (these four
 are reckoned, not measured), `adapters-PART` of its study, `tuned` or `demo`,
 or `bench-TABLE` for what `artemis bench TABLE --json` wrote. Of several runs of one size and
 precision on one machine, the last counts.

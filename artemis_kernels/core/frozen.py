@@ -15,7 +15,7 @@ import torch
 from . import native
 from .device import has_fast_bf16
 from .products import accumulator
-from .quantized import FORMATS, QuantizedWeight
+from .quantized import FORMATS, QuantizedWeight, padded_columns, padded_rows
 from .units import KINDS
 
 _BF16 = len(FORMATS)  # of a tensor, as numbered in native/formats.h
@@ -182,17 +182,13 @@ class FewRows:
 
 def _scratch(m: int, k: int, n: int, group: int, r: int, reads_output: bool) -> int:
     """Bytes that native/frozen.c works in: x in its forms, h, and y1 twice where it is read."""
-    rows = m if m == 1 else 4 if m <= 4 else -(-m // 8) * 8
-    numbers = rows * _padded(k) + m * _padded(r)
+    rows = padded_rows(m)
+    numbers = rows * padded_columns(k) + m * padded_columns(r)
     wide = rows * (k // group) if group else 0
     if reads_output:
-        numbers, wide = numbers + rows * _padded(n), wide + m * n
+        numbers, wide = numbers + rows * padded_columns(n), wide + m * n
     fixed = 0
     if m == 1:  # x in fixed point: two bytes a number, a step a block
         blocks = k // group if group else -(-k // 256)
         fixed = 2 * (blocks * (group or 256) + 64) + 4 * blocks
     return 2 * numbers + 4 * wide + fixed
-
-
-def _padded(size: int) -> int:
-    return -(-size // 32) * 32

@@ -194,10 +194,19 @@ def takes_bf16_rows(x: torch.Tensor, weight: QuantizedWeight) -> bool:
     return has_fast_bf16(x.device) and (weight.group_size or 64) % 64 == 0
 
 
+def padded_rows(m: int) -> int:
+    """Rows of x that the passes of native/dots.h take for m of them."""
+    return m if m == 1 else 4 if m <= 4 else -(-m // 8) * 8
+
+
+def padded_columns(k: int) -> int:
+    """Numbers of a row of x there."""
+    return -(-k // 32) * 32
+
+
 def _few_bf16_rows(library, x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
     (m, k), n, size = x.shape, weight.shape[0], weight.group_size
-    rows = m if m == 1 else 4 if m <= 4 else -(-m // 8) * 8  # as native/few_rows.c takes them
-    pitch = -(-k // 32) * 32
+    rows, pitch = padded_rows(m), padded_columns(k)
     x = functional.pad(x, (0, pitch - k, 0, rows - m)).contiguous()
     sums = None if size is None else x[:, :k].reshape(rows, -1, size).sum(2, dtype=torch.float32)
     y = x.new_empty(m, n, dtype=torch.float32)

@@ -109,7 +109,8 @@ CASES = (
         _eight_bit(8192, 4096, 4096, 16, FP8, drawn(), precise=True),
         training=True,
         chips=WITH_FP8,
-    ),  # fmt: skip
+        eight_bit=True,
+    ),
     Case("eight_bit odd", _eight_bit(8192, 4097, 4097, 16, torch.int8)),
     Case("round_rows int8", _round_rows(8192, 4096, torch.int8)),
     Case("round_rows fp8", _round_rows(8192, 4096, FP8), chips=WITH_FP8),

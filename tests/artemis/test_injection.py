@@ -275,6 +275,10 @@ def test_the_last_tokens_logits_copy_no_head(batch):
     with torch.no_grad(), Products() as seen:
         model(tokens()[:batch], logits_to_keep=1)
     assert not any(model.config.vocab_size in sizes for sizes in seen.batched)
-    head = model.get_output_embeddings()
+    head, x = model.get_output_embeddings(), torch.randn(2, 32)
+    assert torch.equal(head(input=x), head(x))
+    copied = copy.deepcopy(model)
+    copied.remove_adapter()
+    assert not copied.get_output_embeddings()._forward_pre_hooks and head._forward_pre_hooks
     model.remove_adapter()
     assert not head._forward_pre_hooks

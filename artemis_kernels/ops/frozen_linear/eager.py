@@ -4,7 +4,6 @@ import torch
 
 from ...core.activations import ACTIVATIONS
 from ...core.base import Base
-from ...core.eight_bit import Rounded
 from ...core.frozen import FrozenAdapter
 from ...core.products import project
 
@@ -13,10 +12,9 @@ def forward(
     x: torch.Tensor,  # [M, in]
     base: Base,  # of [out, in]
     adapter: FrozenAdapter,
-    rounded: Rounded | None = None,  # x in 8 bits, where another product made it
 ) -> torch.Tensor:
     """Return y [M, out]."""
-    y = base.product(x, adapter.bias, rounded)
+    y = base.product(x, adapter.bias)
     source = y if adapter.reads_output else x
     if adapter.bias_down is None:
         z = project(source, adapter.down)

@@ -113,6 +113,20 @@ def test_the_choice_is_the_best_on_held_out_examples(folder, tmp_path):
         assert cell["choice"] == best["choice"]
 
 
+def test_a_cell_of_a_setting_that_is_no_longer_the_best_is_measured_anew(folder, tmp_path):
+    path = tmp_path / "quality.jsonl"
+    wanted = arguments(folder, "--seeds", "1", "--arms", "frozen", "full", "--resume", str(path))
+    assert main(wanted) == 0
+    before = records(path)
+    (old,) = (r for r in before if r.get("arm") == "full")
+    other = next(r for r in before if r.get("family") == "full" and r["choice"] != old["choice"])
+    other["accuracy"] = 2.0
+    path.write_text("".join(json.dumps(record) + "\n" for record in before))
+    assert main(wanted) == 0
+    (head, new) = records(path)[len(before) :]
+    assert head["kind"] == "run" and (new["arm"], new["choice"]) == ("full", other["choice"])
+
+
 # --- the parts
 
 
