@@ -13,6 +13,7 @@ from torch.nn import functional
 from . import eight_bit, quantized
 from .device import multiplies_int8
 from .eight_bit import Rounded
+from .products import LowRank
 from .quantized import QuantizedWeight
 from .types import Cost
 
@@ -34,14 +35,21 @@ class PlainBase(NamedTuple):
     weight: torch.Tensor
 
     def product(
-        self, x: torch.Tensor, bias: torch.Tensor | None, rounded: Rounded | None = None
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        rounded: Rounded | None = None,
+        plus: LowRank | None = None,
     ) -> torch.Tensor:
-        """`x Wᵀ + bias` [M, out]."""
-        return functional.linear(x, self.weight, bias)
+        """`x Wᵀ + bias + plus` [M, out]."""
+        return LowRank.added_to(functional.linear(x, self.weight, bias), plus)
 
-    def input_gradient(self, dy: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
-        """`dY W` [M, in], added to `into` in place where it is given."""
-        return torch.mm(dy, self.weight) if into is None else into.addmm_(dy, self.weight)
+    def input_gradient(
+        self, dy: torch.Tensor, into: torch.Tensor | None = None, plus: LowRank | None = None
+    ) -> torch.Tensor:
+        """`dY W + plus` [M, in], added to `into` in place where it is given."""
+        dx = torch.mm(dy, self.weight) if into is None else into.addmm_(dy, self.weight)
+        return LowRank.added_to(dx, plus)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight as a tensor, for the thin products `D W` and `g Wᵀ` of a folded bottleneck."""
@@ -57,25 +65,34 @@ class PackedBase:
         self._copy: torch.Tensor | None = None
 
     def product(
-        self, x: torch.Tensor, bias: torch.Tensor | None, rounded: Rounded | None = None
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        rounded: Rounded | None = None,
+        plus: LowRank | None = None,
     ) -> torch.Tensor:
-        """`x Wᵀ + bias` [M, out] in x's dtype; `rounded`: x in 8 bits, made for another product."""
+        """`x Wᵀ + bias + plus` [M, out] in x's dtype.
+
+        `rounded`: x in 8 bits, made for another product.
+        """
         weight = self.weight
         if self.in_eight_bits:
-            return eight_bit.linear(x, weight.data, weight.scale, bias, rounded)
+            return eight_bit.linear(x, weight.data, weight.scale, bias, rounded, plus)
         y = self._few_rows(x) if self._reads_packed(x) else None
         if y is None:
-            return functional.linear(x, self.dense(x.dtype), bias)
-        return (y if bias is None else y + bias).to(x.dtype)
+            return PlainBase(self.dense(x.dtype)).product(x, bias, None, plus)
+        return LowRank.added_to((y if bias is None else y + bias).to(x.dtype), plus)
 
-    def input_gradient(self, dy: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
-        """`dY W` [M, in] in dY's dtype; in 8 bits, of the rounded `dY ⊙ scale`.
+    def input_gradient(
+        self, dy: torch.Tensor, into: torch.Tensor | None = None, plus: LowRank | None = None
+    ) -> torch.Tensor:
+        """`dY W + plus` [M, in] in dY's dtype; in 8 bits, of the rounded `dY ⊙ scale`.
 
         Added to `into` in place where it is given.
         """
         if self.in_eight_bits:
-            return eight_bit.input_gradient(dy, self.weight.data, self.weight.scale, into)
-        return PlainBase(self.dense(dy.dtype)).input_gradient(dy, into)
+            return eight_bit.input_gradient(dy, self.weight.data, self.weight.scale, into, plus)
+        return PlainBase(self.dense(dy.dtype)).input_gradient(dy, into, plus)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight [out, in] in `dtype`: a copy, made once a call."""

@@ -87,8 +87,13 @@ def _gpu(index: int) -> Chip:
     return Chip(name, properties.multi_processor_count, shared, warp_size)
 
 
-def chip(device: torch.device) -> Chip:
-    """The chip behind a tensor's device; under the interpreter, the interpreter."""
+def chip(device: torch.device | Chip) -> Chip:
+    """The chip behind a tensor's device; under the interpreter, the interpreter.
+
+    A chip stands for itself: a choice may be asked for one that is not here.
+    """
+    if isinstance(device, Chip):
+        return device
     if device.type != "cuda":
         return CHIPS[INTERPRETER]
     return _gpu(torch.cuda.current_device() if device.index is None else device.index)
@@ -147,6 +152,14 @@ def multiplies_int8(device: torch.device | str = "cpu") -> bool:
 
 
 multiplies_int8._dynamo_marked_constant = True  # as above
+
+
+@functools.cache
+def has_int8_tiles(device: torch.device) -> bool:
+    """Whether products of our own, by 512-bit int8 dot products, are the fastest there."""
+    if device.type != "cpu" or torch.cpu._is_amx_tile_supported():  # whose tiles are BLAS's matter
+        return False
+    return torch.cpu._is_vnni_supported()
 
 
 @functools.cache

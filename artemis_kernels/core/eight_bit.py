@@ -5,24 +5,28 @@
 
 The sums are exact in int32. A few columns of x may be tens of times larger than the rest (Dettmers
 et al., arXiv 2208.07339): one row scale would then round all others to nothing, so columns whose
-largest value exceeds `APART` medians are kept out of q and multiplied in x's dtype. Each function
-has two ways, a pass of `native/eight_bit.c` or plain torch, which agree to the last bit. An e4m3
-weight goes the same way in e4m3, here in float32 only and with no column apart.
+largest value exceeds `APART` medians are kept out of q and multiplied in x's dtype. Rounding and
+what follows a product have two ways, a compiled pass or plain torch, which agree to the last bit;
+`native/int8_product.c` is product and all that follows in one. An e4m3 weight goes the same way in
+e4m3, here in float32 only and with no column apart.
 """
 
+import ctypes
 from typing import NamedTuple
 
 import torch
 
 from . import native
-from .device import multiplies_int8
+from .device import has_int8_tiles, multiplies_int8
+from .products import LowRank
 
 E4M3 = torch.float8_e4m3fn
 APART = 4.0  # times the median column's largest value
 FEWEST_PER_COLUMN_APART = 64  # at most one column in so many, at least one
 _EXACT = 1024  # int8 products whose sum fp32 holds exactly: 1024·127·128 < 2²⁴
 _TINIEST = 1e-36  # rows below are zeros: 127 / tiny would overflow
-_ROWS_OF_A_MAXIMUM = 64  # as in native/eight_bit.c
+_ROWS_OF_A_PART = 16  # at least so many share a partial maximum of the columns
+_MOST_EXPANDED = 16  # ranks that the product's own pass adds; beyond, BLAS is faster
 
 
 class Rounded(NamedTuple):
@@ -39,16 +43,18 @@ def linear(
     scale: torch.Tensor,
     bias: torch.Tensor | None,
     rounded: Rounded | None = None,
+    plus: LowRank | None = None,
 ) -> torch.Tensor:
-    """`x Wᵀ + bias` for x [M, in], data int8 or e4m3 [out, in], scale fp32 [out]; in x's dtype.
+    """`x Wᵀ + bias + plus` for x [M, in], data int8 or e4m3 [out, in], scale fp32 [out].
 
-    `rounded`: `round_rows(x, None)`, where another product of the same x needed it already.
+    In x's dtype. `rounded`: `round_rows(x, None)`, where another product of the same x needed it
+    already.
     """
     if data.dtype == E4M3:
         y = _e4m3_values(x, None) @ data.float().t() * scale
-        return (y if bias is None else y + bias).to(x.dtype)
+        return LowRank.added_to((y if bias is None else y + bias).to(x.dtype), plus)
     rounded = rounded or round_rows(x, None)
-    y = restore(integer_product(rounded.q, data.t()), rounded.scale, x.dtype, scale, bias)
+    y = _product(rounded, data, True, x.dtype, column=scale, bias=bias, plus=plus)
     if rounded.apart is not None:
         columns = data[:, rounded.apart].float() * scale[:, None]
         y.addmm_(x[:, rounded.apart], columns.to(x.dtype).t())
@@ -60,42 +66,99 @@ def input_gradient(
     data: torch.Tensor,
     scale: torch.Tensor,
     into: torch.Tensor | None = None,
+    plus: LowRank | None = None,
 ) -> torch.Tensor:
-    """`dY W` for dY [M, out], in dY's dtype; added to `into` in place where it is given."""
+    """`dY W + plus`, in dY's dtype; added to `into` in place where it is given."""
     if data.dtype == E4M3:
         dx = (_e4m3_values(dy, scale) @ data.float()).to(dy.dtype)
-        return dx if into is None else into.add_(dx)
+        return LowRank.added_to(dx if into is None else into.add_(dx), plus)
     rounded = round_rows(dy, scale)
-    acc = integer_product(rounded.q, data)
-    if into is None:
-        dx = restore(acc, rounded.scale, dy.dtype)
-    else:
-        dx = add_restored_(into, acc, rounded.scale)
+    dx = _product(rounded, data, False, dy.dtype, into=into, plus=plus)
     if rounded.apart is not None:
         rows = data[rounded.apart].float() * scale[rounded.apart, None]
         dx.addmm_(dy[:, rounded.apart], rows.to(dy.dtype))
     return dx
 
 
+def _product(
+    rounded: Rounded,
+    data: torch.Tensor,
+    by_output: bool,
+    dtype: torch.dtype,
+    *,
+    column: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    into: torch.Tensor | None = None,
+    plus: LowRank | None = None,
+) -> torch.Tensor:
+    """`q dataᵀ` (by_output) or `q data`, scaled, with bias and low-rank term, or added to `into`."""
+    fused = plus if plus is not None and plus.rank <= _MOST_EXPANDED else None
+    y = _in_one_pass(rounded, data, by_output, dtype, column, bias, into, fused)
+    if y is not None:
+        return y if plus is fused else LowRank.added_to(y, plus)
+    acc = integer_product(rounded.q, data.t() if by_output else data)
+    if into is None:
+        y = restore(acc, rounded.scale, dtype, column, bias)
+    else:
+        y = add_restored_(into, acc, rounded.scale)
+    return LowRank.added_to(y, plus)
+
+
+def _in_one_pass(rounded, data, by_output, dtype, column, bias, into, plus) -> torch.Tensor | None:
+    """The same by `native/int8_product.c`; None where there is no such pass for it."""
+    q, (m, k) = rounded.q, rounded.q.shape
+    n = data.shape[0] if by_output else data.shape[1]
+    handle = native.library().handle if has_int8_tiles(q.device) else None
+    if handle is None or dtype not in native.NAMES or k % 4 or 0 in (m, k, n):
+        return None
+    if not native.has_int8_product(handle):
+        return None
+    y = q.new_empty(m, n, dtype=dtype) if into is None else into
+    s, g = (None, None) if plus is None else plus.factors()
+    parts = (
+        q.contiguous(), data.contiguous(), rounded.scale,
+        None if column is None else column.contiguous(),
+        None if bias is None else bias.float().contiguous(), s, g, y,
+    )  # fmt: skip
+    getattr(handle, f"artemis_int8_product_{native.NAMES[dtype]}")(
+        *(None if part is None else part.data_ptr() for part in parts), m, k, n,
+        0 if plus is None else plus.rank, by_output, into is not None, torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
 def round_rows(x: torch.Tensor, factor: torch.Tensor | None) -> Rounded:
     """Round `x ⊙ factor` to 8 bits, row by row; x [M, K], factor fp32 [K] or None (ones)."""
     x = x.contiguous()
-    largest = _column_max(x)
-    apart = outliers(largest if factor is None else largest * factor.abs())
+    library = native.library_for(x) if x.numel() else None
+    if library is not None:
+        factor = None if factor is None else factor.contiguous()
+        q, scale, largest = _round_in_one_pass(library, x, factor)
+        apart = None if largest is None else outliers(largest)
+    else:
+        apart = outliers(_column_max(x, factor))
     if apart is not None:
-        factor = torch.ones_like(largest) if factor is None else factor.clone()
+        factor = x.new_ones(x.shape[1], dtype=torch.float32) if factor is None else factor.clone()
         factor[apart] = 0.0
-    library = native.library_for(x)
     if library is None:
-        return Rounded(*_round_rows(x, factor), apart)
-    factor = None if factor is None else factor.contiguous()
-    q = x.new_empty(x.shape, dtype=torch.int8)
-    scale = x.new_empty(x.shape[0], dtype=torch.float32)
-    getattr(library, f"artemis_quantize_{native.NAMES[x.dtype]}")(
-        x.data_ptr(), None if factor is None else factor.data_ptr(), q.data_ptr(),
-        scale.data_ptr(), *x.shape, torch.get_num_threads(),
-    )  # fmt: skip
+        q, scale = _round_rows(x, factor)
+    elif apart is not None:
+        q, scale, _ = _round_in_one_pass(library, x, factor)
     return Rounded(q, scale, apart)
+
+
+def _round_in_one_pass(library, x: torch.Tensor, factor: torch.Tensor | None):
+    """q, scale, and the columns' largest magnitudes, or None where they are even."""
+    (m, k), threads = x.shape, torch.get_num_threads()
+    count = min(-(-m // _ROWS_OF_A_PART), 2 * threads)
+    q = x.new_empty(m, k, dtype=torch.int8)
+    scale, largest = x.new_empty(m, dtype=torch.float32), x.new_empty(k, dtype=torch.float32)
+    parts, uneven = x.new_empty(count, k, dtype=torch.int32), ctypes.c_int()
+    getattr(library, f"artemis_round_{native.NAMES[x.dtype]}")(
+        x.data_ptr(), None if factor is None else factor.data_ptr(), parts.data_ptr(), count,
+        largest.data_ptr(), ctypes.byref(uneven), q.data_ptr(), scale.data_ptr(), m, k, threads,
+    )  # fmt: skip
+    return q, scale, largest if uneven.value else None
 
 
 def _round_rows(x: torch.Tensor, factor: torch.Tensor | None):
@@ -136,17 +199,12 @@ def outliers(largest: torch.Tensor) -> torch.Tensor | None:
     return above
 
 
-def _column_max(x: torch.Tensor) -> torch.Tensor:
-    """max |x| over rows, fp32 [K]; nan where a column holds one."""
-    m, k = x.shape
-    library = native.library_for(x)
-    if library is None or m == 0:
-        return x.abs().amax(0).float() if m else x.new_zeros(k, dtype=torch.float32)
-    parts = x.new_empty(-(-m // _ROWS_OF_A_MAXIMUM), k, dtype=torch.int32)
-    getattr(library, f"artemis_column_max_{native.NAMES[x.dtype]}")(
-        x.data_ptr(), parts.data_ptr(), m, k, torch.get_num_threads()
-    )
-    return parts.amax(0).view(torch.float32)
+def _column_max(x: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
+    """max |x ⊙ factor| over rows, fp32 [K]; nan where a column holds one."""
+    if not x.shape[0]:
+        return x.new_zeros(x.shape[1], dtype=torch.float32)
+    largest = x.abs().amax(0).float()
+    return largest if factor is None else largest * factor.abs()
 
 
 def integer_product(q: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,33 @@
 """Matrix products with a thin side, in the orientation the CPU's BLAS computes fastest."""
 
+from typing import NamedTuple
+
 import torch
 
 _THIN = 16
+
+
+class LowRank(NamedTuple):
+    """A term `alpha·s gᵀ` [M, N] of a product, of s [M, r] and g [N, r]."""
+
+    s: torch.Tensor
+    g: torch.Tensor
+    alpha: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        return self.s.shape[1]
+
+    @staticmethod
+    def added_to(y: torch.Tensor, term: "LowRank | None") -> torch.Tensor:
+        """`y + term`, in place."""
+        if term is None:
+            return y
+        return y.addmm_(term.s.to(y.dtype), term.g.to(y.dtype).t(), alpha=term.alpha)
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`alpha·s` [M, r] and `gᵀ` [r, N], both fp32 and row-major."""
+        return (self.s.float() * self.alpha).contiguous(), self.g.float().t().contiguous()
 
 
 def project(x: torch.Tensor, f: torch.Tensor) -> torch.Tensor:

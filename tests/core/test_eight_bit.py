@@ -6,6 +6,7 @@ import torch
 from artemis_kernels import QuantizedWeight
 from artemis_kernels.core import eight_bit, native
 from artemis_kernels.core.native import Native
+from artemis_kernels.core.products import LowRank
 
 SHAPES = [(0, 8, 6), (1, 33, 17), (2, 1, 1), (15, 40, 24), (129, 130, 20), (33, 1301, 5), (3, 8, 0)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -60,6 +61,8 @@ def test_compiled_and_plain_agree_to_the_bit(dtype, plain):
     x[:, 9] *= 60
     x[3], x[4, 7], x[5, 8] = 0, torch.nan, torch.inf
     bias, dy = torch.randn(65), torch.randn(70, 65).to(dtype)
+    even, into = torch.randn(70, 512).to(dtype), torch.randn(70, 512).to(dtype)
+    narrow = QuantizedWeight.quantize(w.dequantize()[:64, :512])
 
     def everything():
         rounded = eight_bit.round_rows(x, None)
@@ -68,6 +71,10 @@ def test_compiled_and_plain_agree_to_the_bit(dtype, plain):
         return (
             *rounded,
             *eight_bit.round_rows(dy, w.scale)[:2],
+            eight_bit.linear(even, narrow.data, narrow.scale, bias[:64]),
+            eight_bit.linear(even, narrow.data, narrow.scale, None),
+            eight_bit.input_gradient(dy[:, :64], narrow.data, narrow.scale),
+            eight_bit.input_gradient(dy[:, :64], narrow.data, narrow.scale, into.clone()),
             eight_bit.restore(acc, rounded.scale, dtype, w.scale, bias),
             eight_bit.restore(acc, rounded.scale, dtype, w.scale),
             eight_bit.restore(acc, rounded.scale, dtype),
@@ -78,6 +85,46 @@ def test_compiled_and_plain_agree_to_the_bit(dtype, plain):
     for before, after in zip(compiled, everything(), strict=True):
         assert before.dtype == after.dtype
         assert torch.equal(before.nan_to_num(nan=7.0), after.nan_to_num(nan=7.0))
+
+
+@pytest.mark.parametrize("rank", [None, 0, 1, 16, 17])
+@pytest.mark.parametrize(
+    ("m", "k", "n"), [(1, 4, 1), (7, 60, 31), (8, 64, 32), (9, 68, 33), (17, 20_000, 70)], ids=str
+)
+def test_everything_after_a_product(m, k, n, rank):
+    """Scales, bias, low-rank term, addition: against fp64, weights of more than one task's cache."""
+    data, scale, bias = integers(n, k), torch.rand(n) + 0.5, torch.randn(n)
+    x, dy = torch.randn(m, k), torch.randn(m, n)
+    into, of_y, of_x = torch.randn(m, k), None, None
+    through_y = through_x = 0
+    if rank is not None:
+        s = torch.randn(m, rank)
+        of_y, of_x = LowRank(s, torch.randn(n, rank), 0.7), LowRank(s, torch.randn(rank, k).t())
+        through_y, through_x = (t.alpha * t.s.double() @ t.g.double().t() for t in (of_y, of_x))
+
+    def restored(rounded, w):
+        return (rounded.q.double() @ w.double()) * rounded.scale.double()[:, None]
+
+    rounded = eight_bit.Rounded(*eight_bit._round_rows(x, None), None)
+    y = eight_bit.linear(x, data, scale, bias, rounded, of_y)
+    truth = restored(rounded, data.t()) * scale + bias + through_y
+    torch.testing.assert_close(y.double(), truth, rtol=1e-5, atol=1e-5 * truth.abs().max())
+    of_dy = eight_bit.round_rows(dy, scale)
+    if of_dy.apart is None:
+        truth = restored(of_dy, data) + through_x
+        dx = eight_bit.input_gradient(dy, data, scale, None, of_x)
+        torch.testing.assert_close(dx.double(), truth, rtol=1e-5, atol=1e-5 * truth.abs().max())
+        added = eight_bit.input_gradient(dy, data, scale, into.clone(), of_x)
+        torch.testing.assert_close(added, into + dx, rtol=1e-5, atol=1e-5 * truth.abs().max())
+
+
+def test_as_many_threads_as_there_are(monkeypatch):
+    """A number that does not divide the panels, and one above them."""
+    x, weight = torch.randn(40, 96), QuantizedWeight.quantize(torch.randn(150, 96))
+    alone = eight_bit.linear(x, weight.data, weight.scale, None)
+    for threads in (1, 3, 16):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert torch.equal(eight_bit.linear(x, weight.data, weight.scale, None), alone)
 
 
 def test_zeros_tiny_rows_and_rows_that_are_not_finite():

@@ -51,7 +51,7 @@ def library() -> Native:
         return Native(None, f"{compiler} failed: {error.stderr.strip().splitlines()[-1:]}")
     except OSError as error:
         return Native(None, f"the compiled library could not be kept or loaded: {error}")
-    for name, signature in _signatures():
+    for name, signature in _signatures(handle):
         function = getattr(handle, name)
         function.restype = None
         function.argtypes = [_TYPES[word] for word in signature.split()]
@@ -70,7 +70,12 @@ _TYPES = {
 _MASK = "seed threshold factor"
 
 
-def _signatures() -> Iterator[tuple[str, str]]:
+def has_int8_product(handle: ctypes.CDLL) -> bool:
+    """Whether the compiler knew this processor's int8 dot products."""
+    return bool(ctypes.c_int.in_dll(handle, "artemis_has_int8_product").value)
+
+
+def _signatures(handle: ctypes.CDLL) -> Iterator[tuple[str, str]]:
     """Name and argument types of every pass."""
     sizes = "size size size"
     for dtype in NAMES.values():
@@ -84,8 +89,15 @@ def _signatures() -> Iterator[tuple[str, str]]:
             f"artemis_units_backward_{dtype}",
             f"pointer pointer pointer pointer {sizes} factor factor flag {_MASK} threads",
         )
-        yield f"artemis_column_max_{dtype}", "pointer pointer size size threads"
-        yield f"artemis_quantize_{dtype}", "pointer pointer pointer pointer size size threads"
+        yield (
+            f"artemis_round_{dtype}",
+            "pointer pointer pointer size pointer pointer pointer pointer size size threads",
+        )
+        if has_int8_product(handle):
+            yield (
+                f"artemis_int8_product_{dtype}",
+                f"{'pointer ' * 8}{sizes} size flag flag threads",
+            )
         yield (
             f"artemis_restore_{dtype}",
             "pointer pointer pointer pointer pointer size size threads",

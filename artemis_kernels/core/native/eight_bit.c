@@ -1,12 +1,10 @@
 /* Around an int8 product: rows rounded to 8 bits before it, its int32 sums made numbers after it.
 
-   quantize   v = x·column;  scale[m] = max|v[m]| / 127;  q = round(v / scale[m])
+   round      v = x·column;  scale[m] = max|v[m]| / 127;  q = round(v / scale[m])
    restore    y = acc·row[m]·column[n] + bias[n]
    add        y = y + acc·row[m] */
 
 #include "numbers.h"
-
-#define ROWS 64 /* rows of one partial maximum */
 
 static inline int32_t magnitude(float value) { /* the bits of |value|: ordered as it is, nan last */
     int32_t bits;
@@ -20,60 +18,62 @@ static inline float from_bits(int32_t bits) {
     return value;
 }
 
-/* parts[p, k] = max |x| over the p-th ROWS rows, as the bits of a float. */
-#define COLUMN_MAX(PASS, TYPE, LOAD)                                                              \
-    void PASS(const TYPE *x, int32_t *parts, int64_t m, int64_t k, int threads) {                 \
-        _Pragma("omp parallel for num_threads(threads) schedule(static) if (m * k > 65536)")      \
-        for (int64_t p = 0; p < (m + ROWS - 1) / ROWS; ++p) {                                     \
-            int64_t last = (p + 1) * ROWS < m ? (p + 1) * ROWS : m;                               \
+static inline float one(const float *column, int64_t c) { return column ? column[c] : 1.0f; }
+
+/* Whether a column may exceed four medians: surely none does where a quarter of the largest is no
+   more than the median. */
+static int may_stand_out(const float *largest, int64_t k) {
+    float most = 0;
+    int64_t many = 0;
+    for (int64_t c = 0; c < k; ++c) most = largest[c] > most ? largest[c] : most;
+    for (int64_t c = 0; c < k; ++c) many += largest[c] >= most * 0.25f;
+    return many < k - (k - 1) / 2;
+}
+
+/* largest[k] = max|v| of each column, by way of parts [count, k], and *uneven what is said above.
+   A row with an inf or a nan gets the scale nan, one below 1e-36 all zeros. `column` may be NULL. */
+#define ROUND(PASS, TYPE, LOAD)                                                                   \
+    static inline void PASS##_row(const TYPE *row, const float *column, int32_t *largest,         \
+                                  int8_t *q, float *scale, int64_t k) {                           \
+        int32_t most = 0;                                                                         \
+        for (int64_t c = 0; c < k; ++c) {                                                         \
+            int32_t bits = magnitude(LOAD(row[c]) * one(column, c));                              \
+            most = bits > most ? bits : most;                                                     \
+            largest[c] = bits > largest[c] ? bits : largest[c];                                   \
+        }                                                                                         \
+        float peak = from_bits(most);                                                             \
+        int usable = peak > 1e-36f && most < 0x7f800000;                                          \
+        float inverse = usable ? 127.0f / peak : 0.0f;                                            \
+        *scale = usable ? peak / 127.0f : most < 0x7f800000 ? 0.0f : NAN;                         \
+        if (!usable)                                                                              \
+            memset(q, 0, (size_t)k);                                                              \
+        else                                                                                      \
+            for (int64_t c = 0; c < k; ++c)                                                       \
+                q[c] = (int8_t)rintf(LOAD(row[c]) * one(column, c) * inverse);                    \
+    }                                                                                             \
+                                                                                                  \
+    void PASS(const TYPE *x, const float *column, int32_t *parts, int64_t count, float *largest,  \
+              int *uneven, int8_t *q, float *scale, int64_t m, int64_t k, int threads) {          \
+        int64_t each = (m + count - 1) / count;                                                   \
+        _Pragma("omp parallel for num_threads(threads) schedule(static) if (m * k > 16384)")      \
+        for (int64_t p = 0; p < count; ++p) {                                                     \
             int32_t *most = parts + p * k;                                                        \
             memset(most, 0, sizeof(int32_t) * (size_t)k);                                         \
-            for (int64_t i = p * ROWS; i < last; ++i)                                             \
-                for (int64_t c = 0; c < k; ++c) {                                                 \
-                    int32_t bits = magnitude(LOAD(x[i * k + c]));                                 \
-                    most[c] = bits > most[c] ? bits : most[c];                                    \
-                }                                                                                 \
+            for (int64_t i = p * each; i < (p + 1) * each && i < m; ++i)                          \
+                if (column)                                                                       \
+                    PASS##_row(x + i * k, column, most, q + i * k, scale + i, k);                 \
+                else                                                                              \
+                    PASS##_row(x + i * k, NULL, most, q + i * k, scale + i, k);                   \
         }                                                                                         \
+        for (int64_t p = 1; p < count; ++p)                                                       \
+            for (int64_t c = 0; c < k; ++c)                                                       \
+                parts[c] = parts[p * k + c] > parts[c] ? parts[p * k + c] : parts[c];             \
+        memcpy(largest, parts, sizeof(float) * (size_t)k);                                        \
+        *uneven = may_stand_out(largest, k);                                                      \
     }
 
-COLUMN_MAX(artemis_column_max_f32, float, same)
-COLUMN_MAX(artemis_column_max_bf16, uint16_t, from_bf16)
-
-/* A row with an inf or a nan gets the scale nan, one below 1e-36 all zeros. `column` may be null. */
-#define QUANTIZE(PASS, TYPE, LOAD)                                                                \
-    void PASS(const TYPE *x, const float *column, int8_t *q, float *scale, int64_t m, int64_t k,  \
-              int threads) {                                                                      \
-        _Pragma("omp parallel for num_threads(threads) schedule(static) if (m * k > 16384)")      \
-        for (int64_t i = 0; i < m; ++i) {                                                         \
-            const TYPE *row = x + i * k;                                                          \
-            int32_t most = 0;                                                                     \
-            if (column)                                                                           \
-                for (int64_t c = 0; c < k; ++c) {                                                 \
-                    int32_t bits = magnitude(LOAD(row[c]) * column[c]);                           \
-                    most = bits > most ? bits : most;                                             \
-                }                                                                                 \
-            else                                                                                  \
-                for (int64_t c = 0; c < k; ++c) {                                                 \
-                    int32_t bits = magnitude(LOAD(row[c]));                                       \
-                    most = bits > most ? bits : most;                                             \
-                }                                                                                 \
-            float largest = from_bits(most);                                                      \
-            int usable = largest > 1e-36f && most < 0x7f800000;                                   \
-            float inverse = usable ? 127.0f / largest : 0.0f;                                     \
-            scale[i] = usable ? largest / 127.0f : most < 0x7f800000 ? 0.0f : NAN;                \
-            if (!usable)                                                                          \
-                memset(q + i * k, 0, (size_t)k);                                                  \
-            else if (column)                                                                      \
-                for (int64_t c = 0; c < k; ++c)                                                   \
-                    q[i * k + c] = (int8_t)rintf(LOAD(row[c]) * column[c] * inverse);             \
-            else                                                                                  \
-                for (int64_t c = 0; c < k; ++c)                                                   \
-                    q[i * k + c] = (int8_t)rintf(LOAD(row[c]) * inverse);                         \
-        }                                                                                         \
-    }
-
-QUANTIZE(artemis_quantize_f32, float, same)
-QUANTIZE(artemis_quantize_bf16, uint16_t, from_bf16)
+ROUND(artemis_round_f32, float, same)
+ROUND(artemis_round_bf16, uint16_t, from_bf16)
 
 #define RESTORE(PASS, TYPE, STORE)                                                                \
     void PASS(const int32_t *acc, const float *row, const float *column, const float *bias,       \

@@ -12,7 +12,7 @@ import torch
 
 from ...core.base import Base
 from ...core.eight_bit import Rounded
-from ...core.products import accumulator, column_sum, outer_gradient
+from ...core.products import LowRank, accumulator, column_sum, outer_gradient
 from ..bottleneck_adapter.branch import Branch, BranchNeeds, preactivation
 
 
@@ -81,7 +81,7 @@ def backward(
             ddown = outer_gradient(dz, kept).to(down.dtype)
     else:
         if needs_x:
-            dx = base.input_gradient(dy, into).addmm_(dz, kept)
+            dx = base.input_gradient(dy, into, LowRank(dz, kept.t()))
         if needs_down:
             ddown = torch.mm(outer_gradient(dz, x), base.dense(dy.dtype).t())
             if bias is not None:

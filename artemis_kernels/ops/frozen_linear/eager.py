@@ -5,7 +5,7 @@ import torch
 from ...core.activations import ACTIVATIONS
 from ...core.base import Base
 from ...core.frozen import FrozenAdapter
-from ...core.products import project
+from ...core.products import LowRank, project
 
 
 def forward(
@@ -14,13 +14,19 @@ def forward(
     adapter: FrozenAdapter,
 ) -> torch.Tensor:
     """Return y [M, out]."""
-    y = base.product(x, adapter.bias)
-    source = y if adapter.reads_output else x
+    if adapter.reads_output:
+        y = base.product(x, adapter.bias)
+        return LowRank.added_to(y, _term(y, adapter))
+    return base.product(x, adapter.bias, plus=_term(x, adapter))
+
+
+def _term(source: torch.Tensor, adapter: FrozenAdapter) -> LowRank:
+    """What the adapter adds, from the tensor [M, ...] it reads."""
     if adapter.bias_down is None:
         z = project(source, adapter.down)
     else:
         z = torch.addmm(adapter.bias_down, source, adapter.down.t())
     h = ACTIVATIONS[adapter.activation].forward(z)
     if isinstance(adapter.scale, torch.Tensor):
-        return y.addmm_(h * adapter.scale, adapter.up.t())
-    return y.addmm_(h, adapter.up.t(), alpha=adapter.scale)
+        return LowRank(h * adapter.scale, adapter.up)
+    return LowRank(h, adapter.up, adapter.scale)

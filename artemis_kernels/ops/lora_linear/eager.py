@@ -1,7 +1,7 @@
 """`lora_linear` in plain torch calls, forward and hand-written backward: the fast CPU path.
 
-The low-rank term is added by `addmm_` into the output of the base product, so nothing of the size
-of y is written twice; no gradient of the frozen weight is formed; the mask is drawn again in the
+The low-rank term is added by the base product itself or into its output, so nothing of the size of
+y is held twice; no gradient of the frozen weight is formed; the mask is drawn again in the
 backward, never kept. With `s = x̃ Aᵀ`:
 
     y  = x Wᵀ + bias + σ·s Bᵀ          dB = σ·dYᵀ s        dS = σ·dY B
@@ -12,7 +12,7 @@ import torch
 
 from ...core.base import Base
 from ...core.dropped import Dropout, add_dropped_product_, outer_dropped, project_dropped
-from ...core.products import column_sum, inner, outer_gradient, project
+from ...core.products import LowRank, column_sum, inner, outer_gradient, project
 
 
 def forward(
@@ -28,9 +28,8 @@ def forward(
     strategy: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return y [M, out] and s [M, rank], both of x's dtype."""
-    y = base.product(x, bias)
     s = project_dropped(x, lora_a.to(x.dtype), Dropout(dropout_p, seed) if dropout_p else None)
-    return add_expanded_(y, s, lora_b, scale, scale_tensor), s
+    return base.product(x, bias, plus=expanded(s, lora_b, scale, scale_tensor)), s
 
 
 def backward(
@@ -57,20 +56,18 @@ def backward(
     if needs_a:
         da = outer_dropped(ds, x, mask).to(lora_a.dtype)
     if needs_x:
-        dx = base.input_gradient(dy)
-        add_dropped_product_(dx, ds, lora_a.to(dy.dtype), mask)
+        if mask is None:
+            dx = base.input_gradient(dy, plus=LowRank(ds, lora_a.t()))
+        else:
+            dx = add_dropped_product_(base.input_gradient(dy), ds, lora_a.to(dy.dtype), mask)
     return dx, da, db, dscale, dbias
 
 
-def add_expanded_(
-    y: torch.Tensor,
-    s: torch.Tensor,
-    lora_b: torch.Tensor,
-    scale: float,
-    scale_tensor: torch.Tensor | None,
-) -> torch.Tensor:
-    """`y += σ·s Bᵀ` in place, for y [M, out] and s [M, rank]."""
-    return y.addmm_(_scaled(s, scale_tensor), lora_b.to(y.dtype).t(), alpha=scale)
+def expanded(
+    s: torch.Tensor, lora_b: torch.Tensor, scale: float, scale_tensor: torch.Tensor | None
+) -> LowRank:
+    """The term `σ·s Bᵀ` [M, out], for s [M, rank]."""
+    return LowRank(_scaled(s, scale_tensor), lora_b, scale)
 
 
 def expand_gradients(

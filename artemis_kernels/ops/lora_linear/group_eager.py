@@ -12,7 +12,7 @@ from ...core.dropped import Dropout, add_dropped_product_, outer_dropped, projec
 from ...core.groups import Common
 from ..bases import held
 from ..rounding import rounded_once
-from .eager import add_expanded_, expand_gradients
+from .eager import expand_gradients, expanded
 
 
 def forward(
@@ -28,8 +28,8 @@ def forward(
     for member, part, scale, strategy in zip(
         members, parts, common.scales, common.strategies, strict=True
     ):
-        y = _base(member, strategy).product(x, member.bias, rounded)
-        ys.append(add_expanded_(y, part, member.lora_b, scale, member.scale_tensor))
+        term = expanded(part, member.lora_b, scale, member.scale_tensor)
+        ys.append(_base(member, strategy).product(x, member.bias, rounded, term))
     return ys, [s]
 
 
