@@ -26,7 +26,7 @@ FEWEST_PER_COLUMN_APART = 64  # at most one column in so many, at least one
 _EXACT = 1024  # int8 products whose sum fp32 holds exactly: 1024·127·128 < 2²⁴
 _TINIEST = 1e-36  # rows below are zeros: 127 / tiny would overflow
 _ROWS_OF_A_PART = 16  # at least so many share a partial maximum of the columns
-_MOST_EXPANDED = 16  # ranks that the product's own pass adds; beyond, BLAS is faster
+_MOST_EXPANDED = 24  # ranks that the product's own pass adds; beyond, BLAS is faster
 
 
 class Rounded(NamedTuple):
@@ -54,11 +54,8 @@ def linear(
         y = _e4m3_values(x, None) @ data.float().t() * scale
         return LowRank.added_to((y if bias is None else y + bias).to(x.dtype), plus)
     rounded = rounded or round_rows(x, None)
-    y = _product(rounded, data, True, x.dtype, column=scale, bias=bias, plus=plus)
-    if rounded.apart is not None:
-        columns = data[:, rounded.apart].float() * scale[:, None]
-        y.addmm_(x[:, rounded.apart], columns.to(x.dtype).t())
-    return y
+    apart = None if rounded.apart is None else x[:, rounded.apart]
+    return _product(rounded, apart, data, True, x.dtype, column=scale, bias=bias, plus=plus)
 
 
 def input_gradient(
@@ -73,15 +70,15 @@ def input_gradient(
         dx = (_e4m3_values(dy, scale) @ data.float()).to(dy.dtype)
         return LowRank.added_to(dx if into is None else into.add_(dx), plus)
     rounded = round_rows(dy, scale)
-    dx = _product(rounded, data, False, dy.dtype, into=into, plus=plus)
+    apart = None
     if rounded.apart is not None:
-        rows = data[rounded.apart].float() * scale[rounded.apart, None]
-        dx.addmm_(dy[:, rounded.apart], rows.to(dy.dtype))
-    return dx
+        apart = dy[:, rounded.apart].float() * scale[rounded.apart]
+    return _product(rounded, apart, data, False, dy.dtype, into=into, plus=plus)
 
 
 def _product(
     rounded: Rounded,
+    apart: torch.Tensor | None,
     data: torch.Tensor,
     by_output: bool,
     dtype: torch.dtype,
@@ -91,9 +88,13 @@ def _product(
     into: torch.Tensor | None = None,
     plus: LowRank | None = None,
 ) -> torch.Tensor:
-    """`q dataᵀ` (by_output) or `q data`, scaled, with bias and low-rank term, or added to `into`."""
+    """`v dataᵀ` (by_output) or `v data`, its columns scaled, with bias and low-rank term.
+
+    v is the rounded tensor, whose columns `rounded.apart` are in `apart` [M, P]. Added to `into`
+    in place, where it is given.
+    """
     fused = plus if plus is not None and plus.rank <= _MOST_EXPANDED else None
-    y = _in_one_pass(rounded, data, by_output, dtype, column, bias, into, fused)
+    y = _in_one_pass(rounded, apart, data, by_output, dtype, column, bias, into, fused)
     if y is not None:
         return y if plus is fused else LowRank.added_to(y, plus)
     acc = integer_product(rounded.q, data.t() if by_output else data)
@@ -101,10 +102,16 @@ def _product(
         y = restore(acc, rounded.scale, dtype, column, bias)
     else:
         y = add_restored_(into, acc, rounded.scale)
+    if apart is not None:
+        lines = (data[:, rounded.apart].t() if by_output else data[rounded.apart]).float()
+        lines = lines if column is None else lines * column
+        y.addmm_(apart.to(dtype), lines.to(dtype))
     return LowRank.added_to(y, plus)
 
 
-def _in_one_pass(rounded, data, by_output, dtype, column, bias, into, plus) -> torch.Tensor | None:
+def _in_one_pass(
+    rounded, apart, data, by_output, dtype, column, bias, into, plus
+) -> torch.Tensor | None:
     """The same by `native/int8_product.c`; None where there is no such pass for it."""
     q, (m, k) = rounded.q, rounded.q.shape
     n = data.shape[0] if by_output else data.shape[1]
@@ -114,51 +121,73 @@ def _in_one_pass(rounded, data, by_output, dtype, column, bias, into, plus) -> t
     if not native.has_int8_product(handle):
         return None
     y = q.new_empty(m, n, dtype=dtype) if into is None else into
-    s, g = (None, None) if plus is None else plus.factors()
-    parts = (
-        q.contiguous(), data.contiguous(), rounded.scale,
-        None if column is None else column.contiguous(),
-        None if bias is None else bias.float().contiguous(), s, g, y,
-    )  # fmt: skip
+    column, bias, beside = _floats(column), _floats(bias), _floats(apart)
+    apart, s, g, alpha = rounded.apart, None, None, 1.0
+    if plus is not None:
+        s, g, alpha = plus.s.to(dtype), plus.g, plus.alpha
+        s = s if s.stride(1) == 1 else s.contiguous()
+        g = g if g.dtype in native.NAMES else g.float()
+    q, data = q.contiguous(), data.contiguous()
     getattr(handle, f"artemis_int8_product_{native.NAMES[dtype]}")(
-        *(None if part is None else part.data_ptr() for part in parts), m, k, n,
-        0 if plus is None else plus.rank, by_output, into is not None, torch.get_num_threads(),
+        q.data_ptr(), data.data_ptr(), rounded.scale.data_ptr(), _address(column), _address(bias),
+        _address(apart), _address(beside), 0 if apart is None else apart.numel(),
+        _address(s), 0 if s is None else s.stride(0),
+        _address(g), *((0, 0, 0) if g is None else (*g.stride(), g.dtype == torch.bfloat16)),
+        0 if plus is None else plus.rank, alpha,
+        y.data_ptr(), m, k, n, by_output, into is not None, torch.get_num_threads(),
     )  # fmt: skip
     return y
+
+
+def _floats(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.float().contiguous()
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def round_rows(x: torch.Tensor, factor: torch.Tensor | None) -> Rounded:
     """Round `x ⊙ factor` to 8 bits, row by row; x [M, K], factor fp32 [K] or None (ones)."""
     x = x.contiguous()
     library = native.library_for(x) if x.numel() else None
-    if library is not None:
-        factor = None if factor is None else factor.contiguous()
-        q, scale, largest = _round_in_one_pass(library, x, factor)
-        apart = None if largest is None else outliers(largest)
-    else:
-        apart = outliers(_column_max(x, factor))
-    if apart is not None:
-        factor = x.new_ones(x.shape[1], dtype=torch.float32) if factor is None else factor.clone()
-        factor[apart] = 0.0
     if library is None:
-        q, scale = _round_rows(x, factor)
-    elif apart is not None:
-        q, scale, _ = _round_in_one_pass(library, x, factor)
+        apart = outliers(_column_max(x, factor))
+        return Rounded(*_round_rows(x, _without(x, factor, apart)), apart)
+    factor = None if factor is None else factor.contiguous()
+    q, scale, apart, largest = _round_in_one_pass(library, x, factor, _most_apart(x.shape[1]))
+    if largest is not None:  # more stand out than may be kept apart
+        apart = outliers(largest)
+        q, scale, _, _ = _round_in_one_pass(library, x, _without(x, factor, apart), 0)
     return Rounded(q, scale, apart)
 
 
-def _round_in_one_pass(library, x: torch.Tensor, factor: torch.Tensor | None):
-    """q, scale, and the columns' largest magnitudes, or None where they are even."""
+def _without(
+    x: torch.Tensor, factor: torch.Tensor | None, apart: torch.Tensor | None
+) -> torch.Tensor | None:
+    """`factor` with zeros for the columns `apart`."""
+    if apart is None:
+        return factor
+    factor = x.new_ones(x.shape[1], dtype=torch.float32) if factor is None else factor.clone()
+    factor[apart] = 0.0
+    return factor
+
+
+def _round_in_one_pass(library, x: torch.Tensor, factor: torch.Tensor | None, most: int):
+    """q, scale, the columns apart or None; and, where they exceed `most`, the largest values."""
     (m, k), threads = x.shape, torch.get_num_threads()
     count = min(-(-m // _ROWS_OF_A_PART), 2 * threads)
     q = x.new_empty(m, k, dtype=torch.int8)
-    scale, largest = x.new_empty(m, dtype=torch.float32), x.new_empty(k, dtype=torch.float32)
-    parts, uneven = x.new_empty(count, k, dtype=torch.int32), ctypes.c_int()
+    scale, kept = x.new_empty(m, dtype=torch.float32), x.new_empty(k, dtype=torch.float32)
+    parts, apart = x.new_empty(count, k, dtype=torch.int32), x.new_empty(most, dtype=torch.int64)
+    found = ctypes.c_int64()
     getattr(library, f"artemis_round_{native.NAMES[x.dtype]}")(
-        x.data_ptr(), None if factor is None else factor.data_ptr(), parts.data_ptr(), count,
-        largest.data_ptr(), ctypes.byref(uneven), q.data_ptr(), scale.data_ptr(), m, k, threads,
+        x.data_ptr(), _address(factor), parts.data_ptr(), count, APART, apart.data_ptr(), most,
+        ctypes.byref(found), kept.data_ptr(), q.data_ptr(), scale.data_ptr(), m, k, threads,
     )  # fmt: skip
-    return q, scale, largest if uneven.value else None
+    if found.value < 0:
+        return q, scale, None, parts[0].view(torch.float32)
+    return q, scale, apart[: found.value] if found.value else None, None
 
 
 def _round_rows(x: torch.Tensor, factor: torch.Tensor | None):
@@ -193,10 +222,14 @@ def outliers(largest: torch.Tensor) -> torch.Tensor | None:
     above = (largest > APART * largest.nanmedian()).nonzero()[:, 0]
     if not above.numel():
         return None
-    most = max(1, largest.numel() // FEWEST_PER_COLUMN_APART)
+    most = _most_apart(largest.numel())
     if above.numel() > most:
         above = above[largest[above].topk(most).indices]
     return above
+
+
+def _most_apart(columns: int) -> int:
+    return max(1, columns // FEWEST_PER_COLUMN_APART)
 
 
 def _column_max(x: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:

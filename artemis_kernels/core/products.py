@@ -25,10 +25,6 @@ class LowRank(NamedTuple):
             return y
         return y.addmm_(term.s.to(y.dtype), term.g.to(y.dtype).t(), alpha=term.alpha)
 
-    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """`alpha·s` [M, r] and `gᵀ` [r, N], both fp32 and row-major."""
-        return (self.s.float() * self.alpha).contiguous(), self.g.float().t().contiguous()
-
 
 def project(x: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
     """`x fᵀ` for x [M, K] and f [R, K].

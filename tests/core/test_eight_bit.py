@@ -87,35 +87,44 @@ def test_compiled_and_plain_agree_to_the_bit(dtype, plain):
         assert torch.equal(before.nan_to_num(nan=7.0), after.nan_to_num(nan=7.0))
 
 
-@pytest.mark.parametrize("rank", [None, 0, 1, 16, 17])
+@pytest.mark.parametrize("outlying", [(), (5,), (0, 30, 59)], ids=str)
+@pytest.mark.parametrize("rank", [None, 0, 1, 24, 25])
 @pytest.mark.parametrize(
-    ("m", "k", "n"), [(1, 4, 1), (7, 60, 31), (8, 64, 32), (9, 68, 33), (17, 20_000, 70)], ids=str
+    ("m", "k", "n"),
+    [(1, 4, 1), (7, 192, 60), (8, 256, 64), (9, 196, 68), (17, 20_000, 70)],
+    ids=str,
 )
-def test_everything_after_a_product(m, k, n, rank):
-    """Scales, bias, low-rank term, addition: against fp64, weights of more than one task's cache."""
+def test_everything_after_a_product(m, k, n, rank, outlying):
+    """Columns apart, scales, bias, low-rank term, addition: against fp64, in shapes of all tiles."""
     data, scale, bias = integers(n, k), torch.rand(n) + 0.5, torch.randn(n)
-    x, dy = torch.randn(m, k), torch.randn(m, n)
-    into, of_y, of_x = torch.randn(m, k), None, None
+    x, dy, into = torch.randn(m, k), torch.randn(m, n), torch.randn(m, k)
+    for column in outlying if n > 30 else ():
+        x[:, column] *= 100
+        dy[:, column] *= 100
+    of_y = of_x = None
     through_y = through_x = 0
     if rank is not None:
         s = torch.randn(m, rank)
         of_y, of_x = LowRank(s, torch.randn(n, rank), 0.7), LowRank(s, torch.randn(rank, k).t())
         through_y, through_x = (t.alpha * t.s.double() @ t.g.double().t() for t in (of_y, of_x))
 
-    def restored(rounded, w):
-        return (rounded.q.double() @ w.double()) * rounded.scale.double()[:, None]
+    def values(x, factor):
+        rounded = eight_bit.round_rows(x, factor)
+        v = rounded.q.double() * rounded.scale.double()[:, None]
+        if rounded.apart is not None:
+            v[:, rounded.apart] = (x if factor is None else x * factor)[:, rounded.apart].double()
+        return v
 
-    rounded = eight_bit.Rounded(*eight_bit._round_rows(x, None), None)
-    y = eight_bit.linear(x, data, scale, bias, rounded, of_y)
-    truth = restored(rounded, data.t()) * scale + bias + through_y
-    torch.testing.assert_close(y.double(), truth, rtol=1e-5, atol=1e-5 * truth.abs().max())
-    of_dy = eight_bit.round_rows(dy, scale)
-    if of_dy.apart is None:
-        truth = restored(of_dy, data) + through_x
-        dx = eight_bit.input_gradient(dy, data, scale, None, of_x)
-        torch.testing.assert_close(dx.double(), truth, rtol=1e-5, atol=1e-5 * truth.abs().max())
-        added = eight_bit.input_gradient(dy, data, scale, into.clone(), of_x)
-        torch.testing.assert_close(added, into + dx, rtol=1e-5, atol=1e-5 * truth.abs().max())
+    def close(actual, truth):
+        torch.testing.assert_close(
+            actual.double(), truth, rtol=1e-5, atol=1e-5 * truth.abs().max().item()
+        )
+
+    y = eight_bit.linear(x, data, scale, bias, None, of_y)
+    close(y, values(x, None) @ data.t().double() * scale + bias + through_y)
+    truth = values(dy, scale) @ data.double() + through_x
+    close(eight_bit.input_gradient(dy, data, scale, None, of_x), truth)
+    close(eight_bit.input_gradient(dy, data, scale, into.clone(), of_x), into + truth)
 
 
 def test_as_many_threads_as_there_are(monkeypatch):

@@ -91,12 +91,13 @@ def _signatures(handle: ctypes.CDLL) -> Iterator[tuple[str, str]]:
         )
         yield (
             f"artemis_round_{dtype}",
-            "pointer pointer pointer size pointer pointer pointer pointer size size threads",
+            f"pointer pointer pointer size factor pointer size {'pointer ' * 4}size size threads",
         )
         if has_int8_product(handle):
             yield (
                 f"artemis_int8_product_{dtype}",
-                f"{'pointer ' * 8}{sizes} size flag flag threads",
+                f"{'pointer ' * 7}size pointer size pointer size size flag size factor pointer"
+                f" {sizes} flag flag threads",
             )
         yield (
             f"artemis_restore_{dtype}",

@@ -22,17 +22,52 @@ static inline float one(const float *column, int64_t c) { return column ? column
 
 /* Whether a column may exceed four medians: surely none does where a quarter of the largest is no
    more than the median. */
-static int may_stand_out(const float *largest, int64_t k) {
+static int may_stand_out(const int32_t *largest, int64_t k) {
     float most = 0;
     int64_t many = 0;
-    for (int64_t c = 0; c < k; ++c) most = largest[c] > most ? largest[c] : most;
-    for (int64_t c = 0; c < k; ++c) many += largest[c] >= most * 0.25f;
+    for (int64_t c = 0; c < k; ++c) {
+        float value = from_bits(largest[c]);
+        most = value > most ? value : most;
+    }
+    for (int64_t c = 0; c < k; ++c) many += from_bits(largest[c]) >= most * 0.25f;
     return many < k - (k - 1) / 2;
 }
 
-/* largest[k] = max|v| of each column, by way of parts [count, k], and *uneven what is said above.
+/* The median of those that are not nan, the lower one of two; nan where there are none. */
+static float median(const int32_t *largest, int64_t k) {
+    int64_t valid = 0;
+    for (int64_t c = 0; c < k; ++c) valid += largest[c] <= 0x7f800000;
+    if (!valid) return NAN;
+    int32_t low = 0, high = 0x7f800000; /* bits are ordered as the numbers are */
+    while (low < high) {
+        int32_t middle = low + (high - low) / 2;
+        int64_t below = 0;
+        for (int64_t c = 0; c < k; ++c) below += largest[c] <= middle;
+        if (below > (valid - 1) / 2)
+            high = middle;
+        else
+            low = middle + 1;
+    }
+    return from_bits(low);
+}
+
+/* apart[0..n) = the columns above `factor` medians; returns n, or −1 where they are more than `most`. */
+static int64_t stand_out(const int32_t *largest, int64_t k, float factor, int64_t *apart,
+                         int64_t most) {
+    if (k < 2 || !may_stand_out(largest, k)) return 0;
+    float limit = factor * median(largest, k);
+    int64_t found = 0;
+    for (int64_t c = 0; c < k; ++c)
+        if (from_bits(largest[c]) > limit) {
+            if (found == most) return -1;
+            apart[found++] = c;
+        }
+    return found;
+}
+
+/* largest [k], as bits, of each column of |v|, by way of parts [count, k]: largest is the first.
    A row with an inf or a nan gets the scale nan, one below 1e-36 all zeros. `column` may be NULL. */
-#define ROUND(PASS, TYPE, LOAD)                                                                   \
+#define ROUND_ROWS(PASS, TYPE, LOAD)                                                              \
     static inline void PASS##_row(const TYPE *row, const float *column, int32_t *largest,         \
                                   int8_t *q, float *scale, int64_t k) {                           \
         int32_t most = 0;                                                                         \
@@ -52,8 +87,8 @@ static int may_stand_out(const float *largest, int64_t k) {
                 q[c] = (int8_t)rintf(LOAD(row[c]) * one(column, c) * inverse);                    \
     }                                                                                             \
                                                                                                   \
-    void PASS(const TYPE *x, const float *column, int32_t *parts, int64_t count, float *largest,  \
-              int *uneven, int8_t *q, float *scale, int64_t m, int64_t k, int threads) {          \
+    static void PASS##_rows(const TYPE *x, const float *column, int32_t *parts, int64_t count,    \
+                            int8_t *q, float *scale, int64_t m, int64_t k, int threads) {         \
         int64_t each = (m + count - 1) / count;                                                   \
         _Pragma("omp parallel for num_threads(threads) schedule(static) if (m * k > 16384)")      \
         for (int64_t p = 0; p < count; ++p) {                                                     \
@@ -68,12 +103,26 @@ static int may_stand_out(const float *largest, int64_t k) {
         for (int64_t p = 1; p < count; ++p)                                                       \
             for (int64_t c = 0; c < k; ++c)                                                       \
                 parts[c] = parts[p * k + c] > parts[c] ? parts[p * k + c] : parts[c];             \
-        memcpy(largest, parts, sizeof(float) * (size_t)k);                                        \
-        *uneven = may_stand_out(largest, k);                                                      \
     }
 
-ROUND(artemis_round_f32, float, same)
-ROUND(artemis_round_bf16, uint16_t, from_bf16)
+/* Rounded again without the columns that stand out by `factor` medians, *found of them in apart, if
+   they are any but no more than `most`; a `most` of 0 does not look. kept [k] is scratch. */
+#define ROUND(PASS, TYPE)                                                                         \
+    void PASS(const TYPE *x, const float *column, int32_t *parts, int64_t count, float factor,    \
+              int64_t *apart, int64_t most, int64_t *found, float *kept, int8_t *q, float *scale, \
+              int64_t m, int64_t k, int threads) {                                                \
+        PASS##_rows(x, column, parts, count, q, scale, m, k, threads);                            \
+        *found = most ? stand_out(parts, k, factor, apart, most) : 0;                             \
+        if (*found <= 0) return;                                                                  \
+        for (int64_t c = 0; c < k; ++c) kept[c] = one(column, c);                                 \
+        for (int64_t p = 0; p < *found; ++p) kept[apart[p]] = 0;                                  \
+        PASS##_rows(x, kept, parts, count, q, scale, m, k, threads);                              \
+    }
+
+ROUND_ROWS(artemis_round_f32, float, same)
+ROUND_ROWS(artemis_round_bf16, uint16_t, from_bf16)
+ROUND(artemis_round_f32, float)
+ROUND(artemis_round_bf16, uint16_t)
 
 #define RESTORE(PASS, TYPE, STORE)                                                                \
     void PASS(const int32_t *acc, const float *row, const float *column, const float *bias,       \

@@ -1,6 +1,7 @@
 /* An int8 product with everything after it: int32 sums never leave the registers' tile.
 
-       y[m, n] (+)= Σ_k q[m, k]·w[k, n] · row[m]·column[n] + bias[n] + Σ_r s[m, r]·g[r, n]
+       y[m, n] (+)= (row[m]·Σ_k q[m, k]·w[k, n] + Σ_p beside[m, p]·w[apart[p], n])·column[n]
+                    + bias[n] + alpha·Σ_r s[m, r]·g[n, r]
 
    One copy of a weight serves both directions: stored [n, k] (forward), or [k, n] (dX). Either way
    a task packs the columns it owns into panels of 32, four k side by side as the dot product
@@ -31,8 +32,13 @@ typedef struct {
 
 typedef struct {
     const float *row, *column, *bias; /* [m], [n] or NULL, [n] or NULL */
-    const float *s, *g;               /* [m, rank] and [rank, n], or NULL */
-    int64_t rank;
+    const int64_t *apart;             /* [count], rows of w whose numbers of x are not in q */
+    const float *beside;              /* [m, count], those numbers */
+    int64_t count;
+    const void *g; /* [n, rank], bf16 or fp32, of these strides */
+    int64_t g_n, g_r, rank;
+    int g_in_bf16;
+    const float *s; /* [m, rank], times alpha */
     int accumulate;
 } Epilogue;
 
@@ -157,9 +163,36 @@ static int64_t columns_of_a_task(int64_t k, int64_t n, int threads) {
     return (all + tasks - 1) / tasks * PANEL;
 }
 
+/* lines[count + rank][32] = the rows apart of a panel, and its columns of gᵀ. */
+static void gather(const uint8_t *panel, const Epilogue *with, int64_t first, int64_t n,
+                   float *lines) {
+    for (int64_t p = 0; p < with->count; ++p, lines += PANEL) {
+        int64_t k = with->apart[p];
+        const uint8_t *quads = panel + k / 4 * 4 * PANEL + k % 4;
+        for (int j = 0; j < PANEL; ++j) lines[j] = (float)(quads[4 * j] - 128);
+    }
+    for (int64_t r = 0; r < with->rank; ++r, lines += PANEL)
+        for (int64_t j = 0; j < PANEL; ++j) {
+            int64_t at = (first + j < n ? first + j : n - 1) * with->g_n + r * with->g_r;
+            lines[j] = with->g_in_bf16 ? from_bf16(((const uint16_t *)with->g)[at])
+                                       : ((const float *)with->g)[at];
+        }
+}
+
+/* values[i][h] += of[rows[i], :]·lines for of [m, size]. */
+static inline void add_outer(const float *of, int64_t size, const int64_t *rows,
+                             const float *lines, int h, Tile *tile) {
+    for (int64_t r = 0; r < size; ++r) {
+        __m512 line = _mm512_loadu_ps(lines + r * PANEL + 16 * h);
+        for (int i = 0; i < TILE_ROWS; ++i)
+            tile->values[i][h] = _mm512_fmadd_ps(_mm512_set1_ps(of[rows[i] * size + r]), line,
+                                                 tile->values[i][h]);
+    }
+}
+
 /* What follows the sums, for columns `first` on, of which `within` exist. */
 static inline void finish(const Epilogue *with, const int64_t *rows, const int32_t *shifts,
-                          int64_t first, const __mmask16 *within, int64_t n, Tile *tile) {
+                          const float *lines, int64_t first, const __mmask16 *within, Tile *tile) {
     for (int h = 0; h < 2; ++h) {
         int64_t from = first + 16 * h;
         __m512 column = _mm512_set1_ps(1), bias = _mm512_setzero_ps();
@@ -168,16 +201,15 @@ static inline void finish(const Epilogue *with, const int64_t *rows, const int32
         for (int i = 0; i < TILE_ROWS; ++i) {
             __m512i sum = _mm512_sub_epi32(tile->sums[i][h], _mm512_set1_epi32(shifts[i]));
             __m512 row = _mm512_set1_ps(with->row[rows[i]]);
-            __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), row);
+            tile->values[i][h] = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), row);
+        }
+        add_outer(with->beside, with->count, rows, lines, h, tile);
+        for (int i = 0; i < TILE_ROWS; ++i) {
+            __m512 value = tile->values[i][h];
             if (with->column) value = _mm512_mul_ps(value, column);
             tile->values[i][h] = with->bias ? _mm512_add_ps(value, bias) : value;
         }
-        for (int64_t r = 0; r < with->rank; ++r) {
-            __m512 g = _mm512_maskz_loadu_ps(within[h], with->g + r * n + from);
-            for (int i = 0; i < TILE_ROWS; ++i)
-                tile->values[i][h] = _mm512_fmadd_ps(
-                    _mm512_set1_ps(with->s[rows[i] * with->rank + r]), g, tile->values[i][h]);
-        }
+        add_outer(with->s, with->rank, rows, lines + with->count * PANEL, h, tile);
     }
 }
 
@@ -203,60 +235,77 @@ static inline void store_bf16(uint16_t *to, __mmask16 within, __m512 value) { /*
     _mm256_mask_storeu_epi16(to, within, _mm512_cvtepi32_epi16(bits));
 }
 
-#define PRODUCT(PASS, TYPE, LOAD, STORE)                                                          \
+#define PRODUCT(PASS, TYPE, LOAD, LOAD_16, STORE_16)                                              \
+    /* Columns first to last of y, by way of panels[last − first, k] and lines. */                \
     static void PASS##_columns(const int8_t *q, const int32_t *sums, const Weight *w,             \
                                const Epilogue *with, int64_t m, int64_t first, int64_t last,      \
-                               uint8_t *panels, TYPE *y) {                                        \
-        for (int64_t c = first; c < last; c += PANEL)                                             \
-            (w->by_output ? pack_by_output : pack_by_input)(w, c, panels + (c - first) * w->k);   \
+                               uint8_t *panels, float *lines, TYPE *y) {                          \
+        for (int64_t c = first; c < last; c += PANEL) {                                           \
+            uint8_t *panel = panels + (c - first) * w->k;                                         \
+            (w->by_output ? pack_by_output : pack_by_input)(w, c, panel);                         \
+            gather(panel, with, c, w->n, lines + (c - first) * (with->count + with->rank));       \
+        }                                                                                         \
         for (int64_t top = 0; top < m; top += TILE_ROWS) {                                        \
-            const int8_t *lines[TILE_ROWS];                                                       \
+            const int8_t *rows_of_q[TILE_ROWS];                                                   \
             int64_t rows[TILE_ROWS];                                                              \
             int32_t shifts[TILE_ROWS];                                                            \
             for (int64_t i = 0; i < TILE_ROWS; ++i) { /* beyond the last row, that one again */   \
                 rows[i] = top + i < m ? top + i : m - 1;                                          \
-                lines[i] = q + rows[i] * w->k, shifts[i] = 128 * sums[rows[i]];                   \
+                rows_of_q[i] = q + rows[i] * w->k, shifts[i] = 128 * sums[rows[i]];               \
             }                                                                                     \
             for (int64_t c = first; c < last; c += PANEL) {                                       \
                 Tile tile;                                                                        \
                 uint32_t columns = last - c < PANEL ? (1u << (last - c)) - 1 : ~0u;               \
                 __mmask16 within[2] = {(__mmask16)columns, (__mmask16)(columns >> 16)};           \
-                multiply(lines, panels + (c - first) * w->k, w->k, &tile);                        \
-                finish(with, rows, shifts, c, within, w->n, &tile);                               \
+                multiply(rows_of_q, panels + (c - first) * w->k, w->k, &tile);                    \
+                finish(with, rows, shifts, lines + (c - first) * (with->count + with->rank), c,   \
+                       within, &tile);                                                            \
                 for (int i = 0; i < TILE_ROWS && top + i < m; ++i)                                \
                     for (int h = 0; h < 2; ++h) {                                                 \
                         TYPE *to = y + rows[i] * w->n + c + 16 * h;                               \
                         __m512 value = tile.values[i][h];                                         \
-                        if (with->accumulate) value = _mm512_add_ps(LOAD(within[h], to), value);  \
-                        STORE(to, within[h], value);                                              \
+                        if (with->accumulate)                                                     \
+                            value = _mm512_add_ps(LOAD_16(within[h], to), value);                 \
+                        STORE_16(to, within[h], value);                                           \
                     }                                                                             \
             }                                                                                     \
         }                                                                                         \
     }                                                                                             \
                                                                                                   \
     void PASS(const int8_t *q, const int8_t *data, const float *row, const float *column,         \
-              const float *bias, const float *s, const float *g, TYPE *y, int64_t m, int64_t k,   \
-              int64_t n, int64_t rank, int by_output, int accumulate, int threads) {              \
+              const float *bias, const int64_t *apart, const float *beside, int64_t count,        \
+              const TYPE *s, int64_t s_pitch, const void *g, int64_t g_n, int64_t g_r,            \
+              int g_in_bf16, int64_t rank, float alpha, TYPE *y, int64_t m, int64_t k, int64_t n, \
+              int by_output, int accumulate, int threads) {                                       \
         Weight w = {data, k, n, by_output};                                                       \
-        Epilogue with = {row, column, bias, s, g, rank, accumulate};                              \
+        float *scaled = malloc(sizeof(float) * (size_t)(m * rank + 1));                           \
+        Epilogue with = {row, column, bias, apart, beside, count, g,                              \
+                         g_n, g_r, rank, g_in_bf16, scaled, accumulate};                          \
         int64_t each = columns_of_a_task(k, n, threads);                                          \
         int32_t *sums = malloc(sizeof(int32_t) * (size_t)m);                                      \
         _Pragma("omp parallel num_threads(threads)")                                              \
         {                                                                                         \
             uint8_t *panels = aligned_alloc(64, (size_t)(each * k + 63) / 64 * 64);               \
+            float *lines = malloc(sizeof(float) * (size_t)(each * (count + rank) + 1));           \
             _Pragma("omp for schedule(static)")                                                   \
-            for (int64_t i = 0; i < m; ++i) sums[i] = row_sum(q + i * k, k);                      \
+            for (int64_t i = 0; i < m; ++i) {                                                     \
+                sums[i] = row_sum(q + i * k, k);                                                  \
+                for (int64_t r = 0; r < rank; ++r)                                                \
+                    scaled[i * rank + r] = alpha * LOAD(s[i * s_pitch + r]);                      \
+            }                                                                                     \
             _Pragma("omp for schedule(dynamic)")                                                  \
             for (int64_t first = 0; first < n; first += each)                                     \
                 PASS##_columns(q, sums, &w, &with, m, first,                                      \
-                               first + each < n ? first + each : n, panels, y);                   \
+                               first + each < n ? first + each : n, panels, lines, y);            \
+            free(lines);                                                                          \
             free(panels);                                                                         \
         }                                                                                         \
         free(sums);                                                                               \
+        free(scaled);                                                                             \
     }
 
-PRODUCT(artemis_int8_product_f32, float, load_f32, store_f32)
-PRODUCT(artemis_int8_product_bf16, uint16_t, load_bf16, store_bf16)
+PRODUCT(artemis_int8_product_f32, float, same, load_f32, store_f32)
+PRODUCT(artemis_int8_product_bf16, uint16_t, from_bf16, load_bf16, store_bf16)
 
 #else
 const int artemis_has_int8_product = 0;
