@@ -5,7 +5,7 @@
 
 The sums are exact in int32. A few columns of x may be tens of times larger than the rest (Dettmers
 et al., arXiv 2208.07339): one row scale would then round all others to nothing, so columns whose
-largest value exceeds `APART` medians are kept out of q and multiplied in x's dtype. Rounding and
+largest value exceeds `APART` medians are kept out of q and multiplied unrounded. Rounding and
 what follows a product have two ways, a compiled pass or plain torch, which agree to the last bit;
 `native/int8_product.c` is product and all that follows in one. An e4m3 weight goes the same way in
 e4m3, here in float32 only and with no column apart.

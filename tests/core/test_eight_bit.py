@@ -207,6 +207,17 @@ def test_one_large_value_anywhere_sets_its_column_apart(rows, dtype):
         assert eight_bit.round_rows(x, None).apart.tolist() == [5]
 
 
+@pytest.mark.parametrize("way", ["compiled", "plain"])
+def test_what_stands_out_is_told_by_the_lower_median(way, plain):
+    if way == "plain":
+        plain()
+    x = torch.full((20, 130), 3.0)
+    x[:, :65], x[3, [70, 129]] = 1, -5
+    assert eight_bit.round_rows(x, None).apart.tolist() == [70, 129]
+    x[:, 0] = 3  # 66 of 130 columns now
+    assert eight_bit.round_rows(x, None).apart is None
+
+
 def test_few_columns_are_kept_apart_however_many_stand_out():
     largest = torch.ones(640)
     assert eight_bit.outliers(largest) is None

@@ -21,6 +21,9 @@ CORE = f"{KERNELS}/core"
 LOW_RANK = f"{KERNELS}/ops/low_rank"
 PACKED = f"{KERNELS}/ops/packed"
 
+BOTTLENECK = f"{KERNELS}/ops/bottleneck_adapter"
+JOINT = "tests/kernels/test_weight_gradients.py"
+
 LORA_DROPOUT = "tests/ops/test_lora_linear.py::test_dropout"
 FEW_ROWS = "tests/core/test_quantized.py::test_few_rows_of_bf16"
 SAME_MASK = "tests/ops/test_dropout.py::test_the_mask_used_is_the_mask_shown"
@@ -85,8 +88,8 @@ MASK = (
     Fault(
         "a row's pairs counted from the tile, Triton",
         f"{CORE}/tiles.py",
-        "(start_n // 2 + tl.arange(0, BLOCK_N // 2))",
-        "tl.arange(0, BLOCK_N // 2)",
+        "offs_pair = start_n // 2 + tl.arange(0, BLOCK_N // 2)",
+        "offs_pair = tl.arange(0, BLOCK_N // 2)",
         (SAME_MASK,),
     ),
     Fault(
@@ -324,7 +327,42 @@ TRITON = (
         f"{KERNELS}/ops/bottleneck_adapter/fused.py",
         "dy, up.t(), down.t(), dy if residual_is_x else None",
         "dy, up.t(), down.t(), None",
+        ("tests/ops/test_bottleneck_adapter.py::test_some_gradients",),
+    ),
+    Fault(
+        "gradient of x without the residual's, where D and U learn",
+        f"{BOTTLENECK}/fused.py",
+        "residual, dx = dy if residual_is_x else None, None",
+        "residual, dx = None, None",
         ("tests/ops/test_bottleneck_adapter.py::test_residual_is_x",),
+    ),
+    Fault(
+        "a bottleneck's rows dealt to the parts without the ragged last block",
+        f"{BOTTLENECK}/weight_gradients.py",
+        "blocks = tl.cdiv(M, BLOCK_M)",
+        "blocks = M // BLOCK_M",
+        (JOINT,),
+    ),
+    Fault(
+        "sums over dz kept of the first units alone",
+        f"{BOTTLENECK}/weight_gradients.py",
+        "dz_sums, mask=mask_r & (pid_k == 0)",
+        "dz_sums, mask=mask_r & (pid_k == 0) & (pid_r == 0)",
+        (JOINT,),
+    ),
+    Fault(
+        "b_u's share of the scale's gradient left out of the joint sum",
+        f"{BOTTLENECK}/weight_gradients.py",
+        "other += bias.to(tl.float32)",
+        "other += 0.0",
+        (JOINT,),
+    ),
+    Fault(
+        "a launch saved by the joint backward not counted",
+        f"{CORE}/tuning.py",
+        "return 8 * k * r * parts + _LAUNCH_BYTES",
+        "return 8 * k * r * parts",
+        ("tests/kernels/test_tuning.py", "-k", "bottleneck"),
     ),
     Fault(
         "scale's gradient without up's bias",
@@ -471,11 +509,25 @@ QUANTIZED = (
         (EIGHT_BITS,),
     ),
     Fault(
-        "columns kept apart missing from dX",
+        "the weight's row scales missing from columns of dY kept apart",
         f"{CORE}/eight_bit.py",
-        "dx.addmm_(dy[:, rounded.apart], rows.to(dy.dtype))",
-        "pass",
+        "dy[:, rounded.apart].float() * scale[rounded.apart]",
+        "dy[:, rounded.apart].float()",
         (EIGHT_BITS,),
+    ),
+    Fault(
+        "the upper median taken for columns that stand out",
+        f"{CORE}/native/eight_bit.c",
+        "if (below > (valid - 1) / 2)",
+        "if (below > valid / 2)",
+        ("tests/core/test_eight_bit.py",),
+    ),
+    Fault(
+        "a row of the weight kept apart read from its neighbour",
+        f"{CORE}/native/int8_product.c",
+        "k / 4 * 4 * PANEL + k % 4;",
+        "k / 4 * 4 * PANEL;",
+        ("tests/core/test_eight_bit.py",),
     ),
     Fault(
         "int8 sums in fp32 beyond what it holds exactly",
@@ -501,8 +553,8 @@ QUANTIZED = (
     Fault(
         "the weight's 128 left in the sums of an int8 product",
         f"{CORE}/native/int8_product.c",
-        "128 * row_sum(",
-        "127 * row_sum(",
+        "128 * sums[rows[i]]",
+        "127 * sums[rows[i]]",
         ("tests/core/test_eight_bit.py",),
     ),
     Fault(
@@ -515,8 +567,8 @@ QUANTIZED = (
     Fault(
         "the last rank left out behind an int8 product",
         f"{CORE}/native/int8_product.c",
-        "for (int64_t r = 0; r < with->rank; ++r)",
-        "for (int64_t r = 0; r + 1 < with->rank; ++r)",
+        "scaled[i * rank + r] = alpha",
+        "scaled[i * rank + r] = (r + 1 < rank) * alpha",
         ("tests/core/test_eight_bit.py",),
     ),
     Fault(
@@ -652,7 +704,28 @@ GROUPS = (
         f"{KERNELS}/ops/lora_linear/group_fused.py",
         "a = torch.cat([members[index].lora_a for index in reached])",
         "a = torch.cat([members[index].lora_a for index, _ in enumerate(reached)])",
-        ("tests/ops/test_groups.py::test_kernels_share_the_shrink",),
+        ("tests/ops/test_groups_fused.py::test_the_values_of_the_reference", "-k", "lora"),
+    ),
+    Fault(
+        "a bottleneck's mask drawn over the rows of the whole group",
+        f"{CORE}/tiles.py",
+        "width = tl.where(offs_n >= start, widths[i], width)",
+        "width += widths[i]",
+        ("tests/kernels/test_side_by_side.py", "-k", "mask"),
+    ),
+    Fault(
+        "dz side by side without their scales",
+        f"{KERNELS}/ops/adapter_linear/group_fused.py",
+        "into=(part, sigma)",
+        "into=(part, Scale())",
+        ("tests/ops/test_groups_fused.py::test_the_values_of_the_reference", "-k", "adapter"),
+    ),
+    Fault(
+        "a product by a packed weight replaces what dX held",
+        f"{PACKED}/steps.py",
+        "_packed(x, weight, Epilogue(residual=into), chip)",
+        "into.copy_(_packed(x, weight, Epilogue(), chip))",
+        ("tests/ops/test_groups_fused.py::test_packed_bases", "-k", "int8"),
     ),
     Fault(
         "outputs handed over for an equal tensor, not the same",
@@ -764,6 +837,34 @@ TUNING = (
         "if staged_bytes(kernel, shape, config) <= chip.shared_bytes",
         "if True",
         (TILES_TESTS, "-k", "even_compiled"),
+    ),
+    Fault(
+        "tiles of dX looked up without the mask that it draws",
+        f"{TUNER}/lookups.py",
+        'masked = back and case.drops and case.op == "lora_linear"',
+        "masked = False",
+        ("tests/kernels/test_tiles_search.py", "-k", "lookups"),
+    ),
+    Fault(
+        "a folded bottleneck takes LoRA's entries",
+        f"{KERNELS}/ops/frozen_linear/op.py",
+        'return "lora" if linear else "folded"',
+        'return "lora"',
+        (TUNED_TESTS, "-k", "its_own_entries"),
+    ),
+    Fault(
+        "few rows in one call, whatever the table says of them",
+        f"{KERNELS}/ops/frozen_linear/op.py",
+        "self._most_rows = in_one.index(False)",
+        "self._most_rows = most",
+        (TUNED_TESTS, "-k", "few_rows_in_one_call"),
+    ),
+    Fault(
+        "every tile shown as the default",
+        f"{CORE}/tables.py",
+        'key: (Config(**entry["chosen"]), whose)',
+        'key: (Config(**entry["chosen"]), "default")',
+        (TUNED_TESTS, "-k", "shown_tiles"),
     ),
 )
 

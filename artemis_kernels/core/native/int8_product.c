@@ -19,7 +19,7 @@
 #define PACKED_BYTES (512 << 10) /* of a task's panels: half a second-level cache */
 #define TASKS_PER_THREAD 2
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
 
 const int artemis_has_int8_product = 1;
