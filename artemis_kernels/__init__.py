@@ -17,7 +17,7 @@ from .ops.frozen_linear.op import FrozenLinear, frozen_linear
 from .ops.lora_linear.group import lora_linear_group
 from .ops.lora_linear.op import lora_linear
 from .ops.quantized_linear.op import quantized_linear
-from .tuner import tune
+from .tuner import choices, tune
 
 __all__ = [
     "Choice",
@@ -29,6 +29,7 @@ __all__ = [
     "adapter_linear",
     "adapter_linear_group",
     "bottleneck_adapter",
+    "choices",
     "dropout_mask",
     "explain",
     "frozen_linear",

@@ -1,29 +1,33 @@
-"""Draw the pictures of docs/adapters.md from `bench/results`; needs matplotlib.
+"""Draw the pictures of the documents from `bench/results`; needs matplotlib.
 
-python -m bench.pictures          # writes docs/pictures/ranks.png and sharing.png
+python -m bench.pictures          # writes docs/pictures/{ranks,sharing,equal_loss}.png
 """
 
 import statistics
 import sys
+from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from artemis import ModuleAllocation, RankAllocation
+from artemis.benchmark.arms import ARMS
 from artemis.benchmark.runner import read
 
-from . import ROOT
+from . import ROOT, equal_loss_tables
 from .adapters_tables import Record, cells
+from .equal_loss import BASELINE
 
-RESULTS = ROOT / "bench" / "results" / "adapters_study.jsonl"
+RESULTS = ROOT / "bench" / "results"
 PICTURES = ROOT / "docs" / "pictures"
 LORA = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def main() -> int:
-    found = cells(read(RESULTS))
+    found = cells(read(RESULTS / "adapters_study.jsonl"))
     PICTURES.mkdir(exist_ok=True)
     draw_ranks(found["ranks by importance within kinds"][0])
     draw_sharing(found)
+    draw_equal_loss(read(RESULTS / "equal_loss.jsonl"), PICTURES / "equal_loss.png")
     return 0
 
 
@@ -61,6 +65,26 @@ def draw_sharing(found: dict[str, list[Record]]) -> None:
     axis.legend()
     figure.tight_layout()
     figure.savefig(PICTURES / "sharing.png", dpi=110)
+
+
+def draw_equal_loss(records: list[Record], path: Path) -> None:
+    """Held-out loss over FLOPs and over device-seconds, of those of full fine-tuning's runs."""
+    known, step = equal_loss_tables.curves(records), equal_loss_tables.costs(records)
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axis, name, title in zip(panels, ("flops", "ms"), ("FLOPs", "device-seconds"), strict=True):
+        whole = next(iter(known[BASELINE].values()))[-1][0] * getattr(step[BASELINE], name)
+        for number, (arm, runs) in enumerate(known.items()):
+            unit = getattr(step[arm], name) / whole
+            for seed, curve in runs.items():
+                label = ARMS[arm].what if seed == min(runs) else None
+                x = [100 * steps * unit for steps, _ in curve]
+                axis.plot(x, [loss for _, loss in curve], color=f"C{number}", lw=1, label=label)
+        axis.set_xlabel(f"{title}, % of full fine-tuning's run")
+        axis.grid(alpha=0.3)
+    panels[0].set_ylabel("held-out loss, nats a byte")
+    panels[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@
 NAME is `training-step`, `attention`, `training-step-ratios`, `training-step-profile`, `importance`,
 `importance-cases`, `quality`, `quality-trials`, `quantized-quality`, `quantized-sizes`,
 `predicted-packed`, `predicted-kernels`, `predicted-training` or `predicted-decode` (these four
-are reckoned, not measured), `adapters-PART` of its study, `tuned` or `demo`,
-or `bench-TABLE` for what `artemis bench TABLE --json` wrote. Of several runs of one size and
-precision on one machine, the last counts.
+are reckoned, not measured), `adapters-PART` of its study, `equal-loss`, `tuned` or `demo`,
+or `bench-TABLE` for what `artemis bench TABLE --json` wrote (`bench-models`: training, in short).
+Of several runs of one size and precision on one machine, the last counts.
 """
 
 import argparse
@@ -28,7 +28,10 @@ from artemis.cli.demo.report import render
 from . import (
     ROOT,
     adapters_tables,
+    equal_loss_tables,
     importance_tables,
+    kernel_tables,
+    model_tables,
     predictions,
     quality_tables,
     quantized_tables,
@@ -197,26 +200,44 @@ def training_step_profile(records: list[Record]) -> str:
 
 def origin(head: Record) -> str:
     """Where and with what a run was made."""
-    flags = ", ".join(head["processor"]["flags"])
-    versions = ", ".join(
-        f"{name} {version}"
-        for name, version in head["versions"].items()
-        if name in ("python", "torch", "transformers", "peft")
-    )
     peaks = head.get("peaks")
     rates = "" if peaks is None else (
         f" Peaks in the same run: {peaks['gemm_fp32_gflops']:.0f} (fp32) and"
         f" {peaks['gemm_bf16_gflops']:.0f} (bf16) GFLOP/s, copy {peaks['copy_gbs']:.0f} GB/s."
     )  # fmt: skip
     rounds = f", {head['rounds']} rounds" if "rounds" in head else ""
-    state = " with uncommitted changes" if head["dirty"] else ""
-    return (
-        f"{head['processor']['name']} ({flags}), {head['threads']} threads{rounds}; {versions};"
-        f" commit `{(head['commit'] or 'unknown')[:12]}`{state}, {head['time'][:10]}.{rates}"
+    return f"{_machine(head, rounds)}; commit {_commit(head)}, {head['time'][:10]}.{rates}"
+
+
+def origins(heads: list[Record]) -> str:
+    """The same of several runs in one line a machine."""
+    commits: dict[str, dict[str, None]] = {}
+    for head in heads:
+        commits.setdefault(_machine(head), {})[_commit(head)] = None
+    return "\n\n".join(f"{where}; commits {', '.join(by)}." for where, by in commits.items())
+
+
+def _machine(head: Record, rounds: str = "") -> str:
+    flags = ", ".join(head["processor"]["flags"])
+    versions = ", ".join(
+        f"{name} {version}"
+        for name, version in head["versions"].items()
+        if name in ("python", "torch", "transformers", "peft")
     )
+    return f"{head['processor']['name']} ({flags}), {head['threads']} threads{rounds}; {versions}"
 
 
-def bench_table(table: str, records: list[Record]) -> str:
+def _commit(head: Record) -> str:
+    state = " with uncommitted changes" if head["dirty"] else ""
+    return f"`{(head['commit'] or 'unknown')[:12]}`{state}"
+
+
+def bench_table(
+    table: str,
+    records: list[Record],
+    render: Callable[[list[Record]], str] | None = None,
+    short: bool = False,
+) -> str:
     """What `artemis bench` wrote, a table a machine; of rows about the same, the last counts."""
     heads = {record["run"]: record for record in records if record.get("kind") == "run"}
     last: dict[tuple, dict[str, Record]] = {}
@@ -229,8 +250,9 @@ def bench_table(table: str, records: list[Record]) -> str:
     for rows in last.values():
         order = sorted(rows.values(), key=lambda row: _place(row, list(rows.values())))
         runs = dict.fromkeys(row["run"] for row in order)
-        commits = dict.fromkeys(origin(heads[run]) for run in runs)
-        parts.append(f"{markdown(table, order)}\n\n" + "\n\n".join(commits) + "\n")
+        made = render(order) if render else markdown(table, order)
+        each = "\n\n".join(dict.fromkeys(origin(heads[run]) for run in runs))
+        parts.append(f"{made}\n\n{origins([heads[run] for run in runs]) if short else each}\n")
     return "\n".join(parts)
 
 
@@ -257,6 +279,7 @@ SECTIONS: dict[str, Callable[[list[Record]], str]] = {
     "training-step-ratios": training_step_ratios,
     "training-step-profile": training_step_profile,
     "demo": demo,
+    "equal-loss": equal_loss_tables.table,
     "tuned": tuned.table,
     "importance": importance_tables.summary,
     "importance-cases": importance_tables.all_cases,
@@ -273,6 +296,8 @@ SECTIONS: dict[str, Callable[[list[Record]], str]] = {
         for part in ("orthogonality", "init", "sharing", "allocation")
     },
     **{f"bench-{table}": partial(bench_table, table) for table in COLUMNS},
+    "bench-kernels": partial(bench_table, "kernels", render=kernel_tables.table),
+    "bench-models": partial(bench_table, "train", render=model_tables.table, short=True),
 }
 
 

@@ -5,7 +5,7 @@ An arm more is one entry of `ARMS`.
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -81,7 +81,8 @@ class Arm:
     nothing is adapted, nothing to check); `masks` says that it draws the same dropout masks.
     `tolerance` replaces the rule of equal rounding where the arm itself rounds the base.
     `state_bytes` is what a weight of the base costs at the peak of a step, for planning. `trains`:
-    it is measured in training too, not at inference only.
+    it is measured in training too, not at inference only. `recomputes`: it trades time for memory,
+    which `artemis bench memory` shows by default.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Arm:
     masks: bool = True
     tolerance: float | None = None
     trains: bool = True
+    recomputes: bool = False
 
     @property
     def is_full(self) -> bool:
@@ -136,6 +138,15 @@ def lora(model: PreTrainedModel, dropout: float, **settings) -> nn.Module:
     )
 
 
+def checkpointed(model: PreTrainedModel, adapt: Adapt) -> nn.Module:
+    """Adapt; then keep only the layers' inputs, and run each layer once more in the backward."""
+    adapted = adapt(model)
+    # The name before transformers 5.23 warns in it.
+    enable = getattr(adapted, "activation_checkpointing_enable", None)
+    (enable or adapted.gradient_checkpointing_enable)({"use_reentrant": False})
+    return adapted
+
+
 def peft_lora(model: PreTrainedModel, dropout: float = 0.0) -> nn.Module:
     """PEFT's LoRA on all seven projections in its fastest setting: adapters in the base's dtype."""
     try:
@@ -148,6 +159,18 @@ def peft_lora(model: PreTrainedModel, dropout: float = 0.0) -> nn.Module:
         r=RANK, lora_alpha=SCALE * RANK, lora_dropout=dropout, target_modules=list(TARGETS)
     )
     return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def _checkpointed(arm: Arm) -> Arm:
+    """The same arm with activation checkpointing; its reference recomputes too."""
+    return replace(
+        arm,
+        name=f"{arm.name}-checkpointed",
+        what=f"{arm.what}, checkpointed",
+        adapt=partial(checkpointed, adapt=arm.adapt),
+        reference=arm.reference and partial(checkpointed, adapt=arm.reference),
+        recomputes=True,
+    )
 
 
 _REFERENCE = partial(hybrid, impl="reference")
@@ -180,5 +203,8 @@ ARMS = {
         ),
     )
 }  # fmt: skip
+#: Those of them whose memory is shown with activation checkpointing as well.
+_CHECKPOINTED = ("full-autocast", "full-bf16", "hybrid", "hybrid-int8")
+ARMS |= {arm.name: arm for arm in map(_checkpointed, map(ARMS.get, _CHECKPOINTED))}
 #: The arm that speeds, FLOPs and device-seconds are relative to.
 BASELINE = "full-autocast"

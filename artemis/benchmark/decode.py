@@ -6,7 +6,8 @@ from .arms import ARMS
 from .session import Record, Session
 from .settings import Setting, checked_among, time_of
 
-ARM_NAMES = tuple(name for name, arm in ARMS.items() if not arm.autocast)  # it only trains
+#: The others are about training.
+ARM_NAMES = tuple(name for name, arm in ARMS.items() if not arm.autocast and not arm.recomputes)
 BASELINE = "full-bf16"
 
 

@@ -65,6 +65,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("peak, GB", _at("memory", "peak", unit=GIGA)),
         Column("of full bf16 autocast", _at("peak_of", "full-autocast", form="{:.0%}")),
         Column("of full bf16", _at("peak_of", "full-bf16", form="{:.0%}")),
+        Column("of it checkpointed", _at("peak_of", "full-bf16-checkpointed", form="{:.0%}")),
     ),
     "decode": (
         _MODEL[0],

@@ -55,7 +55,10 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="HIDDENxLAYERS, or llama-3.2-1b, llama-2-7b, llama-2-13b, llama-3-70b"
         " (default: 512x8 1024x6 2048x2; with --full the named ones too)",
     )  # fmt: skip
-    parser.add_argument("--arms", nargs="+", metavar="NAME", help="default: all")
+    parser.add_argument(
+        "--arms", nargs="+", metavar="NAME",
+        help="default: all, but those with activation checkpointing in `memory` only",
+    )  # fmt: skip
     parser.add_argument(
         "--measure", choices=("auto", "whole", "parts"), default="auto",
         help="whole models, or parts: one and two layers, extrapolated; auto (the default):"
@@ -100,7 +103,12 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--models", nargs="+", metavar="NAME", help="whose layers (default: llama-3.2-1b)"
     )
-    parser.add_argument("--layers", nargs="+", metavar="NAME", help="q, k, v, o, gate, up, down")
+    parser.add_argument(
+        "--layers",
+        nargs="+",
+        metavar="NAME",
+        help="q, k, v, o, gate, up, down, block, qkv, gate_up",
+    )
     parser.add_argument("--tokens", nargs="+", type=int, metavar="N", help="default: 1 and 1024")
     parser.add_argument("--ranks", nargs="+", type=int, metavar="N", help="default: 8")
     _add_rounds(parser, 10)
@@ -143,7 +151,14 @@ def run(args: argparse.Namespace) -> None:
         raise AdapterError(f"not timed, since inaccurate: {', '.join(r['what'] for r in wrong)}")
 
 
-def _settings(args: argparse.Namespace, tokens: list[int], sequence: int, arms: tuple[str, ...]):
+def _settings(
+    args: argparse.Namespace,
+    tokens: list[int],
+    sequence: int,
+    arms: tuple[str, ...],
+    default: tuple[str, ...] | None = None,
+):
+    """`arms` are allowed; what is not asked for is `default`, or all of them."""
     from ..benchmark.models import MODELS, SMALL
     from ..benchmark.settings import settings
 
@@ -151,30 +166,32 @@ def _settings(args: argparse.Namespace, tokens: list[int], sequence: int, arms: 
     for arm in args.arms or ():
         if arm not in arms:
             raise AdapterError(f"--arms: got {arm!r}, allowed: {', '.join(arms)}")
-    return settings(models, tokens, sequence, args.arms or arms, args.measure)
+    return settings(models, tokens, sequence, args.arms or default or arms, args.measure)
 
 
-def _training(args: argparse.Namespace):
+def _training(args: argparse.Namespace, recomputing: bool):
+    """`recomputing`: whether arms with activation checkpointing are among the default ones."""
     from ..benchmark.arms import ARMS
 
     if args.sequence < 2:
         raise AdapterError(f"--sequence: got {args.sequence}, allowed: an integer from 2")
     tokens = args.tokens or ([1024, 2048, 8192, 32768] if args.full else [1024])
     arms = tuple(name for name, arm in ARMS.items() if arm.trains)
-    return _settings(args, tokens, args.sequence, arms)
+    default = tuple(name for name in arms if recomputing or not ARMS[name].recomputes)
+    return _settings(args, tokens, args.sequence, arms, default)
 
 
 def _train(args: argparse.Namespace):
     from ..benchmark import train
 
-    wanted = _training(args)
+    wanted = _training(args, recomputing=False)
     return lambda session: train.run(session, wanted, args.rounds)
 
 
 def _memory(args: argparse.Namespace):
     from ..benchmark import footprint
 
-    wanted = _training(args)
+    wanted = _training(args, recomputing=True)
     return lambda session: footprint.run(session, wanted)
 
 

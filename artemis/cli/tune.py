@@ -2,11 +2,11 @@
 
 import argparse
 import json
+from dataclasses import asdict
 
 import torch
 
 import artemis_kernels
-from artemis_kernels import Choice, QuantizedWeight
 
 from ..errors import AdapterError
 
@@ -15,16 +15,16 @@ SUMMARY = "measure which strategy is fastest on this machine, and keep what wins
 EXAMPLE = (
     "  artemis tune --shapes 2048x8192x64 8192x2048x64 --rows 128 1024\n"
     "  artemis tune --op quantized_linear --weight int8:auto --inference --rows 1 8 64\n"
-    "  artemis tune --shapes 2048x8192x64 --rows 1024 --show"
+    "  artemis tune --shapes 2048x8192x64 --rows 1024 --show --chip sm_90"
 )
-_GROUP = 128  # weights that share an int4 scale, in what --show asks about
+_OPERATIONS = (
+    "lora_linear", "adapter_linear", "bottleneck_adapter", "quantized_linear",
+    "frozen_linear:lora", "frozen_linear:folded", "frozen_linear:plain",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--op", default="adapter_linear",
-        choices=("lora_linear", "adapter_linear", "bottleneck_adapter", "quantized_linear"),
-    )  # fmt: skip
+    parser.add_argument("--op", default="adapter_linear", choices=_OPERATIONS)
     parser.add_argument(
         "--shapes", nargs="+", default=["2048x8192x64", "8192x2048x64"],
         metavar="INxOUTxWIDTH", help="layers and their width or rank (default: a 1B Llama's)",
@@ -45,7 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rounds", type=int, default=9, metavar="N", help="timed rounds (default: 9)"
     )
     parser.add_argument("--table", metavar="FOLDER", help="write here, not in the user's table")
-    parser.add_argument("--show", action="store_true", help="measure nothing; show the choices")
+    parser.add_argument(
+        "--show", action="store_true", help="measure nothing; show the choices, and a GPU's tiles"
+    )
+    parser.add_argument(
+        "--chip", metavar="NAME", help="with --show: those of a GPU that need not be here, as sm_90"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -54,6 +59,8 @@ def run(args: argparse.Namespace) -> None:
     for rows in args.rows:
         if rows < 1:
             raise AdapterError(f"--rows: got {rows}, allowed: integers from 1")
+    if args.chip and not args.show:
+        raise AdapterError("--chip: nothing is measured on a chip that is not here; add --show")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise AdapterError(f"--device: got {args.device!r}, and torch sees no GPU; allowed: cpu")
     try:
@@ -70,57 +77,35 @@ def _shape(text: str) -> tuple[int, int, int]:
 
 
 def _shown(args: argparse.Namespace, shapes: list[tuple[int, int, int]]) -> str:
+    found = artemis_kernels.choices(
+        shapes, args.rows, op=args.op, weight=args.weight, dtype=args.dtype,
+        trains=not args.inference, dropout_p=0.1 if args.dropout else 0.0,
+        device=args.chip or args.device,
+    )  # fmt: skip
     choices = {
-        f"{rows:,} rows, {text}": _choice(args, rows, shape)
-        for text, shape in zip(args.shapes, shapes, strict=True)
-        for rows in args.rows
+        f"{rows:,} rows, {'x'.join(map(str, shape))}": one for (shape, rows), one in found.items()
     }
-    if not args.json:
-        return "\n".join(f"{case}: {choice}" for case, choice in choices.items())
-    return json.dumps(
-        {
-            case: {"impl": one.impl, "strategy": one.strategy, "reason": one.reason}
-            for case, one in choices.items()
-        },
-        indent=2,
+    if args.json:
+        return json.dumps({case: _as_json(one) for case, one in choices.items()}, indent=2)
+    return "\n".join(
+        "\n".join((f"{case}: {_sentence(one)}", *map(_tiles_line, one.tiles)))
+        for case, one in choices.items()
     )
 
 
-def _choice(args: argparse.Namespace, rows: int, shape: tuple[int, int, int]) -> Choice:
-    """What such a call takes, asked with tensors of one number, expanded."""
-    k, n, width = shape
-    one = torch.zeros(1, 1, dtype=getattr(torch, args.dtype), device=args.device)
-    learns = not args.inference
-    x, options = one.expand(rows, k).detach(), {"dropout_p": 0.1 if args.dropout else 0.0}
-    if args.op == "quantized_linear":
-        x, options = x.requires_grad_(learns), {}
-        return artemis_kernels.explain(args.op, x, _weight(args.weight, n, k, one), **options)
-    first = k if args.op == "lora_linear" else n
-    down = one.float().expand(width, first).detach().requires_grad_(learns)
-    up = one.expand(n, width)
-    if args.op == "bottleneck_adapter":
-        return artemis_kernels.explain(args.op, one.expand(rows, n), down, up, **options)
-    scale = (1.0,) if args.op == "lora_linear" else ()
-    weight = _weight(args.weight, n, k, one)
-    return artemis_kernels.explain(args.op, x, weight, down, up, *scale, **options)
+def _as_json(one) -> dict:
+    tiles = [tile._replace(config=asdict(tile.config))._asdict() for tile in one.tiles]
+    return {"impl": one.impl, "strategy": one.strategy, "reason": one.reason, "tiles": tiles}
 
 
-def _weight(kind: str, n: int, k: int, one: torch.Tensor) -> torch.Tensor | QuantizedWeight:
-    """A weight [n, k] of a kind: one number, expanded."""
-    if kind == "tensor":
-        return one.expand(n, k)
-    format, _, bits = kind.partition(":")
-    bits = int(bits) if bits.isdecimal() else bits or "auto"
-    device = one.device
-    if format == "int4":
-        group = next((g for g in (_GROUP, 64, 32, 16, 8) if k % g == 0), _GROUP)
-        scale = torch.zeros(1, 1, dtype=torch.bfloat16, device=device).expand(n, k // group)
-        data = torch.zeros(1, 1, dtype=torch.uint8, device=device).expand(n, k // 2)
-        return QuantizedWeight(data, scale, scale, format, group, bits)
-    dtype = torch.float8_e4m3fn if format == "fp8" else torch.int8
-    data = torch.zeros(1, 1, device=device).to(dtype).expand(n, k)
-    scale = torch.zeros(1, device=device).expand(n)
-    return QuantizedWeight(data, scale, None, format, None, bits)
+def _sentence(one) -> str:
+    return f"{one.op}: {one.impl} / {one.strategy}, because {one.reason}"
+
+
+def _tiles_line(tile) -> str:
+    sizes = ", ".join(f"{name} {size}" for name, size in asdict(tile.config).items() if size)
+    origin = tile.origin if tile.origin == "default" else f"the {tile.origin} table"
+    return f"  {tile.kernel} {tile.shape}: {sizes} ({origin})"
 
 
 def _measured(args: argparse.Namespace, shapes: list[tuple[int, int, int]]) -> str:

@@ -19,7 +19,7 @@ from .quantized import FORMATS, QuantizedWeight, padded_columns, padded_rows
 from .units import KINDS
 
 _BF16 = len(FORMATS)  # of a tensor, as numbered in native/formats.h
-_MOST_ROWS = {"int8": 16, "fp8": 16, "int4": 8}  # a plain weight's are int4's
+_MOST_ROWS = {"int8": 16, "fp8": 16, "int4": 8, "tensor": 8}
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,9 +134,14 @@ def most_few_rows(
         return 0
     packed = isinstance(weight, QuantizedWeight)
     fits = (weight.group_size or 64) % 64 == 0 if packed else weight.is_contiguous()
-    if not fits or not _has_pass():
+    return few_rows(dtype, weight.format if packed else "tensor") if fits else 0
+
+
+def few_rows(dtype: torch.dtype, format: str) -> int:
+    """The same for this CPU and a weight of a format (`tensor`: plain) that fits."""
+    if dtype != torch.bfloat16 or not _has_pass():
         return 0
-    return _MOST_ROWS[weight.format if packed else "int4"]
+    return _MOST_ROWS[format]
 
 
 def _has_pass() -> bool:

@@ -274,6 +274,11 @@ def _group_size(in_features: int, asked: int | None) -> int:
                 " features"
             )
         return asked
+    return default_group_size(in_features)
+
+
+def default_group_size(in_features: int) -> int:
+    """The weights along `in` that share an int4 scale where nothing is asked for."""
     most = 128 if in_features >= _WIDE else 64
     for size in GROUP_SIZES:
         if size <= most and in_features % size == 0:

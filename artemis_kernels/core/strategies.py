@@ -12,10 +12,13 @@ import torch
 from . import tiling
 from .base import MOST_DIRECT_ROWS, MOST_SUMMED
 from .device import INTERPRETER, Chip, has_fast_bf16, multiplies_int8
+from .frozen import few_rows
 from .quantized import FORMATS, QuantizedWeight
 from .tiling import Shape
 
 TENSOR = "tensor"
+#: `frozen_linear` has a word for what is frozen: strategies and their times depend on it.
+FROZEN = "frozen_linear:"
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 _BITS = {"int8": ("auto", 8, 16), "fp8": ("auto", 8, 16), "int4": ("auto", 16)}
 #: What the weight of a `Case` may be: a tensor, or a format and what it is multiplied in.
@@ -98,7 +101,7 @@ def _lora_linear(case: Case, chip: Chip | None) -> tuple[str, ...]:
         one_pass = not case.drops and case.width <= tiling.MAX_ONE_PASS_RANK
         return ("one_pass",) * one_pass + ("split", "vendor")
     found = []
-    for how, vendor in _gpu_products(case, chip):
+    for how, vendor in gpu_products(case, chip):
         found += [f"vendor_{how}"] if vendor else [f"split_{how}"]
         found += ["vendor_dense"] if how == "dense" else []
     return tuple(found)
@@ -110,7 +113,7 @@ def _adapter_linear(case: Case, chip: Chip | None) -> tuple[str, ...]:
     if case.format == TENSOR:
         return ("folded", "folded_vendor", "plain")
     found = []
-    for how, vendor in _gpu_products(case, chip):
+    for how, vendor in gpu_products(case, chip):
         end = f"_vendor_{how}" if vendor else f"_{how}"
         found += [f"folded{end}", f"plain{end}"]
         found += ["folded_vendor_dense"] if how == "dense" else []
@@ -121,7 +124,8 @@ def _bottleneck_adapter(case: Case, chip: Chip | None) -> tuple[str, ...]:
     if chip is None:
         return ("addmm",)
     fits = case.width <= tiling.max_row_block_width(chip)
-    return ("row_block",) * fits + ("two_launch",)
+    one_read = case.trains and case.width <= tiling.MAX_ONE_READ_RANK
+    return ("row_block",) * fits + ("two_launch",) + ("two_launch_one_read",) * one_read
 
 
 def _quantized_linear(case: Case, chip: Chip | None) -> tuple[str, ...]:
@@ -131,8 +135,20 @@ def _quantized_linear(case: Case, chip: Chip | None) -> tuple[str, ...]:
         return tuple("product" + suffix for suffix in _cpu_products(case))
     return tuple(
         f"product_vendor_{how}" if vendor else f"product_{how}"
-        for how, vendor in _gpu_products(case, chip)
+        for how, vendor in gpu_products(case, chip)
     )
+
+
+def _frozen_linear(case: Case, chip: Chip | None) -> tuple[str, ...]:
+    if chip is None:
+        ends = _cpu_products(case)
+        fits = case.rows <= few_rows(case.torch_dtype, case.format)
+        in_one = [f"one_call{end}" for end in ends if end in ("", "_weight_only") and fits]
+        return (*in_one, *(f"products{end}" for end in ends))
+    if case.op == FROZEN + "plain":
+        return ("product",) if case.format == TENSOR else _quantized_linear(case, chip)
+    found = _lora_linear(case, chip)
+    return found if case.op == FROZEN + "lora" else tuple(n for n in found if n != "one_pass")
 
 
 OPERATIONS = {
@@ -140,6 +156,7 @@ OPERATIONS = {
     "adapter_linear": _adapter_linear,
     "bottleneck_adapter": _bottleneck_adapter,
     "quantized_linear": _quantized_linear,
+    **{FROZEN + kind: _frozen_linear for kind in ("lora", "folded", "plain")},
 }
 
 
@@ -165,7 +182,7 @@ def _cpu_products(case: Case) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _gpu_products(case: Case, chip: Chip) -> tuple[tuple[str, bool], ...]:
+def gpu_products(case: Case, chip: Chip) -> tuple[tuple[str, bool], ...]:
     """`(how, by the vendor)` of every way to multiply by a packed weight on a chip."""
     native = not why_no_eight_bits(case.format, max(case.in_features, case.out_features), chip)
     shape = Shape(case.rows, case.out_features, case.in_features, dtype=case.torch_dtype)

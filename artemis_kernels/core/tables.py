@@ -205,16 +205,19 @@ def choice(case: Case, impl: str, device: torch.device, usual: tuple[str, str]) 
 
 
 @functools.cache
-def _tiles(name: str, chip: Chip) -> dict[str, Config]:
+def _tiles(name: str, chip: Chip) -> dict[str, tuple[Config, str]]:
     return {
-        key: Config(**entry["chosen"])
-        for part, key, entry, _ in _merged(name, chip)
+        key: (Config(**entry["chosen"]), whose)
+        for part, key, entry, whose in _merged(name, chip)
         if part == "tiles"
     }
 
 
-def tiles(kernel: str, shape: Shape, chip: Chip) -> Config | None:
-    """The measured configuration of a kernel for a bucketed shape, if there is one."""
+def tiles(kernel: str, shape: Shape, chip: Chip) -> tuple[Config, str] | None:
+    """The measured configuration of a kernel for a bucketed shape, if there is one.
+
+    With the table it stands in: "user's" or "shipped".
+    """
     measured = {} if chip.name == INTERPRETER else _tiles(chip.name, chip)
     return measured.get(f"{kernel} {shape.key}") if measured else None
 

@@ -68,15 +68,31 @@ def _draw(pair, k0, k1):
 
 
 @triton.jit
+def _own_columns(offs_n, widths):
+    """Columns of tensors side by side as columns of their own tensor, and how wide that is."""
+    start = 0
+    own = offs_n
+    width = tl.zeros(offs_n.shape, tl.int32) + widths[0]
+    for i in tl.static_range(1, len(widths)):
+        start += widths[i - 1]
+        own = tl.where(offs_n >= start, offs_n - start, own)
+        width = tl.where(offs_n >= start, widths[i], width)
+    return own, width
+
+
+@triton.jit
 def keep_mask(
     seed_ptr, offs_m, start_n, N, threshold,
-    PAIRED: tl.constexpr, BLOCK_N: tl.constexpr,
+    PAIRED: tl.constexpr, BLOCK_N: tl.constexpr, widths=None,
 ):  # fmt: skip
     """Which elements of an [M, N] tensor dropout keeps: bool [BLOCK_M, BLOCK_N].
 
     Rows are `offs_m`, columns `start_n + [0, BLOCK_N)` with start_n even. PAIRED promises an even
     N and at most 2**33 elements: then a counter fits 32 bits, the keys are scalars, and one hash
     serves two neighbours.
+
+    `widths`: a tuple that sums to N, where tensors [M, width] stand side by side and each has the
+    mask it would have alone; PAIRED then promises the same of every width.
     """
     seed = tl.load(seed_ptr)
     seed_hi = (seed >> 32).to(tl.uint32)
@@ -84,13 +100,23 @@ def keep_mask(
     if PAIRED:
         k0 = _mix(seed_lo + 0x9E3779B9)
         k1 = _mix(seed_hi ^ k0 ^ 0x85EBCA6B)
-        offs_pair = (start_n // 2 + tl.arange(0, BLOCK_N // 2)).to(tl.uint32)
-        pair = offs_m.to(tl.uint32)[:, None] * tl.cast(N // 2, tl.uint32) + offs_pair[None, :]
+        offs_pair = start_n // 2 + tl.arange(0, BLOCK_N // 2)
+        if widths is None:
+            row_pairs = tl.cast(N // 2, tl.uint32)
+        else:
+            offs_n, width = _own_columns(2 * offs_pair, widths)
+            offs_pair, row_pairs = offs_n // 2, (width // 2).to(tl.uint32)[None, :]
+        pair = offs_m.to(tl.uint32)[:, None] * row_pairs + offs_pair.to(tl.uint32)[None, :]
         h = _draw(pair, k0, k1)
         lane = tl.interleave(h & 0xFFFF, h >> 16)
     else:
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        index = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+        if widths is None:
+            row = offs_m.to(tl.int64)[:, None] * N
+        else:
+            offs_n, width = _own_columns(offs_n, widths)
+            row = offs_m.to(tl.int64)[:, None] * width[None, :]
+        index = row + offs_n[None, :]
         pair = index >> 1
         k0 = _mix(seed_lo + 0x9E3779B9 * ((pair >> 32).to(tl.uint32) + 1))
         k1 = _mix(seed_hi ^ k0 ^ 0x85EBCA6B)

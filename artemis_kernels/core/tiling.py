@@ -190,6 +190,17 @@ def _shrink_backward(shape: Shape, chip: Chip) -> Config:
     return Config(block_m, block_k=block_k, block_r=block_r, split=split, stages=stages)
 
 
+def _weight_gradients(shape: Shape, chip: Chip) -> Config:
+    """The backward of a shrink twice over: twice the programs share the rows."""
+    tile = _shrink_backward(shape, chip)
+    if shape.dtype == torch.float32:
+        tile = replace(tile, warps=8)
+    elif chip.backend == "cuda" and not 90 <= chip.generation < 120:
+        tile = replace(tile, block_m=min(32, tile.block_m))  # both operands pass through registers
+    programs = 2 * _tiles(shape.k, tile.block_k) * _tiles(shape.r, tile.block_r)
+    return replace(tile, split=_parts_to_fill(chip, programs, shape.m // tile.block_m))
+
+
 def _row_block(shape: Shape, chip: Chip) -> Config:
     block_r = whole_rank(shape.r)
     block_k = 64 if block_r <= 64 else 32
@@ -198,7 +209,8 @@ def _row_block(shape: Shape, chip: Chip) -> Config:
     else:
         block_m = 32 if _tiles(shape.m, 64) < 2 * chip.processors else 64
     stages = _stages(chip, 3, block_k * (block_m * shape.dtype.itemsize + block_r * 4))
-    warps = 8 if block_r > 64 else 4
+    # On Blackwell dz and h beside the tile of out spill, with 4.
+    warps = 8 if block_r > 64 or chip.generation >= 100 else 4
     return Config(block_m, block_k=block_k, warps=warps, stages=stages)
 
 
@@ -233,13 +245,17 @@ def _eight_bit(shape: Shape, chip: Chip) -> Config:
 
 
 def _round_rows(shape: Shape, chip: Chip) -> Config:
-    """block_m and block_k round; block_n and split are those of the columns' maxima."""
+    """block_m and block_k round; block_n and split are those of the columns' maxima, for int8."""
     split = min(64, max(1, next_power_of_2(shape.m) // 256))
     return Config(16, 128, 512, split=split, warps=8)
 
 
+def _round_rows_alone(shape: Shape, chip: Chip) -> Config:
+    return Config(16, block_k=512, warps=8, stages=1)
+
+
 def _unpack(shape: Shape, chip: Chip) -> Config:
-    return Config(16, 32, 256)
+    return Config(0, 32, 256, stages=1)
 
 
 HEURISTICS: dict[str, Callable[[Shape, Chip], Config]] = {
@@ -250,12 +266,20 @@ HEURISTICS: dict[str, Callable[[Shape, Chip], Config]] = {
     "expand_backward": _expand_backward,
     "shrink_backward": _shrink_backward,
     "row_block": _row_block,
-    "weight_only_8": lambda shape, chip: _weight_only(shape, chip, 8),
-    "weight_only_4": lambda shape, chip: _weight_only(shape, chip, 4),
-    "eight_bit": _eight_bit,
-    "round_rows": _round_rows,
-    "finish_product": _update,
-    "unpack": _unpack,
+    "weight_gradients": _weight_gradients,
+    # Over a packed weight: by its format, which decides what is loaded, summed and decoded.
+    "weight_only_int8": lambda shape, chip: _weight_only(shape, chip, 8),
+    "weight_only_fp8": lambda shape, chip: _weight_only(shape, chip, 8),
+    "weight_only_int4": lambda shape, chip: _weight_only(shape, chip, 4),
+    "eight_bit_int8": _eight_bit,
+    "eight_bit_fp8": _eight_bit,
+    "round_rows_int8": _round_rows,
+    "round_rows_fp8": _round_rows_alone,
+    "finish_product_int8": _update,
+    "finish_product_fp8": _update,
+    "unpack_int8": _unpack,
+    "unpack_fp8": _unpack,
+    "unpack_int4": _unpack,
 }
 
 

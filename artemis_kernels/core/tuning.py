@@ -25,14 +25,22 @@ _VENDOR_GAP = {8: 0.05, 9: 0.15, 10: 0.25}
 # stand in for it, so that pointers are the default until a chip has run both.
 _DESCRIPTORS: frozenset[str] = frozenset()
 
+# Bytes that memory moves during one launch more, 3 µs at 2 to 5 TB/s: what a launch may save.
+_LAUNCH_BYTES = 8e6
+
 _VENDOR_REASON = "in so long a product the vendor's GEMM gains more than another pass over y costs"
 _EPILOGUE_REASON = "starting the accumulator from the low-rank term saves a pass over y"
 
 
 def config(kernel: str, shape: Shape, chip: Chip) -> Config:
     """The configuration of `kernel` (a key of `tiling.HEURISTICS`) for a shape on a chip."""
+    return config_and_origin(kernel, shape, chip)[0]
+
+
+def config_and_origin(kernel: str, shape: Shape, chip: Chip) -> tuple[Config, str]:
+    """`config`, and where it comes from: "default", or the "user's" or "shipped" table."""
     shape = shape.bucket
-    return tables.tiles(kernel, shape, chip) or tiling.heuristic(kernel, shape, chip)
+    return tables.tiles(kernel, shape, chip) or (tiling.heuristic(kernel, shape, chip), "default")
 
 
 def lora_strategy(
@@ -54,10 +62,10 @@ def adapter_strategy(
 
 
 def bottleneck_strategy(
-    rows: int, hidden: int, width: int, dtype: torch.dtype, device: torch.device
+    rows: int, hidden: int, width: int, trains: bool, dtype: torch.dtype, device: torch.device
 ) -> tuple[str, str]:
     """`(strategy, reason)` of a fused `bottleneck_adapter` on a device."""
-    return choose_bottleneck(Shape(rows, k=hidden, r=width, dtype=dtype), chip_of(device))
+    return choose_bottleneck(Shape(rows, k=hidden, r=width, dtype=dtype), trains, chip_of(device))
 
 
 def choose_lora(shape: Shape, drops: bool, chip: Chip) -> tuple[str, str]:
@@ -91,14 +99,38 @@ def choose_adapter(shape: Shape, trains: bool, chip: Chip) -> tuple[str, str]:
     return "folded", _EPILOGUE_REASON
 
 
-def choose_bottleneck(shape: Shape, chip: Chip) -> tuple[str, str]:
-    """Between `row_block` and `two_launch` for x [m, k], width r."""
+def choose_bottleneck(shape: Shape, trains: bool, chip: Chip) -> tuple[str, str]:
+    """Among `row_block`, `two_launch` and `two_launch_one_read` for x [m, k], width r."""
     widest = tiling.max_row_block_width(chip)
     if shape.r > widest:
-        return "two_launch", f"a width beyond {widest} does not fit a row block's registers"
-    if shape.m < 32 * chip.processors:
-        return "two_launch", "there are too few blocks of rows to fill the chip"
-    return "row_block", "one launch reads x once, and again from the cache"
+        why = f"a width beyond {widest} does not fit a row block's registers"
+    elif shape.m < 32 * chip.processors:
+        why = "there are too few blocks of rows to fill the chip"
+    else:
+        why = "one launch reads x once, and again from the cache"
+        return "row_block", why + "; dD and dU take one launch together" * trains
+    if not trains:
+        return "two_launch", why
+    if shape.r <= tiling.MAX_ONE_READ_RANK:
+        again, parts = (bottleneck_gradient_bytes(shape, one, chip) for one in (False, True))
+        if parts < again:
+            return "two_launch_one_read", f"{why}; parts of dU are fewer bytes than dY again"
+    return "two_launch", f"{why}; dD and dU take one launch together"
+
+
+def bottleneck_gradient_bytes(shape: Shape, one_read: bool, chip: Chip) -> float:
+    """What forming dD and dU moves beyond x and the first read of dY, in two launches' backward.
+
+    Apart, dz and dU come from one read of dY, for which every block of rows stores a part of dU,
+    and dD takes a launch more. Jointly dY and h are read again, and few parts are stored: of
+    either sum as many as fill the chip, about (`tiling` has them exactly).
+    """
+    m, k, r, size = shape.m, shape.k, shape.r, shape.dtype.itemsize
+    filling, most = chip.processors * 128 / max(k, 1), m / 256
+    if one_read:
+        parts = 1 + m / (64 if size == 4 else 128) + max(1, min(2 * filling, most))
+        return 8 * k * r * parts + _LAUNCH_BYTES
+    return 8 * k * r * 2 * max(1, min(filling, most)) + size * m * (k + 2 * r)
 
 
 def multiplies_by_descriptors(shape: Shape, chip: Chip) -> bool:

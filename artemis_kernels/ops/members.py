@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ..core import call
+from ..core.tiling import MAX_ONE_READ_RANK
 from ..core.types import Choice, Cost
 
 
@@ -38,18 +39,46 @@ def paths(op: str, plan: Callable[..., call.Path], calls: Iterable[tuple]) -> li
 
 
 def choice(
-    op: str, each: list[call.Path], why_apart: str | None, costs: list[Cost], shared: Cost
+    op: str,
+    each: list[call.Path],
+    why_apart: str | None,
+    costs: list[Cost],
+    shared: Cost,
+    what: str = "x is read once for all",
 ) -> Choice:
-    """The `Choice` of a group; `shared` is what joining the members saves of their `costs`."""
+    """The `Choice` of a group; `shared` is what joining the members changes in their `costs`."""
     total = sum(costs, Cost(0, 0))
     strategies = " + ".join(path.strategy for path in each)
     impl = each[0].impl if len({path.impl for path in each}) == 1 else "mixed"
     if why_apart is not None:
         return Choice(op, impl, f"each: {strategies}", why_apart, total)
-    reason = f"{each[0].reason}; x is read once for all"
+    reason = f"{each[0].reason}; {what}"
     return Choice(op, impl, f"joined: {strategies}", reason, total + shared)
 
 
 def joined(x: torch.Tensor, count: int) -> Cost:
     """What joining changes in the sum of the single costs: x is read once, not `count` times."""
     return Cost(0, -(count - 1) * x.numel() * call.compute_dtype(x).itemsize)
+
+
+def launches(strategies: Sequence[str], ranks: Sequence[int], joined: bool) -> tuple[int, int]:
+    """Kernels beside the base products, forward and backward, where members shrink x.
+
+    A shrink of x and the sums over x of its backward (one launch and one more that adds its parts)
+    are made once if joined; each output's gradients take two launches, or three of wide ranks, and
+    a vendor's product one that adds the low-rank term. One more where a shrink is cut into parts.
+    """
+    shrinks = 1 if joined else len(ranks)
+    updates = ["vendor" in strategy for strategy in strategies]
+    through_outputs = sum(2 if rank <= MAX_ONE_READ_RANK else 3 for rank in ranks)
+    updates_back = updates[0] if joined else sum(updates)
+    return shrinks + sum(updates), through_outputs + 2 * shrinks + updates_back
+
+
+def told(strategies: Sequence[str], ranks: Sequence[int]) -> str:
+    """What joining these members in kernels comes down to, for `explain`."""
+    (ahead, back), alone = (launches(strategies, ranks, joined) for joined in (True, False))
+    return (
+        "x is read once for all: beside the base products "
+        f"{ahead} launches forward, {back} backward (single calls: {alone[0]}, {alone[1]})"
+    )

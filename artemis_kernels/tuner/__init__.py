@@ -1,5 +1,6 @@
-"""`tune`: time what dispatch could choose on this machine, and keep what wins."""
+"""`tune`: time what could be chosen on this machine, keep what wins; `choices`: what is chosen."""
 
+from .choices import choices
 from .run import tune
 
-__all__ = ["tune"]
+__all__ = ["choices", "tune"]

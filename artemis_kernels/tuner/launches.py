@@ -4,15 +4,16 @@
 depends on are left at their defaults.
 """
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable
 
 import torch
 
-from ..core import tiling, tuning
+from ..core import tuning
 from ..core.device import Chip
-from ..core.strategies import TENSOR, Case
 from ..core.tiling import Config, Shape
 from ..ops.bottleneck_adapter.kernels import row_block
+from ..ops.bottleneck_adapter.weight_gradients import sum_gradients, weight_gradients
 from ..ops.low_rank.arguments import NO_DROPOUT, UNSCALED, Dropout
 from ..ops.low_rank.expand import expand, update
 from ..ops.low_rank.expand_backward import expand_backward
@@ -20,6 +21,8 @@ from ..ops.low_rank.expand_persistent import expand_persistent
 from ..ops.low_rank.one_pass import one_pass
 from ..ops.low_rank.shrink import shrink
 from ..ops.low_rank.shrink_backward import shrink_backward
+from ..ops.low_rank.sum_parts import sum_parts
+from . import packed_launches
 
 New = Callable[..., torch.Tensor]
 
@@ -65,16 +68,19 @@ def _update(shape: Shape, chip: Chip, new: New):
 
 
 def _expand_backward(shape: Shape, chip: Chip, new: New):
+    """With the sum of its parts, whose number is searched; as the two below."""
     dy, b = new(shape.m, shape.n, dtype=shape.dtype), new(shape.n, shape.r)
-    z = new(shape.m, shape.r)
-    return lambda config: expand_backward(dy, b, z, config=config, with_columns=False)
+    z, db = new(shape.m, shape.r), new(shape.n, shape.r)
+    return lambda config: sum_parts(
+        expand_backward(dy, b, z, config=config, with_columns=False)[1], db
+    )  # fmt: skip
 
 
 def _shrink_backward(shape: Shape, chip: Chip, new: New):
     x, s = new(shape.m, shape.k, dtype=shape.dtype), new(shape.m, shape.r)
-    dropout = _dropout(shape, new)
-    return lambda config: shrink_backward(
-        x, s, config=config, dropout=dropout, with_columns=False
+    dropout, df = _dropout(shape, new), new(shape.r, shape.k)
+    return lambda config: sum_parts(
+        shrink_backward(x, s, config=config, dropout=dropout, with_columns=False)[0], df
     )  # fmt: skip
 
 
@@ -87,6 +93,15 @@ def _row_block(shape: Shape, chip: Chip, new: New):
     )  # fmt: skip
 
 
+def _weight_gradients(shape: Shape, chip: Chip, new: New):
+    x, dy = (new(shape.m, shape.k, dtype=shape.dtype) for _ in range(2))
+    dz, h = (new(shape.m, shape.r, dtype=shape.dtype) for _ in range(2))
+    ddown, dup = new(shape.r, shape.k), new(shape.k, shape.r)
+    return lambda config: sum_gradients(
+        weight_gradients(x, dy, dz, h, config=config), ddown, dup, scale=UNSCALED
+    )  # fmt: skip
+
+
 LAUNCHERS = {
     "shrink": _shrink,
     "expand": _expand,
@@ -95,36 +110,10 @@ LAUNCHERS = {
     "expand_backward": _expand_backward,
     "shrink_backward": _shrink_backward,
     "row_block": _row_block,
+    "weight_gradients": _weight_gradients,
+    **{
+        f"{kernel}_{format}": functools.partial(made, format)
+        for kernel, made, formats in packed_launches.KERNELS
+        for format in formats
+    },
 }
-
-
-def of_cases(cases: Iterable[Case], chip: Chip) -> list[tuple[str, Shape]]:
-    """Every `(kernel, shape)` that strategies of `cases` over a tensor launch, once each."""
-    found: dict[tuple[str, Shape], None] = {}
-    for case in cases:
-        if case.format == TENSOR and case.op != "quantized_linear":
-            found |= dict.fromkeys(_of_case(case, chip))
-    return list(found)
-
-
-def _of_case(case: Case, chip: Chip) -> list[tuple[str, Shape]]:
-    _, m, k, n, r = case[:5]
-    lora, dtype = case.op == "lora_linear", case.torch_dtype
-    masked = lora and case.drops  # the other operations draw masks of the bottleneck's width
-    first = n if case.op == "bottleneck_adapter" else k
-    found = [("shrink", Shape(m, k=first, r=r, dtype=dtype, masked=masked))]
-    found.append(("update", Shape(m, n, r=r, dtype=dtype)))
-    if k:
-        found.append(("expand", Shape(m, n, k, r, dtype)))
-    elif r <= tiling.max_row_block_width(chip):
-        found.append(("row_block", Shape(m, k=n, r=r, dtype=dtype)))
-    if lora and not case.drops and r <= tiling.MAX_ONE_PASS_RANK:
-        found.append(("one_pass", Shape(m, n, k, r, dtype)))
-    if case.trains:
-        if r <= tiling.MAX_ONE_READ_RANK:
-            found.append(("expand_backward", Shape(m, n, r=r, dtype=dtype)))
-        found.append(("shrink_backward", Shape(m, k=first, r=r, dtype=dtype, masked=masked)))
-        found.append(("update", Shape(m, first, r=r, dtype=dtype, masked=masked)))
-        if k:
-            found.append(("expand", Shape(m, k, n, r, dtype, masked)))
-    return found

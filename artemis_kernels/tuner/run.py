@@ -7,8 +7,8 @@ import torch
 
 from ..core import device as devices
 from ..core import tables
-from ..core.strategies import DTYPES, OPERATIONS, WEIGHTS, Case
 from ..core.tiling import next_power_of_2
+from .requests import case_of, check, check_device
 
 
 def tune(
@@ -35,10 +35,12 @@ def tune(
         shapes: `(in, out, width)` of the layers; width is the rank of `lora_linear` and not looked
             at by `quantized_linear`; `bottleneck_adapter` works on `out`.
         rows: numbers of rows; each stands for all down to half its power of two.
-        op: "lora_linear", "adapter_linear", "bottleneck_adapter" or "quantized_linear".
+        op: "lora_linear", "adapter_linear", "bottleneck_adapter", "quantized_linear"; or
+            "frozen_linear:" and what is frozen: "lora", "folded" or "plain" (a bottleneck).
         weight: "tensor", or a packed format and its activation bits, as "int8:auto", "int4:16".
         dtype: of x and a tensor weight, by name; the adapter is float32.
-        trains: time forward and backward, else the forward under `no_grad`.
+        trains: time forward and backward, else the forward under `no_grad` (always of
+            `frozen_linear`).
         dropout_p: whether dropout is drawn (0.1 is timed for any value above 0).
         device: "cpu", or a GPU.
         rounds: timed rounds, in which all take turns.
@@ -54,10 +56,10 @@ def tune(
             that is malformed.
     """
     shapes, rows, device = tuple(map(tuple, shapes)), tuple(rows), torch.device(device)
-    _check(shapes, rows, rounds, op, weight, dtype)
-    _check_device(device, dtype)
+    check("tune", shapes, rows, rounds, op, weight, dtype)
+    check_device("tune", device, dtype)
     cases = tuple(dict.fromkeys(
-        _case(op, m, *shape, dtype, weight, trains, dropout_p > 0)
+        case_of(op, next_power_of_2(m), *shape, dtype, weight, trains, dropout_p > 0)
         for shape in shapes
         for m in rows
     ))  # fmt: skip
@@ -78,37 +80,3 @@ def tune(
     )
     tables.reload()
     return {"strategies": found, "tiles": tiled}
-
-
-def _case(op, m, k, n, width, dtype, weight, trains, drops) -> Case:
-    """What a call of these sizes looks up."""
-    k = 0 if op == "bottleneck_adapter" else k
-    width, drops = (0, False) if op == "quantized_linear" else (width, drops)
-    weight = "tensor" if op == "bottleneck_adapter" else weight
-    return Case(op, next_power_of_2(m), k, n, width, dtype, weight, trains, drops)
-
-
-def _check_device(device: torch.device, dtype: str) -> None:
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"tune: device must be 'cpu' or 'cuda', got {str(device)!r}")
-    if device.type == "cuda" and not devices.has_gpu():
-        raise ValueError(f"tune: device {str(device)!r} was asked for, and torch sees no GPU")
-    if device.type == "cuda" and dtype == "float64":
-        raise ValueError("tune: the kernels take float16, bfloat16 and float32, not float64")
-
-
-def _check(shapes, rows, rounds, op, weight, dtype) -> None:
-    if op not in OPERATIONS:
-        raise ValueError(f"tune: op must be one of {sorted(OPERATIONS)}, got {op!r}")
-    if weight not in WEIGHTS:
-        raise ValueError(f"tune: weight must be one of {sorted(WEIGHTS)}, got {weight!r}")
-    if op == "quantized_linear" and weight == "tensor":
-        raise ValueError("tune: quantized_linear needs a packed weight, as int8:auto, got 'tensor'")
-    if dtype not in DTYPES:
-        raise ValueError(f"tune: dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
-    for shape in shapes:
-        if len(shape) != 3:
-            raise ValueError(f"tune: a shape must be (in, out, width), got {shape}")
-    for size in (*rows, rounds, *(size for shape in shapes for size in shape)):
-        if size < 1:
-            raise ValueError(f"tune: sizes, rows and rounds must be at least 1, got {size}")

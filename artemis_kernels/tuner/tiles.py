@@ -19,22 +19,52 @@ from ..core import tables, tiling, tuning
 from ..core.device import Chip
 from ..core.strategies import Case
 from ..core.tiling import Config, Shape, whole_rank
-from . import launches, timing
+from . import launches, lookups, timing
 from .search import entry
 
 MOST_COMPILED = 24  # of one kernel and shape, the best by the cost model
 MOST_ACCUMULATORS = 128  # registers of a thread; it has 255, and operands need the others
 _LIKELY = 1.5  # times the best predicted cost
-#: The sides of a shape along which a kernel's tiles are programs; it walks along the others.
-_GRID = {
-    "shrink": "m",
-    "expand": "mn",
-    "one_pass": "mn",
-    "update": "mn",
-    "expand_backward": "m",
-    "shrink_backward": "k",
-    "row_block": "m",
+
+
+class Facts(NamedTuple):
+    """What is known of a kernel without compiling it.
+
+    `grid`: the sides of a shape along which its tiles are programs (it walks along the others);
+    `tile`: the sides of the fp32 tile that it keeps, `r` the rank or its step; `step`: bytes that a
+    stage of its loop holds, at least, from (config, itemsize of x, rank).
+    """
+
+    grid: str
+    tile: str
+    step: Callable[[Config, int, int], float] = lambda c, size, r: 0
+    multiplies: bool = True
+
+
+_FACTS = {
+    "shrink": Facts("m", "mr", lambda c, size, r: c.block_k * (c.block_m * size + r * 4)),
+    "expand": Facts("mn", "mn", lambda c, size, r: c.block_k * (c.block_m + c.block_n) * size),
+    "one_pass": Facts(
+        "mn", "mn", lambda c, size, r: c.block_k * ((c.block_m + c.block_n) * size + r * 4)
+    ),
+    "update": Facts("mn", "mn"),
+    "expand_backward": Facts("m", "mr", lambda c, size, r: c.block_n * (c.block_m * size + r * 4)),
+    "shrink_backward": Facts("k", "kr", lambda c, size, r: c.block_m * (c.block_k * size + r * 4)),
+    "row_block": Facts("m", "mr", lambda c, size, r: c.block_k * (c.block_m * size + r * 4)),
+    "weight_gradients": Facts("k", "kr", lambda c, size, r: c.block_m * (c.block_k + r) * size),
+    "weight_only": Facts(
+        "mn", "nm", lambda c, size, r: c.block_k * (c.block_n / 2 + c.block_m * size)
+    ),
+    "eight_bit": Facts("mn", "mn", lambda c, size, r: c.block_k * (c.block_m + c.block_n)),
+    "round_rows": Facts("m", "mk", multiplies=False),
+    "finish_product": Facts("mn", "mn"),
+    "unpack": Facts("nk", "nk", multiplies=False),
 }
+
+
+def facts(kernel: str) -> Facts:
+    """Those of a key of `tiling.HEURISTICS`: a kernel, or one and the format it reads."""
+    return _FACTS.get(kernel) or _FACTS[kernel.rpartition("_")[0]]
 
 
 class Resources(NamedTuple):
@@ -59,7 +89,7 @@ def search(
         return compiled_resources(kernel, shape, config, chip)
 
     return tune_each(
-        launches.of_cases(cases, chip), path, chip, resources=resources, measure=measure,
+        lookups.of_cases(cases, chip), path, chip, resources=resources, measure=measure,
         rounds=rounds, progress=progress,
     )  # fmt: skip
 
@@ -101,7 +131,7 @@ def likely(kernel: str, shape: Shape, chip: Chip) -> list[Config]:
         config
         for config in neighbours(tiling.heuristic(kernel, shape.bucket, chip))
         if staged_bytes(kernel, shape, config) <= chip.shared_bytes
-        and accumulators(config, shape, chip) <= MOST_ACCUMULATORS
+        and accumulators(kernel, shape, config, chip) <= MOST_ACCUMULATORS
     ]
     costs = {config: cost(kernel, shape, config, chip) for config in around}
     least = min(costs.values(), default=0.0)
@@ -110,44 +140,43 @@ def likely(kernel: str, shape: Shape, chip: Chip) -> list[Config]:
 
 
 def neighbours(usual: Config) -> list[Config]:
-    """Half and double of each tile size, and other warps, stages and splits; all legal."""
+    """Half and double of each tile size, and other warps, stages and splits; all legal.
+
+    Where there are no stages, or no parts, none are tried.
+    """
 
     def sizes(size: int) -> tuple[int, ...]:
         return (size // 2, size, 2 * size) if size else (0,)
 
     splits = (1,) if usual.split == 1 else sizes(usual.split)
+    stages = range(max(1, usual.stages - 1), usual.stages + 2) if usual.stages > 1 else (1,)
     found = [
-        replace(usual, block_m=m, block_n=n, block_k=k, warps=warps, stages=stages, split=split)
-        for m, n, k, warps, stages, split in product(
-            sizes(usual.block_m), sizes(usual.block_n), sizes(usual.block_k), (4, 8),
-            range(max(1, usual.stages - 1), usual.stages + 2), splits,
+        replace(usual, block_m=m, block_n=n, block_k=k, warps=warps, stages=depth, split=split)
+        for m, n, k, warps, depth, split in product(
+            sizes(usual.block_m), sizes(usual.block_n), sizes(usual.block_k), (4, 8), stages,
+            splits,
         )
     ]  # fmt: skip
     return [config for config in found if tiling.is_legal(config)]
 
 
-def staged_bytes(kernel: str, shape: Shape, config: Config) -> int:
+def staged_bytes(kernel: str, shape: Shape, config: Config) -> float:
     """Shared memory of a kernel's pipelined loop, at least: its stages of operands."""
-    size, m, n, k = shape.dtype.itemsize, config.block_m, config.block_n, config.block_k
     rank = config.block_r or whole_rank(shape.r)
-    step = {
-        "shrink": k * (m * size + rank * 4),
-        "expand": k * (m + n) * size,
-        "one_pass": k * ((m + n) * size + whole_rank(shape.r) * 4),
-        "expand_backward": n * (m * size + whole_rank(shape.r) * 4),
-        "shrink_backward": m * (k * size + rank * 4),
-        "row_block": k * (m * size + whole_rank(shape.r) * 4),
-    }.get(kernel, 0)
-    return config.stages * step
+    return config.stages * facts(kernel).step(config, shape.dtype.itemsize, rank)
 
 
-def accumulators(config: Config, shape: Shape, chip: Chip) -> int:
-    """Registers of a thread that hold the fp32 tile of a product."""
-    sides = [size for size in (config.block_m, config.block_n or config.block_k) if size]
-    if not config.block_n:
-        sides[-1] = min(sides[-1], whole_rank(shape.r))
-    threads = config.warps * chip.warp_size
-    return sides[0] * sides[-1] // threads
+def accumulators(kernel: str, shape: Shape, config: Config, chip: Chip) -> int:
+    """Registers of a thread that hold the fp32 tile which a kernel keeps."""
+    rows, columns = _tile(kernel, shape, config)
+    return rows * columns // (config.warps * chip.warp_size)
+
+
+def _tile(kernel: str, shape: Shape, config: Config) -> tuple[int, int]:
+    rank = config.block_r or whole_rank(shape.r)
+    sides = {"m": config.block_m, "n": config.block_n, "k": config.block_k, "r": rank}
+    one, other = facts(kernel).tile
+    return sides[one], sides[other]
 
 
 def cost(kernel: str, shape: Shape, config: Config, chip: Chip) -> float:
@@ -157,17 +186,18 @@ def cost(kernel: str, shape: Shape, config: Config, chip: Chip) -> float:
     taken to give three times the memory's bandwidth.
     """
     blocks = {"m": config.block_m, "n": config.block_n, "k": config.block_k}
-    padding, programs = 1.0, config.split
+    known, padding, programs = facts(kernel), 1.0, config.split
     for side, block in blocks.items():
         size = getattr(shape, side)
         if size and block:
             count = -(-size // block)
             padding *= count * block / size
-            programs *= count if side in _GRID[kernel] else 1
+            programs *= count if side in known.grid else 1
     waves = -(-programs // chip.processors) * chip.processors / programs
-    across = config.block_k if kernel == "shrink_backward" else config.block_m
-    along = config.block_n if _GRID[kernel] == "mn" else whole_rank(shape.r)
-    intensity = 2 * across * along / ((across + along) * shape.dtype.itemsize)
+    if not known.multiplies:
+        return padding * waves
+    rows, columns = _tile(kernel, shape, config)
+    intensity = 2 * rows * columns / ((rows + columns) * shape.dtype.itemsize)
     return padding * waves * max(1.0, tuning.balance(chip) / 3 / intensity)
 
 

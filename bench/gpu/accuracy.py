@@ -25,7 +25,7 @@ FAILURES = (RuntimeError, triton.TritonError)
 STRATEGIES = {
     "lora_linear": ("one_pass", "split", "vendor"),
     "adapter_linear": ("folded", "folded_vendor", "plain"),
-    "bottleneck_adapter": ("row_block", "two_launch"),
+    "bottleneck_adapter": ("row_block", "two_launch", "two_launch_one_read"),
 }
 _ORDER = {  # of the torch operators' tensors
     "lora_linear": ("x", "weight", "lora_a", "lora_b", "bias"),

@@ -3,6 +3,7 @@
 from artemis_kernels.core import tiling, tuning
 from artemis_kernels.core.tiling import Shape
 from artemis_kernels.ops.bottleneck_adapter.kernels import row_block
+from artemis_kernels.ops.bottleneck_adapter.weight_gradients import sum_gradients, weight_gradients
 from artemis_kernels.ops.low_rank.arguments import NO_DROPOUT
 from artemis_kernels.ops.low_rank.expand import expand, update
 from artemis_kernels.ops.low_rank.expand_backward import expand_backward
@@ -24,6 +25,45 @@ def _shrink(m, k, r, dtype=BF16, stage="linear", dropout=NO_DROPOUT):
             activation="gelu" if hidden else "identity", dropout=dropout, with_h=hidden,
             z=meta(m, r) if stage == "backward" else None,
             bias=meta(r) if stage == "forward" else None,
+        )  # fmt: skip
+
+    return launch
+
+
+def _shrink_of_members(m, k, widths):
+    def launch(chip):
+        r = sum(widths)
+        config = tuning.config("shrink", Shape(m, k=k, r=r, dtype=BF16), chip)
+        shrink(
+            meta(m, k, dtype=BF16), meta(r, k, dtype=BF16), config=config, stage="forward",
+            activation="gelu", dropout=drawn(), with_h=True, bias=meta(r), widths=widths,
+        )  # fmt: skip
+
+    return launch
+
+
+def _between(m, r, dtype=FP32):
+    """Columns of one member in the matrix of a group."""
+    return meta(m, 2 * r, dtype=dtype)[:, r:]
+
+
+def _expand_of_member(m, n, k, r):
+    def launch(chip):
+        config = tuning.config("expand", Shape(m, n, k, r, BF16), chip)
+        x, weight = meta(m, k, dtype=BF16), meta(n, k, dtype=BF16)
+        expand(x, weight, _between(m, r, BF16), meta(n, r), config=config, scale=scaled())
+
+    return launch
+
+
+def _expand_backward_of_member(m, n, r, stage):
+    def launch(chip):
+        config = tuning.config("expand_backward", Shape(m, n, r=r, dtype=BF16), chip)
+        expand_backward(
+            meta(m, n, dtype=BF16), meta(n, r), _between(m, r), config=config, stage=stage,
+            activation="identity" if stage == "linear" else "gelu",
+            dropout=NO_DROPOUT if stage == "linear" else drawn(), with_columns=True,
+            out=_between(m, r), scale=scaled(),
         )  # fmt: skip
 
     return launch
@@ -108,9 +148,25 @@ def _row_block(m, k, r, stage, dtype=BF16):
         row_block(
             x, f, e, x, config=config, stage=stage, activation="gelu", scale=scaled(),
             dropout=drawn(), z=meta(m, width), with_h=stage == "backward",
+            hidden_dtype=FP32 if stage == "forward" else dtype,
         )  # fmt: skip
 
     return launch
+
+
+def _weight_gradients(m, k, r, dtype=BF16, hidden_dtype=BF16):
+    def launch(chip):
+        config = tuning.config("weight_gradients", Shape(m, k=k, r=r, dtype=dtype), chip)
+        x, dz, h = meta(m, k, dtype=dtype), meta(m, r, dtype=hidden_dtype), meta(m, r, dtype=dtype)
+        weight_gradients(x, x, dz, h, config=config, with_sums=True)
+
+    return launch
+
+
+def _sum_gradients(chip):
+    found = (meta(64, 4096), meta(4096, 64), meta(64), meta(4096))
+    parts = meta(8, 2 * 64 * 4096 + 64 + 4096)
+    sum_gradients(parts, *found, scale=scaled(), against=(meta(4096, 64), meta(4096)))
 
 
 def _sum_parts(chip):
@@ -125,6 +181,9 @@ CASES = (
     Case("shrink backward width 64", _shrink(8192, 4096, 64, stage="backward", dropout=drawn())),
     Case("shrink few rows", _shrink(16, 4096, 16, stage="forward")),
     Case("shrink fp32", _shrink(8192, 4096, 16, FP32), fp32=True),
+    Case("shrink of two members", _shrink_of_members(8192, 4096, (64, 64)), training=True),
+    Case("shrink of members few rows", _shrink_of_members(16, 4096, (64, 64))),
+    Case("expand of a member", _expand_of_member(8192, 11008, 4096, 64), training=True),
     Case("expand rank 16", _expand(8192, 4096, 4096, 16), training=True),
     Case("expand width 64", _expand(8192, 4096, 4096, 64, bias_low=meta(4096)), training=True),
     Case("expand rank 256", _expand(8192, 4096, 4096, 256, bias_low=meta(4096)), training=True),
@@ -153,6 +212,16 @@ CASES = (
         _expand_backward(8192, 4096, 64, stage="backward", dropout=drawn()),
         training=True,
     ),
+    Case(
+        "expand_backward of a member rank 16",
+        _expand_backward_of_member(8192, 4096, 16, "linear"),
+        training=True,
+    ),
+    Case(
+        "expand_backward of a member width 64",
+        _expand_backward_of_member(8192, 11008, 64, "backward"),
+        training=True,
+    ),
     Case("expand_backward fp32", _expand_backward(8192, 4096, 16, FP32), fp32=True),
     Case("shrink_backward rank 16", _shrink_backward(8192, 4096, 16), training=True),
     Case("shrink_backward dropout", _shrink_backward(8192, 4096, 16, dropout=drawn())),
@@ -162,5 +231,10 @@ CASES = (
     Case("row_block backward width 64", _row_block(16384, 2048, 64, "backward")),
     Case("row_block widest", _row_block(16384, 2048, 256, "forward")),
     Case("row_block fp32", _row_block(16384, 2048, 64, "forward", FP32), fp32=True),
+    Case("weight_gradients width 64", _weight_gradients(16384, 2048, 64), training=True),
+    Case("weight_gradients two_launch", _weight_gradients(2048, 4096, 64, hidden_dtype=FP32)),
+    Case("weight_gradients width 256", _weight_gradients(16384, 2048, 256), training=True),
+    Case("weight_gradients fp32", _weight_gradients(16384, 2048, 64, FP32, FP32), fp32=True),
+    Case("sum_gradients", _sum_gradients),
     Case("sum_parts", _sum_parts),
 )

@@ -26,10 +26,13 @@ def _packed(n, k, format):
     return QuantizedWeight(meta(n, k // 2, dtype=torch.uint8), scale, offset, format, 128)
 
 
+def _format(dtype):
+    return "int8" if dtype == torch.int8 else "fp8"
+
+
 def _weight_only(m, n, k, r, format):
     def launch(chip):
-        name = "weight_only_4" if format == "int4" else "weight_only_8"
-        config = tuning.config(name, Shape(m, n, k, r, BF16), chip)
+        config = tuning.config(f"weight_only_{format}", Shape(m, n, k, r, BF16), chip)
         x = meta(m, k, dtype=BF16)
         weight_only(x, _packed(n, k, format), _epilogue(m, n, r), config=config)
 
@@ -38,16 +41,19 @@ def _weight_only(m, n, k, r, format):
 
 def _unpack(n, k, format):
     def launch(chip):
-        config = tuning.config("unpack", Shape(1, n, k, dtype=BF16), chip)
+        config = tuning.config(f"unpack_{format}", Shape(1, n, k, dtype=BF16), chip)
         unpack(_packed(n, k, format), BF16, config=config)
 
     return launch
 
 
-def _eight_bit(m, n, k, r, dtype, dropout=NO_DROPOUT, precise=False):
+def _eight_bit(m, n, k, r, dtype, dropout=NO_DROPOUT, precise=False, adds=False):
     def launch(chip):
-        config = tuning.config("eight_bit", Shape(m, n, k, r, BF16, bool(dropout.p)), chip)
+        shape = Shape(m, n, k, r, BF16, bool(dropout.p))
+        config = tuning.config(f"eight_bit_{_format(dtype)}", shape, chip)
         more = {"row": meta(m), "column": meta(n), "dropout": dropout}
+        if adds:
+            more["residual"] = meta(m, n, dtype=BF16)
         if dtype == torch.int8:
             more |= {"xa": meta(m, 16, dtype=BF16), "wa": meta(n, 16, dtype=BF16)}
         eight_bit(
@@ -60,7 +66,7 @@ def _eight_bit(m, n, k, r, dtype, dropout=NO_DROPOUT, precise=False):
 
 def _round_rows(m, k, dtype):
     def launch(chip):
-        config = tuning.config("round_rows", Shape(m, k, dtype=BF16), chip)
+        config = tuning.config(f"round_rows_{_format(dtype)}", Shape(m, k, dtype=BF16), chip)
         round_rows(meta(m, k, dtype=BF16), dtype, meta(k), config=config)
 
     return launch
@@ -68,7 +74,7 @@ def _round_rows(m, k, dtype):
 
 def _finish_product(m, n, r):
     def launch(chip):
-        config = tuning.config("finish_product", Shape(m, n, r=r, dtype=BF16), chip)
+        config = tuning.config("finish_product_int8", Shape(m, n, r=r, dtype=BF16), chip)
         more = {"row": meta(m), "column": meta(n)}
         parts, y = meta(1, m, n, dtype=torch.int32), meta(m, n, dtype=BF16)
         finish(parts, y, _epilogue(m, n, r, **more), config=config)
@@ -111,6 +117,7 @@ CASES = (
         chips=WITH_FP8,
         eight_bit=True,
     ),
+    Case("eight_bit int8 added", _eight_bit(8192, 4096, 11008, 64, torch.int8, adds=True)),
     Case("eight_bit odd", _eight_bit(8192, 4097, 4097, 16, torch.int8)),
     Case("round_rows int8", _round_rows(8192, 4096, torch.int8)),
     Case("round_rows fp8", _round_rows(8192, 4096, FP8), chips=WITH_FP8),

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from artemis_kernels.core.device import CHIPS
+
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import json, torch
@@ -20,14 +22,47 @@ large = replace(usual, block_m=128, block_n=256, warps=4)
 found = [compiled_resources("update", shape, config, chip) for config in (usual, large)]
 print(json.dumps(found))
 """
+PACKED = """
+import json
+from artemis_kernels.core import tiling
+from artemis_kernels.core.device import CHIPS
+from artemis_kernels.core.tiling import Shape
+from artemis_kernels.tuner.tiles import compiled_resources, staged_bytes
+chip, found = CHIPS["sm_90"], {}
+for kernel, shape in {
+    "weight_only_int8": Shape(16, 4096, 4096, 16),
+    "weight_only_int4": Shape(16, 4096, 4096, 16),
+    "eight_bit_int8": Shape(8192, 4096, 4096, 16, masked=True),
+    "eight_bit_fp8": Shape(8192, 4096, 4096, 16),
+    "round_rows_int8": Shape(8192, 4096),
+    "finish_product_int8": Shape(8192, 4096, r=16),
+    "unpack_fp8": Shape(1, 4096, 4096),
+    "weight_gradients": Shape(8192, k=4096, r=64),
+}.items():
+    usual = tiling.heuristic(kernel, shape, chip)
+    found[kernel] = compiled_resources(kernel, shape, usual, chip)
+    assert staged_bytes(kernel, shape, usual) <= chip.shared_bytes
+print(json.dumps(found))
+"""
+
+
+def compiled_by(program: str):
+    """What a program prints as JSON in a process that compiles kernels."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_kernels_over_packed_weights_are_read_too():
+    """Every family, launched on stand-ins of its operands; no default is pruned."""
+    for kernel, (shared, stack) in compiled_by(PACKED).items():
+        assert stack == 0 and shared <= CHIPS["sm_90"].shared_bytes, kernel
 
 
 def test_a_spill_is_seen():
     """128 × 256 fp32 numbers take all 256 registers of each of 128 threads."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", PROGRAM]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    (usual_shared, usual_stack), (large_shared, large_stack) = json.loads(result.stdout)
+    (usual_shared, usual_stack), (large_shared, large_stack) = compiled_by(PROGRAM)
     assert usual_stack == 0 < large_stack
     assert 0 < usual_shared < large_shared

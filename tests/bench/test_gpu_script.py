@@ -50,7 +50,11 @@ def test_every_section_runs_and_leaves_its_rows(tmp_path):
         row["provider"] for row in packed
     }
     assert all(row["passed"] and row["over_bare"] > 0 for row in packed)
-    assert {row["part"] for row in found["tuning"][1:-1]} == {"strategies"}  # on a GPU tiles too
+    tuned = found["tuning"][1:-1]
+    assert {row["part"] for row in tuned} == {"strategies"}  # on a GPU tiles too
+    kinds = {row["op"].partition(":")[0] for row in tuned}
+    assert kinds == {"adapter_linear", "quantized_linear", "frozen_linear"}
+    assert any(" int8:auto" in row["key"] for row in tuned)
     for kind in ("train", "decode"):
         arms = {row["arm"] for row in found["models"] if row["kind"] == kind}
         assert {"full-bf16", "hybrid", "hybrid-int8"} <= arms

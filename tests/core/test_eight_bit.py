@@ -95,7 +95,7 @@ def test_compiled_and_plain_agree_to_the_bit(dtype, plain):
     ids=str,
 )
 def test_everything_after_a_product(m, k, n, rank, outlying):
-    """Columns apart, scales, bias, low-rank term, addition: against fp64, in shapes of all tiles."""
+    """Columns apart, scales, bias, low-rank term, addition: against fp64, in all tiles."""
     data, scale, bias = integers(n, k), torch.rand(n) + 0.5, torch.randn(n)
     x, dy, into = torch.randn(m, k), torch.randn(m, n), torch.randn(m, k)
     for column in outlying if n > 30 else ():

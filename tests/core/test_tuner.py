@@ -1,19 +1,22 @@
 """Measured choices: what is kept, what is read, and that dispatch follows it."""
 
 import json
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 import artemis_kernels
 from artemis.cli import main
-from artemis_kernels.core import tables, tuning
+from artemis_kernels.core import tables, tiling, tuning
 from artemis_kernels.core.device import CHIPS, multiplies_int8
+from artemis_kernels.core.frozen import few_rows
 from artemis_kernels.core.quantized import QuantizedWeight
 from artemis_kernels.core.strategies import OPERATIONS, WEIGHTS, Case, candidates
 from artemis_kernels.core.tiling import Shape
 from artemis_kernels.ops.adapter_linear.op import fold_or_plain
 from artemis_kernels.tuner import search, timing
+from artemis_kernels.tuner.requests import case_of
 from artemis_kernels.tuner.workload import Workload
 
 CASE = Case("adapter_linear", 32, 64, 96, 8, "float32", trains=True)
@@ -248,7 +251,7 @@ def test_a_malformed_table_is_refused_by_name(text, message):
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("rows", [4, 64])
 def test_the_usual_strategy_is_a_candidate_and_every_candidate_runs(op, weight, rows):
-    trains = op != "quantized_linear"
+    trains = op != "quantized_linear" and not op.startswith("frozen_linear")
     k = 0 if op == "bottleneck_adapter" else 64
     case = Case(op, rows, k, 32, 8, "float32", weight, trains, trains and rows > 8)
     assert Case.of(case.key) == case
@@ -308,3 +311,135 @@ def test_bad_arguments_are_refused_by_name(change, message):
         artemis_kernels.tune(**{"shapes": [(8, 8, 2)], "rows": [4], **change})
     assert message in str(refusal.value)
     assert not tables.USER_TABLES.exists()
+
+
+def frozen(kind: str, rows: int, weight, r: int = 8) -> artemis_kernels.Choice:
+    """What `frozen_linear` takes for a layer of 64 to 96 features in bf16."""
+    read, bias_down = {"lora": (64, None), "folded": (64, r), "plain": (96, r)}[kind]
+    adapter = artemis_kernels.FrozenAdapter(
+        torch.zeros(r, read, dtype=torch.bfloat16), torch.zeros(96, r, dtype=torch.bfloat16), None,
+        None if bias_down is None else torch.zeros(r, dtype=torch.bfloat16),
+        activation="identity" if kind == "lora" else "gelu", reads_output=kind == "plain",
+    )  # fmt: skip
+    x = torch.zeros(rows, 64, dtype=torch.bfloat16)
+    return artemis_kernels.explain("frozen_linear", x, weight, adapter)
+
+
+def test_frozen_linear_asks_its_own_entries():
+    """Of its kind of adapter alone, and never those of the operation it freezes."""
+    weight = torch.zeros(96, 64, dtype=torch.bfloat16)
+    packed = QuantizedWeight.quantize(torch.randn(96, 64), activation_bits=16)
+    case = Case("frozen_linear:lora", 32, 64, 96, 8, "bfloat16", "int8:16")
+    usual, other = "products_weight_only", "products_weight_only_copy"
+    assert frozen("lora", 20, packed).strategy == usual
+    tune(lambda case, names: {n: around(1.0 if n == other else 2.0) for n in names}, (case,),
+         usual=usual)  # fmt: skip
+    choice = frozen("lora", 20, packed)
+    assert choice.strategy == other and "tuned: 1 ms against 2 ms" in choice.reason
+    for untouched in (
+        frozen("folded", 20, packed), frozen("plain", 20, packed), frozen("lora", 33, packed),
+        frozen("lora", 20, weight), frozen("lora", 20, packed, r=9),
+    ):  # fmt: skip
+        assert "tuned" not in untouched.reason
+
+
+@pytest.mark.skipif(not few_rows(torch.bfloat16, "int8"), reason="no pass of few rows here")
+def test_few_rows_in_one_call_end_where_the_table_says():
+    """`FrozenLinear` takes few rows without asking again, so it asks for each number at first."""
+    weight = torch.randn(96, 64).bfloat16()
+    adapter = artemis_kernels.FrozenAdapter.lora(torch.randn(8, 64), torch.randn(96, 8),
+                                                 dtype=torch.bfloat16)  # fmt: skip
+    case = Case("frozen_linear:lora", 4, 64, 96, 8, "bfloat16")
+    assert set(candidates(case, None)) == {"one_call", "products"}
+    assert rows_in_one_call(artemis_kernels.FrozenLinear(weight, adapter)) == [1, 2, 3, 4, 5, 8]
+    tune(lambda case, names: {n: around(1.0 if n == "products" else 2.0) for n in names}, (case,),
+         usual="one_call")  # fmt: skip
+    assert rows_in_one_call(artemis_kernels.FrozenLinear(weight, adapter)) == [1, 2]
+    strategies = [frozen("lora", rows, weight).strategy for rows in (2, 3, 4, 5)]
+    assert strategies == ["one_call", "products", "products", "one_call"]
+
+
+def rows_in_one_call(layer: artemis_kernels.FrozenLinear) -> list[int]:
+    """For which numbers of rows a layer calls its pass and nothing else."""
+    called, few = [], layer._few_rows
+    layer._few_rows = lambda x: called.append(len(x)) or few(x)
+    for rows in (1, 2, 3, 4, 5, 8, 9):
+        assert layer(torch.randn(rows, 64).bfloat16()).shape == (rows, 96)
+    return called
+
+
+def test_a_weight_that_the_pass_cannot_take_never_gets_it():
+    """Though an entry, of a weight that it can, says so."""
+    key = Case("frozen_linear:lora", 16, 64, 96, 8, "bfloat16", "int4:16").key
+    entry = entry_of("products_weight_only_copy", "products_weight_only",
+                     ms={n: [1, 2, 3] for n in ("products_weight_only_copy",
+                                                "products_weight_only")})  # fmt: skip
+    tables.write(user(), {"strategies": {key: entry}, "tiles": {}})
+    tables.reload()
+    in_groups_of_32 = QuantizedWeight.quantize(
+        torch.randn(96, 64), "int4", group_size=32, activation_bits=16
+    )
+    assert frozen("lora", 1, in_groups_of_32).strategy == "products_weight_only"
+    assert frozen("lora", 16, in_groups_of_32).strategy == "products_weight_only_copy"
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+@pytest.mark.parametrize("weight", ["tensor", "int8:auto", "int4:16", "fp8:8"])
+def test_choices_are_those_of_dispatch_on_this_cpu(op, weight):
+    if (op, weight) == ("quantized_linear", "tensor"):
+        return
+    sizes = (64, 96, 8)
+    for rows in (1, 20, 300):
+        shown = artemis_kernels.choices(
+            [sizes], [rows], op=op, weight=weight, dtype="float32", trains=False
+        )[sizes, rows]
+        case = case_of(op, rows, *sizes, "float32", weight, False, False)
+        workload = Workload(case, torch.device("cpu"))
+        assert (shown.impl, shown.strategy, shown.tiles) == ("eager", workload.usual(), ())
+        assert shown.reason.startswith("the tensors are on the CPU")
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_choices_on_a_chip_that_is_not_here(op, chip):
+    weight = "int8:auto" if op == "quantized_linear" else "tensor"
+    for trains in (True, False):
+        found = artemis_kernels.choices([(4096, 4096, 64)], [1, 8192], op=op, weight=weight,
+                                        trains=trains, device=chip)  # fmt: skip
+        for (sizes, rows), one in found.items():
+            case = case_of(op, rows, *sizes, "bfloat16", weight, trains, False)
+            assert one.impl == "triton" and one.strategy in candidates(case, CHIPS[chip])
+            assert all(tile.origin == "default" for tile in one.tiles)
+            assert "CPU" not in one.reason
+
+
+def test_shown_tiles_come_from_where_they_say(capsys):
+    """A user's entry, over a packed weight, is shown and named; others stay the default."""
+    chip, shape = HOPPER, Shape(16, 512, 1024, dtype=torch.bfloat16)
+    usual = tiling.heuristic("weight_only_int8", shape, chip)
+    chosen = replace(usual, block_n=2 * usual.block_n, warps=8)
+    entry = entry_of(asdict(chosen), asdict(usual), ms={"chosen": [1] * 3, "usual": [2] * 3})
+    tables.write(user(chip), {"strategies": {}, "tiles": {f"weight_only_int8 {shape.key}": entry}})
+    tables.reload()
+    command = ["tune", "--op", "quantized_linear", "--weight", "int8:auto", "--rows", "10"]
+    command += ["--shapes", "1024x512x1", "--inference", "--show", "--chip"]
+    assert main([*command, "sm_90"]) == 0
+    text = capsys.readouterr().out
+    assert f"block_n {chosen.block_n}" in text and "(the user's table)" in text
+    assert main([*command, "sm_80"]) == 0
+    text = capsys.readouterr().out
+    assert "(default)" in text and "user's" not in text
+    assert main([*command, "sm_90", "--json"]) == 0
+    ((one,),) = (each["tiles"] for each in json.loads(capsys.readouterr().out).values())
+    assert one["origin"] == "user's" and tiling.Config(**one["config"]) == chosen
+    assert one["kernel"] == "weight_only_int8" and one["shape"] == shape.key
+
+
+def test_a_chip_is_for_showing(capsys):
+    command = ["tune", "--shapes", "16x24x4", "--rows", "5"]
+    assert main([*command, "--chip", "sm_90"]) == 1
+    assert "add --show" in capsys.readouterr().err
+    assert main([*command, "--show", "--chip", "h100"]) == 1
+    assert "'sm_90'" in capsys.readouterr().err
+    assert main([*command, "--show"]) == 0
+    assert "default" not in capsys.readouterr().out  # a CPU has no tiles

@@ -51,6 +51,20 @@ def test_backward(shape, by, residual_is_x):
     assert_close(dx, dy.double() + low if residual_is_x else low)
 
 
+def test_backward_in_16_bits():
+    """dz is stored as its product takes it, rounded once."""
+    dy, down, up, z = (torch.randn(*s) for s in ((20, 40), (8, 40), (40, 8), (20, 8)))
+    dy = dy.half()
+    dx, dz, _ = row_block(
+        dy, up.t(), down.t(), None, config=TINY, stage="backward", activation="silu", z=z,
+        hidden_dtype=torch.float16,
+    )  # fmt: skip
+    exact = units_gradient(dy.double() @ rounded(up, dy), z, "silu")
+    assert dz.dtype == torch.float16
+    assert_close(dz, exact, roundings=0.52)
+    assert_close(dx, dz.double() @ rounded(down, dy), roundings=0.52)
+
+
 def test_forward_in_16_bits():
     """The hidden tile is rounded for its product, y once at the end."""
     x, down, up = torch.randn(20, 40).half(), torch.randn(8, 40) / 7, torch.randn(40, 8)

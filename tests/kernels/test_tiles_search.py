@@ -7,9 +7,9 @@ import torch
 
 from artemis_kernels.core import tables, tiling
 from artemis_kernels.core.device import CHIPS
-from artemis_kernels.core.strategies import Case
+from artemis_kernels.core.strategies import Case, candidates
 from artemis_kernels.core.tiling import Shape
-from artemis_kernels.tuner import launches, tiles
+from artemis_kernels.tuner import launches, lookups, tiles
 from artemis_kernels.tuner.tiles import Resources
 
 HOPPER = CHIPS["sm_90"]
@@ -19,6 +19,9 @@ CASES = (
     Case("adapter_linear", 1024, 4096, 4096, 64, "bfloat16", trains=True),
     Case("bottleneck_adapter", 16384, 0, 2048, 64, "bfloat16", trains=True),
     Case("lora_linear", 16, 4096, 1024, 16, "bfloat16"),
+    Case("adapter_linear", 8192, 4096, 4096, 64, "bfloat16", "int8:auto", trains=True),
+    Case("lora_linear", 16, 4096, 1024, 16, "bfloat16", "int4:16"),
+    Case("quantized_linear", 8192, 4096, 4096, 0, "bfloat16", "fp8:8", trains=True),
 )
 
 
@@ -46,14 +49,14 @@ def test_the_winner_is_kept_and_read(tmp_path, monkeypatch):
     assert chosen != usual and entry["ms"] == {"chosen": [1.0] * 3, "usual": [2.0] * 3}
     monkeypatch.setattr(tables, "USER_TABLES", tmp_path)
     tables.reload()
-    assert tables.tiles("expand", SHAPE, HOPPER) == chosen
+    assert tables.tiles("expand", SHAPE, HOPPER) == (chosen, "user's")
     tables.reload()
 
 
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_120", "gfx942"])
 def test_nothing_over_a_limit_is_even_compiled(chip):
     chip = CHIPS[chip]
-    for kernel, shape in launches.of_cases(CASES, chip):
+    for kernel, shape in lookups.of_cases(CASES, chip):
         found = tiles.likely(kernel, shape, chip)
         assert len(found) <= tiles.MOST_COMPILED
         for config in found:
@@ -111,13 +114,36 @@ def test_the_cost_model_counts_padding_waves_and_reads():
     assert cost(few, block_n=256) > cost(few, block_n=64)  # unfilled waves
 
 
-def test_launches_look_up_what_the_fused_paths_look_up(monkeypatch):
-    """The shapes that are tuned are those that a call asks for."""
+WORK = [
+    Case(
+        op, 32, 0 if op == "bottleneck_adapter" else 64, 48, width, "float32", weight, trains, drops
+    )
+    for op, weight, width, trains, drops in (
+        ("lora_linear", "tensor", 8, True, False),
+        ("lora_linear", "tensor", 70, True, True),
+        ("lora_linear", "int8:auto", 8, True, True),
+        ("lora_linear", "int4:16", 8, False, False),
+        ("adapter_linear", "tensor", 8, True, True),
+        ("adapter_linear", "tensor", 70, False, False),
+        ("adapter_linear", "int8:auto", 8, True, True),
+        ("bottleneck_adapter", "tensor", 8, True, True),
+        ("bottleneck_adapter", "tensor", 8, False, False),
+        ("quantized_linear", "fp8:auto", 0, True, False),
+        ("frozen_linear:lora", "tensor", 8, False, False),
+        ("frozen_linear:folded", "int8:auto", 8, False, False),
+        ("frozen_linear:plain", "int4:16", 8, False, False),
+        ("frozen_linear:plain", "tensor", 8, False, False),
+    )
+]
+
+
+@pytest.mark.parametrize("case", WORK, ids=lambda case: case.key)
+def test_lookups_are_those_of_the_fused_paths(case, monkeypatch):
+    """What is tuned and shown is what each strategy asks for, no more and no less."""
     from artemis_kernels.core import tuning
     from artemis_kernels.tuner.workload import Workload
 
-    case = Case("lora_linear", 32, 64, 48, 8, "float32", trains=True)
-    asked = set()
+    chip, asked = CHIPS["interpreter"], set()
 
     def recorded(kernel, shape, on):
         asked.add((kernel, shape))
@@ -126,15 +152,19 @@ def test_launches_look_up_what_the_fused_paths_look_up(monkeypatch):
     monkeypatch.setattr(tuning, "config", recorded)
     workload = Workload(case, torch.device("cpu"))
     workload.impl = "triton"
-    for strategy in ("one_pass", "split", "vendor"):
+    names = candidates(case, chip)
+    assert workload.usual() in names
+    for strategy in names:
+        asked.clear()
         workload.run(strategy, 0)
-    assert asked == set(launches.of_cases([case], CHIPS["interpreter"]))
+        assert asked == set(lookups.of_strategy(case, strategy, chip)), strategy
+    every = lookups.of_cases([case], chip)
+    assert len(every) == len(set(every)) and asked <= set(every)
 
 
 @pytest.mark.parametrize("kernel", launches.LAUNCHERS)
 def test_every_launcher_launches(kernel):
     chip, shape = CHIPS["interpreter"], Shape(32, 32, 32, 8, torch.float32)
-    shape = replace(shape, n=0) if kernel == "row_block" else shape
 
     def new(*sizes, dtype=torch.float32):
         return torch.zeros(sizes, dtype=dtype)
@@ -148,9 +178,14 @@ def test_the_whole_search_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(tiles, "compiled_resources", lambda *a: Resources(0, 0))
     cases = [
         Case("lora_linear", 16, 32, 48, 8, "float32", trains=True),
-        Case("bottleneck_adapter", 16, 0, 32, 8, "float32"),
+        Case("bottleneck_adapter", 16, 0, 32, 8, "float32", trains=True),
+        Case("lora_linear", 16, 32, 48, 8, "float32", "int8:auto"),
+        Case("quantized_linear", 16, 32, 48, 0, "float32", "fp8:auto"),
+        Case("lora_linear", 16, 32, 48, 8, "float32", "int4:16"),
     ]
     chip, path = CHIPS["interpreter"], tmp_path / "interpreter.json"
     found = tiles.search(cases, path, chip, torch.device("cpu"), rounds=1, progress=False)
-    assert {key.partition(" ")[0] for key in found} == set(launches.LAUNCHERS)
+    assert {key.partition(" ")[0] for key in found} == set(launches.LAUNCHERS) - {
+        "finish_product_int8", "finish_product_fp8",  # torch's products: not in the interpreter
+    }  # fmt: skip
     assert tables.read(path, chip)["tiles"] == found

@@ -135,7 +135,31 @@ def test_adapter_strategy(shape, trains, wanted):
     ids=str,
 )
 def test_bottleneck_strategy(shape, wanted):
-    assert tuning.choose_bottleneck(shape, HOPPER)[0] == wanted
+    assert tuning.choose_bottleneck(shape, False, HOPPER)[0] == wanted
+
+
+@pytest.mark.parametrize(
+    ("shape", "wanted"),
+    [
+        (Shape(16384, k=2048, r=64), "row_block"),
+        (Shape(2048, k=4096, r=16), "two_launch_one_read"),  # few parts of a narrow dU
+        (Shape(2048, k=4096, r=64), "two_launch"),  # parts of a wide one outweigh dY
+        (Shape(64, k=2048, r=16), "two_launch"),  # a launch outweighs everything
+        (Shape(2048, k=4096, r=512), "two_launch"),
+    ],
+    ids=str,
+)
+def test_bottleneck_strategy_in_training(shape, wanted):
+    strategy, reason = tuning.choose_bottleneck(shape, True, HOPPER)
+    assert strategy == wanted and ("together" in reason) == ("one_read" not in wanted)
+
+
+def test_bytes_of_a_bottlenecks_gradients():
+    """At 2,048 rows of 4,096 and width 64: dY and h again and 2 × 4 parts, or 16 + 8 + 1 parts."""
+    shape, part = Shape(2048, k=4096, r=64), 8 * 4096 * 64
+    joint, apart = (tuning.bottleneck_gradient_bytes(shape, one, HOPPER) for one in (False, True))
+    assert joint == pytest.approx(2 * 2048 * (4096 + 128) + 2 * 4.125 * part)
+    assert apart == pytest.approx((16 + 8 + 1) * part + 8e6)
 
 
 def test_public_choices_take_a_device():
@@ -144,8 +168,8 @@ def test_public_choices_take_a_device():
     assert one == tuning.choose_lora(Shape(8192, 4096, 4096, 16), False, chip(cpu))
     one = tuning.adapter_strategy(8192, 1024, 4096, 64, True, torch.bfloat16, cpu)
     assert one == tuning.choose_adapter(Shape(8192, 4096, 1024, 64), True, chip(cpu))
-    one = tuning.bottleneck_strategy(8192, 1024, 64, torch.bfloat16, cpu)
-    assert one == tuning.choose_bottleneck(Shape(8192, k=1024, r=64), chip(cpu))
+    one = tuning.bottleneck_strategy(8192, 1024, 64, True, torch.bfloat16, cpu)
+    assert one == tuning.choose_bottleneck(Shape(8192, k=1024, r=64), True, chip(cpu))
 
 
 def test_a_rank_is_covered():

@@ -58,6 +58,9 @@ class Operation:
         """The operation's meaning."""
         return self.public(impl="reference", **{"scale": 1.0} | arguments)
 
+    def explained(self, **arguments) -> artemis_kernels.Choice:
+        return artemis_kernels.explain(self.name, **arguments)
+
     def along(self, path: Path) -> Callable[..., torch.Tensor]:
         """The operation with implementation and strategy given, its own choice set aside."""
         return lambda **arguments: self.forced(path.impl, path.strategy, **arguments)
@@ -158,7 +161,7 @@ BOTTLENECK = Operation(
         "bias_up": (s.k,), "residual": (s.m, s.k),
     },
     eager=("addmm",),
-    triton=("row_block", "two_launch"),
+    triton=("row_block", "two_launch", "two_launch_one_read"),
     trained=("x", "down", "up", "bias_down", "bias_up", "residual", "scale"),
     masked="r",
 )  # fmt: skip

@@ -3,9 +3,15 @@
 import pytest
 import torch
 
+from artemis_kernels.core.device import why_no_triton
+from artemis_kernels.ops.bottleneck_adapter.op import LAUNCHES_BACK, backward_cost
 from tests import kit
 from tests.kit import SIZES, Sizes
-from tests.ops.operations import BOTTLENECK, away_from_the_bend, follow_reference
+from tests.ops.operations import BOTTLENECK, SINGLE, Path, away_from_the_bend, follow_reference
+
+KERNELS = pytest.mark.skipif(
+    why_no_triton(torch.device("cpu")) is not None, reason="needs the interpreter"
+)
 
 
 @pytest.mark.parametrize("sizes", kit.HARD_SHAPES)
@@ -65,3 +71,77 @@ def test_any_layout(path, layout):
     tensors = BOTTLENECK.operands(Sizes(33, 34, 0, 5), path.dtype)
     hostile = {name: layout(tensors[name]) for name in ("x", "residual", "down", "up")}
     follow_reference(BOTTLENECK, path, tensors | hostile)
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        ("x", "up", "bias_up", "scale"),
+        ("x", "down", "bias_down"),
+        ("down", "up"),
+        ("down", "scale"),
+    ],
+    ids="+".join,
+)
+@pytest.mark.parametrize("path", BOTTLENECK.paths(SINGLE))
+def test_some_gradients(path, wanted):
+    """D frozen, U frozen, or x without a gradient: other launches, the same numbers."""
+    tensors = BOTTLENECK.operands(SIZES, path.dtype, without=("residual",))
+    follow_reference(BOTTLENECK, path, tensors, wanted, dropout_p=0.3, seed=7)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of the kernels that are launched, in order."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    names, run = [], InterpretedFunction.run
+
+    def recorded(self, *arguments, **options):
+        names.append(self.__name__)
+        return run(self, *arguments, **options)
+
+    monkeypatch.setattr(InterpretedFunction, "run", recorded)
+    return names
+
+
+@KERNELS
+@pytest.mark.parametrize("strategy", LAUNCHES_BACK)
+def test_launches_of_the_backward(strategy, launched):
+    """As many as explain says, whatever biases there are; one more where a sum was split."""
+    tensors = BOTTLENECK.operands(Sizes(40, 32, 0, 8), SINGLE, without=("residual",))
+    op = BOTTLENECK.along(Path("triton", strategy, SINGLE))
+    kit.outcome(op, tensors)
+    forward = len(launched)
+    kit.outcome(op, tensors, tensors)
+    assert len(launched) - 2 * forward == LAUNCHES_BACK[strategy]
+    joint = "_weight_gradients" in launched
+    assert joint == (strategy != "two_launch_one_read")
+    launched.clear()
+    kit.outcome(op, tensors, ("x", "up"))  # a frozen D leaves nothing to join
+    assert "_weight_gradients" not in launched
+
+
+@KERNELS
+def test_explain_tells_the_backward():
+    tensors = BOTTLENECK.operands(Sizes(40, 32, 0, 8), SINGLE, without=("residual",))
+    frozen = BOTTLENECK.explained(impl="triton", **tensors)
+    assert "backward" not in frozen.reason
+    tensors["down"].requires_grad_()
+    choice = BOTTLENECK.explained(impl="triton", **tensors)
+    moved = backward_cost(40, 32, 8, 4, choice.strategy).bytes / 1e6
+    told = f"backward: {LAUNCHES_BACK[choice.strategy]} launches, {moved:.3g} MB"
+    assert told in choice.reason and choice.cost == frozen.cost
+
+
+def test_bytes_of_the_backward():
+    """In 16 bits a row block's dz and h move 4 bytes less a unit than dz in fp32 did."""
+    m, hidden, width = 16384, 2048, 64
+    cost = backward_cost(m, hidden, width, 2, "row_block")
+    assert cost.flops == 8 * m * hidden * width
+    thin = 2 * 4 * hidden * width
+    assert cost.bytes == 2 * 4 * m * hidden + thin + m * width * (4 + 2 * (2 + 2))
+    again = backward_cost(m, hidden, width, 2, "two_launch").bytes - cost.bytes
+    assert again == 2 * m * hidden + m * width * 2 * 2
+    one_read = backward_cost(m, hidden, width, 2, "two_launch_one_read").bytes - cost.bytes
+    assert one_read == 0

@@ -156,31 +156,6 @@ def test_a_reader_that_passes_no_gradient_on(operation):
     assert torch.equal(x.grad, torch.ones_like(x))
 
 
-@pytest.mark.skipif("triton" not in IMPLS, reason="no interpreter")
-@pytest.mark.parametrize("strategy", ["split", "vendor"])
-def test_kernels_share_the_shrink(strategy):
-    """The operator with the strategy forced: small sizes would take one pass each."""
-    x, members = members_of(LORA, SINGLE, rows=19)
-    dys = gradients_like(members, SINGLE, 19)
-    operator = torch.ops.artemis.lora_linear_group
-
-    def forced(operation, x, members, dropout_p, seed):
-        flat, scales = [], []
-        for m in members:
-            tensor = m["scale"] if isinstance(m["scale"], torch.Tensor) else None
-            scales.append(1.0 if tensor is not None else m["scale"])
-            flat += [m["weight"], m["lora_a"], m["lora_b"], m["bias"], tensor, None, None]
-        seed = torch.tensor([seed]) if dropout_p else None
-        return operator(x, flat, scales, "", dropout_p, seed, "triton", [strategy] * 3)
-
-    for p in (0.0, 0.25):
-        for used in (dys, [None, dys[1], dys[2]]):
-            options = {"dropout_p": p, "seed": 7}
-            wanted = outcome(single_calls, LORA, x, members, used, impl="reference", **options)
-            actual = outcome(forced, LORA, x, members, used, **options)
-            assert_close(actual, wanted, 1e-5)
-
-
 def test_x_is_rounded_once(monkeypatch):
     from artemis_kernels.core import eight_bit
 

@@ -16,6 +16,8 @@ F and G = dzᵀ x are rounded to x's dtype for the vendor's products; all else i
 store.
 """
 
+from collections.abc import Mapping
+
 import torch
 
 from ...core import device, tuning
@@ -29,6 +31,7 @@ from ..low_rank.steps import (
     small_gradients,
     sum_over_rows,
 )
+from ..packed.round_rows import Rounded
 from ..packed.steps import Packed, dense, expanded, product
 
 
@@ -47,24 +50,25 @@ def forward(
     dropout_p: float,
     seed: torch.Tensor | None,
     strategy: str,
+    rounded: Mapping[str, Rounded] | None = None,  # x in 8 bits, where another product made it
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return y [M, out], z [M, width] in fp32 and what dD needs: F [width, in], or y0 (plain)."""
     chip = device.chip(x.device)
     if strategy.startswith("plain"):
-        y0 = product(x, weight, bias, chip)
+        y0 = product(x, weight, bias, chip, rounded=rounded)
         y, z = bottleneck.forward(
             y0, down, up, bias_down, bias_up, None, scale, scale_tensor, activation, dropout_p,
-            seed, _bottleneck_strategy(y0, up),
+            seed, _bottleneck_strategy(y0, up, trains=False),
         )  # fmt: skip
         return y, z, y0
     folded = torch.mm(down.to(x.dtype), dense(weight, x.dtype, chip))
     z, h = shrunk(
-        x, folded, chip, stage="forward", bias=_folded_bias(down, bias, bias_down), with_h=True,
+        x, folded, chip, stage="forward", bias=folded_bias(down, bias, bias_down), with_h=True,
         activation=activation, dropout=Dropout(dropout_p, seed),
     )  # fmt: skip
     y = expanded(
         x, weight, h, up, chip, vendor="vendor" in strategy, bias=bias, bias_low=bias_up,
-        scale=Scale(scale, scale_tensor),
+        scale=Scale(scale, scale_tensor), rounded=rounded,
     )  # fmt: skip
     return y, z, folded
 
@@ -95,16 +99,11 @@ def backward(
     dx = ddown = dbias = None
     chip = device.chip(dy.device)
     if strategy.startswith("plain"):
-        dy0, ddown, dup, dscale, dbias_down, dbias_up = bottleneck.backward(
-            dy, kept, down, up, bias_down, bias_up, z, scale, scale_tensor, activation, dropout_p,
-            seed, _bottleneck_strategy(dy, up), True,
-            (needs_x or needs_bias, *needs[1:4], *needs[5:]),
+        dy0, *others = plain_backward(
+            dy, down, up, bias, bias_down, bias_up, z, kept, scale, scale_tensor, activation,
+            dropout_p, seed, needs,
         )  # fmt: skip
-        if needs_x:
-            dx = product(dy0, weight.t(), None, chip)
-        if needs_bias:
-            dbias = dy0.sum(0, dtype=torch.float32)
-        return dx, ddown, dup, dscale, like(dbias, bias), dbias_down, dbias_up
+        return product(dy0, weight.t(), None, chip) if needs_x else None, *others
     gradients = expand_gradients(
         dy, up, z, chip, hidden=Hidden(activation, Dropout(dropout_p, seed)), scale=sigma,
         wants_hidden=needs_x or needs_down or needs_bias or needs_bias_down, wants_b=needs_up,
@@ -130,11 +129,26 @@ def backward(
     )
 
 
-def _bottleneck_strategy(y0: torch.Tensor, up: torch.Tensor) -> str:
-    return tuning.bottleneck_strategy(y0.shape[0], *up.shape, y0.dtype, y0.device)[0]
+def plain_backward(
+    dy, down, up, bias, bias_down, bias_up, z, y0, scale, scale_tensor, activation, dropout_p, seed,
+    needs,
+) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
+    """`backward` of the plain strategy, with the gradient of y0 [M, out] in the place of x's."""
+    needs_x, needs_bias = needs[0], needs[4]
+    dy0, ddown, dup, dscale, dbias_down, dbias_up = bottleneck.backward(
+        dy, y0, down, up, bias_down, bias_up, z, scale, scale_tensor, activation, dropout_p, seed,
+        _bottleneck_strategy(dy, up, trains=True), True,
+        (needs_x or needs_bias, *needs[1:4], *needs[5:]),
+    )  # fmt: skip
+    dbias = dy0.sum(0, dtype=torch.float32) if needs_bias else None
+    return dy0, ddown, dup, dscale, like(dbias, bias), dbias_down, dbias_up
 
 
-def _folded_bias(
+def _bottleneck_strategy(y0: torch.Tensor, up: torch.Tensor, trains: bool) -> str:
+    return tuning.bottleneck_strategy(y0.shape[0], *up.shape, trains, y0.dtype, y0.device)[0]
+
+
+def folded_bias(
     down: torch.Tensor, bias: torch.Tensor | None, bias_down: torch.Tensor | None
 ) -> torch.Tensor | None:
     """`c = D bias + b_d` [width] in fp32, or None where both are absent."""

@@ -32,10 +32,10 @@ def adapter_linear_group(
 ) -> tuple[torch.Tensor, ...]:
     """Return `adapter_linear(x, weights[i], downs[i], ups[i], ...)` of every i.
 
-    On the eager path x is rounded to 8 bits once where weights are multiplied so, and dX is summed
-    in one buffer; the kernels compute the members one after the other. The values are those of the
-    single calls with this very seed, up to rounding; an output that no gradient reaches costs
-    nothing in the backward.
+    The kernels read x once for all folded bottlenecks, in either direction; on all paths x is
+    rounded to 8 bits once where weights are multiplied so, and dX is summed in one buffer. The
+    values are those of the single calls with this very seed, up to rounding; an output that no
+    gradient reaches costs nothing in the backward.
 
     Args:
         x: [..., in], floating, as in `adapter_linear`.
@@ -70,7 +70,7 @@ def adapter_linear_group(
     x = x.to(dtype)
     with call.outside_autocast(x):
         ys = _operator(
-            x.reshape(-1, x.shape[-1]), parts, numbers, activation, p, seed, "eager",
+            x.reshape(-1, x.shape[-1]), parts, numbers, activation, p, seed, each[0].impl,
             [path.strategy for path in each],
         )  # fmt: skip
     return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys)
@@ -91,9 +91,9 @@ def _operands(calls: list[tuple], dtype: torch.dtype) -> tuple[list, list[float]
 
 def why_apart(each: list[call.Path]) -> str | None:
     """Why members on these paths are computed one after the other, or None where they join."""
-    if any(path.impl != "eager" for path in each):
-        return f"{each[0].reason}, and only the eager path joins bottlenecks"
-    return None
+    if len({path.impl for path in each}) > 1:
+        return "the members take different paths"
+    return each[0].reason if each[0].impl == "reference" else None
 
 
 def explain(
@@ -107,7 +107,18 @@ def explain(
     )  # fmt: skip
     each = members.paths(NAME, op.plan, calls)
     costs = [op.explain(*arguments, **options).cost for arguments, options in calls]
-    return members.choice(NAME, each, why_apart(each), costs, members.joined(x, len(calls)))
+    if each[0].impl != "triton":
+        return members.choice(NAME, each, why_apart(each), costs, members.joined(x, len(calls)))
+    folded = [
+        (path.strategy, down.shape[0])
+        for path, down in zip(each, downs, strict=True)
+        if path.strategy.startswith("folded")
+    ]
+    if len(folded) < 2:
+        what = "dX is summed in one buffer, and fewer than two bottlenecks are folded to share x"
+        return members.choice(NAME, each, why_apart(each), costs, members.joined(x, 1), what)
+    what = members.told(*zip(*folded, strict=True))
+    return members.choice(NAME, each, why_apart(each), costs, members.joined(x, len(folded)), what)
 
 
 def _calls(
@@ -153,14 +164,37 @@ def _plain(common: Common) -> list[bool]:
     return [strategy.startswith("plain") for strategy in common.strategies]
 
 
+def _path(impl: str):
+    if impl == "eager":
+        return group_eager
+    from . import group_fused  # imports triton
+
+    return group_fused
+
+
 def _fake(x: torch.Tensor, parts: list[Member], common: Common):
     ys = [x.new_empty(x.shape[0], member.weight.shape[0]) for member in parts]
+    if common.impl != "eager":
+        return ys, _fake_kept(x, ys, parts, common)
     zs = [x.new_empty(x.shape[0], member.down.shape[0]) for member in parts]
     of_down = [
         torch.empty_like(y) if plain else x.new_empty(member.down.shape[0], x.shape[1])
         for y, member, plain in zip(ys, parts, _plain(common), strict=True)
     ]
     return ys, zs + of_down
+
+
+def _fake_kept(x, ys, parts: list[Member], common: Common) -> list[torch.Tensor]:
+    """What the kernels keep: all z and all F of the folded, z and y0 of each plain member."""
+    kept, (m, k) = [], x.shape
+    plain = _plain(common)
+    widths = [member.down.shape[0] for member in parts]
+    folded = sum(width for width, alone in zip(widths, plain, strict=True) if not alone)
+    if not all(plain):
+        kept += [x.new_empty(m, folded, dtype=torch.float32), x.new_empty(folded, k)]
+    for y, width, alone in zip(ys, widths, plain, strict=True):
+        kept += [x.new_empty(m, width, dtype=torch.float32), torch.empty_like(y)] if alone else []
+    return kept
 
 
 def _reads_x(needs: list[Member], common: Common) -> bool:
@@ -171,6 +205,13 @@ def _reads_x(needs: list[Member], common: Common) -> bool:
 
 def _to_keep(kept: list[torch.Tensor], needs: list[Member], common: Common):
     """All z; F for dX and dD; y0, of plain members, for dD only."""
+    if common.impl != "eager":
+        shared, y0_of = 2 * (not all(_plain(common))), kept[:]
+        learn = [need.down for need, plain in zip(needs, _plain(common), strict=True) if plain]
+        y0_of[shared + 1 :: 2] = [
+            y0 if learns else None for y0, learns in zip(kept[shared + 1 :: 2], learn, strict=True)
+        ]
+        return y0_of
     count = len(needs)
     of_down = [
         tensor if member.down or not plain else None
@@ -179,6 +220,4 @@ def _to_keep(kept: list[torch.Tensor], needs: list[Member], common: Common):
     return kept[:count] + of_down
 
 
-_operator = define_group(
-    GroupOperation(NAME, Member, lambda impl: group_eager, _fake, _reads_x, _to_keep)
-)
+_operator = define_group(GroupOperation(NAME, Member, _path, _fake, _reads_x, _to_keep))

@@ -1,10 +1,12 @@
 """`bottleneck_adapter` in Triton: which launches, in which order.
 
-    row_block    forward, and dX with dz, in one launch each over blocks of rows
-    two_launch   down, then up, as separate launches: for few rows, or too wide a bottleneck
+    row_block             forward, and dX with dz and h, in one launch each over blocks of rows
+    two_launch            down, then up, as separate launches: few rows, or too wide a bottleneck
+    two_launch_one_read   the same, with dz and dU's parts from one read of dY, then dD
 
-Weight gradients are sums over rows of their own in both. z is fp32; the scale multiplies in fp32
-at each store.
+But for the last, dD and dU come from one launch, and every parameter's gradient from one sum of its
+parts: three launches in all, or four. Where D or U is frozen, the other takes a sum over rows of
+its own. z is fp32; the scale multiplies in fp32 at each store.
 """
 
 import torch
@@ -25,6 +27,9 @@ from ..low_rank.steps import (
     updated,
 )
 from .kernels import row_block
+from .weight_gradients import sum_gradients, weight_gradients
+
+ONE_READ = "two_launch_one_read"
 
 
 @device.launches_on_first_argument
@@ -78,6 +83,11 @@ def backward(
     needs_x, needs_down, needs_up, needs_scale, needs_bias_down, needs_bias_up = needs
     chip = device.chip(dy.device)
     sigma, hidden = Scale(scale, scale_tensor), Hidden(activation, Dropout(dropout_p, seed))
+    if strategy != ONE_READ and needs_down and (needs_up or needs_scale):
+        return _jointly(
+            dy, x, down, up, bias_down, bias_up, z, sigma, hidden, strategy, residual_is_x, needs,
+            chip,
+        )  # fmt: skip
     wants_columns = bias_up is not None and (needs_scale or needs_bias_up)
     dx = ddown = None
     if strategy == "row_block" and needs_x:
@@ -111,6 +121,44 @@ def backward(
         like(small.bias_down, bias_down),
         like(small.bias_up, bias_up),
     )
+
+
+def _jointly(
+    dy, x, down, up, bias_down, bias_up, z, sigma, hidden, strategy, residual_is_x, needs, chip
+) -> tuple[torch.Tensor | None, ...]:
+    """`backward` where D and U both learn: dX with dz and h, then dD and dU, then their sums."""
+    needs_x, _, needs_up, needs_scale, needs_bias_down, needs_bias_up = needs
+    residual, dx = dy if residual_is_x else None, None
+    if strategy == "row_block" and needs_x:
+        dx, dz, h = row_block(
+            dy, up.t(), down.t(), residual, config=_config(dy, up, chip), stage="backward", z=z,
+            scale=sigma, with_h=True, hidden_dtype=dy.dtype, **hidden._asdict(),
+        )  # fmt: skip
+    else:
+        dz, h = shrunk(dy, up.t(), chip, stage="backward", z=z, with_h=True, **hidden._asdict())
+        if needs_x:
+            dx = updated(residual, dz, down.t(), chip, dtype=dy.dtype, scale=sigma)
+    shape = Shape(x.shape[0], k=x.shape[1], r=z.shape[1], dtype=x.dtype)
+    parts = weight_gradients(
+        x, dy, dz, h, config=tuning.config("weight_gradients", shape, chip),
+        with_sums=needs_bias_down or bias_up is not None and (needs_scale or needs_bias_up),
+    )  # fmt: skip
+    learning = (
+        (down, True),
+        (up, needs_up),
+        (bias_down, needs_bias_down),
+        (bias_up, needs_bias_up),
+    )
+    ddown, dup, dbias_down, dbias_up = (
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) if learns else None
+        for tensor, learns in learning
+    )
+    dot = sum_gradients(
+        parts, ddown, dup, dbias_down, dbias_up, scale=sigma,
+        against=(up, bias_up) if needs_scale else None,
+    )  # fmt: skip
+    dscale = None if dot is None else like(dot * sigma.value, sigma.tensor)
+    return dx, ddown, dup, dscale, dbias_down, dbias_up
 
 
 def _config(x: torch.Tensor, up: torch.Tensor, chip: Chip) -> tuning.Config:

@@ -11,7 +11,7 @@ Eᵀ + bias_out)`, forward with F = D, E = U, backward with x = dY, F = Uᵀ, E 
 | f, e     | [R, K], [K, R] | any float, cast to x's | any |
 | residual | [M, K] | x's                    | any        |
 | z        | [M, R] | fp32 (written forward, read backward) | contiguous |
-| dz, h    | [M, R] | fp32, x's              | contiguous |
+| dz, h    | [M, R] | fp32 or x's, x's       | contiguous |
 | out      | [M, K] | x's                    | contiguous |
 
 Accumulates in fp32; rounded to x's dtype: D, U, the hidden tile before the second product, and
@@ -60,8 +60,8 @@ def _row_block(
 
     dtype = x_ptr.dtype.element_ty
     out, h = finish_hidden(
-        acc, bias_ptr, z_ptr, hidden_ptr, h_ptr, seed_ptr, offs_m, 0, M, R, threshold, rescale,
-        STAGE, ACTIVATION, PAIRED, BLOCK_R,
+        acc, bias_ptr, z_ptr, hidden_ptr, h_ptr, seed_ptr, offs_m, 0, M, R, R, R,
+        threshold, rescale, STAGE, ACTIVATION, PAIRED, BLOCK_R,
     )  # fmt: skip
     hidden = (h if STAGE == "forward" else out).to(dtype)
     alpha = effective_scale(scale, scale_ptr)
@@ -96,11 +96,15 @@ def row_block(
     scale: Scale = UNSCALED,
     dropout: Dropout = NO_DROPOUT,
     with_h: bool = False,
+    hidden_dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return out [M, K], z (forward) or dz (backward) [M, R] and, if asked for, h [M, R]."""
+    """Return out [M, K], z (forward) or dz (backward) [M, R] and, if asked for, h [M, R].
+
+    `hidden_dtype` is that of z or dz: fp32 to be kept or summed, x's to be multiplied only.
+    """
     (M, K), R = x.shape, f.shape[0]
     out = x.new_empty(M, K)
-    hidden = x.new_empty(M, R, dtype=torch.float32)
+    hidden = x.new_empty(M, R, dtype=hidden_dtype)
     h = x.new_empty(M, R) if with_h else None
     if M == 0:
         return out, hidden, h

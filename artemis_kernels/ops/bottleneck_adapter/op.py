@@ -17,6 +17,8 @@ from ...core.types import Choice, Cost
 from . import eager, reference
 
 NAME = "bottleneck_adapter"
+#: Of the kernels with all gradients, where no sum along `hidden` is split for want of rows.
+LAUNCHES_BACK = {"row_block": 3, "two_launch": 4, "two_launch_one_read": 5}
 
 
 def bottleneck_adapter(
@@ -108,11 +110,14 @@ def plan(
     impl, reason = call.implementation(NAME, impl, dtype, x.device, trains_weight=False)
     if impl == "reference":
         return call.Path(impl, "composed", reason)
-    trains = torch.is_grad_enabled() and (x.requires_grad or down.requires_grad)
-    rows = x.numel() // max(hidden, 1)
+    rows, trains = x.numel() // max(hidden, 1), _trains(x, down)
     case = Case(NAME, rows, 0, hidden, width, named(dtype), trains=trains, drops=dropout_p > 0)
     strategy, why = tables.choice(case, impl, x.device, usual(case, impl, None, x.device))
     return call.Path(impl, strategy, f"{reason} and {why}" if why else reason)
+
+
+def _trains(x: torch.Tensor, down: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or down.requires_grad)
 
 
 def usual(case: Case, impl: str, weight: None, device: torch.device) -> tuple[str, str]:
@@ -120,16 +125,21 @@ def usual(case: Case, impl: str, weight: None, device: torch.device) -> tuple[st
     if impl == "eager":
         return "addmm", ""
     dtype = case.torch_dtype
-    return tuning.bottleneck_strategy(case.rows, case.out_features, case.width, dtype, device)
+    hidden, width, trains = case.out_features, case.width, case.trains
+    return tuning.bottleneck_strategy(case.rows, hidden, width, trains, dtype, device)
 
 
 def explain(x, down, up, **options) -> Choice:
     """The path `bottleneck_adapter` takes for these arguments, why, and what it costs."""
     path = plan(x, down, up, **options)
-    rows = x.numel() // max(x.shape[-1], 1)
-    size = call.compute_dtype(x).itemsize
+    hidden, width = x.shape[-1], down.shape[0]
+    rows, size = x.numel() // max(hidden, 1), call.compute_dtype(x).itemsize
+    if path.impl == "triton" and _trains(x, down):
+        moved = backward_cost(rows, hidden, width, size, path.strategy).bytes / 1e6
+        launches = LAUNCHES_BACK[path.strategy]
+        path = path._replace(reason=f"{path.reason}; backward: {launches} launches, {moved:.3g} MB")
     separate = options.get("residual") is not None
-    return Choice(NAME, *path, cost(rows, x.shape[-1], down.shape[0], size, separate))
+    return Choice(NAME, *path, cost(rows, hidden, width, size, separate))
 
 
 def cost(m: int, hidden: int, width: int, itemsize: int, residual: bool) -> Cost:
@@ -137,6 +147,21 @@ def cost(m: int, hidden: int, width: int, itemsize: int, residual: bool) -> Cost
     return Cost(
         flops=4 * m * hidden * width,
         bytes=itemsize * ((3 if residual else 2) * m * hidden + 2 * hidden * width),
+    )
+
+
+def backward_cost(m: int, hidden: int, width: int, itemsize: int, strategy: str) -> Cost:
+    """All gradients by a strategy of the kernels: four thin products; parts of sums not counted.
+
+    x is read and dX written once, dY once for each launch that needs it; z is read in fp32, dz
+    and h are written and read where two launches share them.
+    """
+    reads = {"row_block": 2, "two_launch": 3, "two_launch_one_read": 2}[strategy]
+    shared = {"row_block": 2 * itemsize, "two_launch": 4 + itemsize, "two_launch_one_read": 4}
+    return Cost(
+        flops=8 * m * hidden * width,
+        bytes=itemsize * ((2 + reads) * m * hidden + 4 * hidden * width)
+        + m * width * (4 + 2 * shared[strategy]),
     )
 
 

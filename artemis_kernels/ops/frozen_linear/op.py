@@ -2,10 +2,11 @@
 
 import torch
 
-from ...core import base, call, checks, frozen, packed_choice, tuning
+from ...core import base, call, checks, frozen, packed_choice, tables, tuning
 from ...core.frozen import FrozenAdapter
 from ...core.quantized import QuantizedWeight
 from ...core.registration import define
+from ...core.strategies import FROZEN, Case, named, weight_of
 from ...core.types import Choice, Cost
 from ..bases import held
 from . import eager, reference
@@ -50,7 +51,7 @@ def frozen_linear(
             ).to(dtype)  # fmt: skip
         rows = x.reshape(-1, x.shape[-1])
         if type(x) is torch.Tensor and not _is_watched():
-            y = _computed(rows, weight, adapter, path.impl, path.strategy)
+            y = computed(rows, weight, adapter, path.impl, path.strategy)
         else:
             data, quantizers = call.weight_tensors(weight, dtype)
             scale = call.Scale.of(adapter.scale)
@@ -79,24 +80,42 @@ class FrozenLinear:
         impl: str | None = None,
     ):
         x = adapter.down.new_empty(1, weight.shape[1])
+        most = frozen.most_few_rows(adapter.dtype, x.device, weight)
         with torch.no_grad():
-            path = plan(x, weight, adapter, impl=impl)
+            paths = [plan(x.expand(m, -1), weight, adapter, impl=impl) for m in range(1, most + 2)]
         self.weight, self.adapter, self.impl = weight, adapter, impl
-        self._few_rows, self._most_rows = None, 0
-        if path.strategy.startswith("one_call"):
-            self._few_rows = frozen.FewRows(weight, adapter)
-            self._most_rows = frozen.most_few_rows(adapter.dtype, x.device, weight)
-            if path.strategy.endswith("_weight_only"):
-                self._most_rows = min(self._most_rows, base.MANY_ROWS - 1)
+        in_one = [path.strategy.startswith("one_call") for path in paths]
+        self._most_rows = in_one.index(False)
+        self._few_rows = frozen.FewRows(weight, adapter) if self._most_rows else None
+        self._planned = 0, paths[0]  # of so many rows: checking and choosing take 80 µs
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> [..., out]."""
-        if type(x) is torch.Tensor and x.dtype is torch.bfloat16 and x.dim() and x.is_cpu:
-            in_features = self.weight.shape[1]
-            few = 0 < x.numel() <= self._most_rows * in_features and x.shape[-1] == in_features
-            if few and not _is_special(x):
-                return self._few_rows(x)
-        return frozen_linear(x, self.weight, self.adapter, impl=self.impl)
+        if not self._takes(x):
+            return frozen_linear(x, self.weight, self.adapter, impl=self.impl)
+        rows = x.numel() // x.shape[-1]
+        if rows <= self._most_rows:
+            return self._few_rows(x)
+        if rows != self._planned[0]:
+            self._planned = rows, plan(x, self.weight, self.adapter, impl=self.impl)
+        path = self._planned[1]
+        if path.impl == "reference":
+            return frozen_linear(x, self.weight, self.adapter, impl=self.impl)
+        x_rows = x.reshape(rows, x.shape[-1])
+        y = computed(x_rows, self.weight, self.adapter, path.impl, path.strategy)
+        return y.reshape(*x.shape[:-1], y.shape[1])
+
+    def _takes(self, x: torch.Tensor) -> bool:
+        """Whether x is as planned for but for its rows, and there is no more to see to."""
+        return (
+            type(x) is torch.Tensor
+            and x.dtype is self.adapter.dtype
+            and x.is_cpu
+            and x.dim() > 0
+            and x.numel() > 0
+            and x.shape[-1] == self.weight.shape[1]
+            and not _is_special(x)
+        )
 
 
 def _is_special(x: torch.Tensor) -> bool:
@@ -132,10 +151,28 @@ def plan(x, weight, adapter, *, impl=None) -> call.Path:
     impl, reason = call.implementation(NAME, impl, dtype, x.device, False)
     if impl == "reference":
         return call.Path(impl, "composed", reason)
-    rows = x.numel() // max(weight.shape[1], 1)
-    choose = _eager_strategy if impl == "eager" else _fused_strategy
-    strategy, why = choose(rows, weight, adapter, dtype, x.device)
-    return call.Path(impl, strategy, f"{reason}{why}")
+    (out_features, in_features), rank = weight.shape, adapter.down.shape[0]
+    case = Case(
+        FROZEN + _kind(adapter), x.numel() // max(in_features, 1), in_features, out_features, rank,
+        named(dtype), weight_of(weight),
+    )  # fmt: skip
+    normal = usual(case, impl, weight, x.device)
+    strategy, why = tables.choice(case, impl, x.device, normal)
+    if strategy.startswith("one_call") and not _fits_one_call(case, weight, x.device):
+        strategy, why = normal  # it won over a weight that the pass takes
+    return call.Path(impl, strategy, f"{reason} and {why}" if why else reason)
+
+
+def _kind(adapter: FrozenAdapter) -> str:
+    """What tables know an adapter by.
+
+    Entries are of `frozen_linear` itself: what it freezes forms `D W` at each call, keeps z, and
+    has no pass of few rows, so that its times say little here.
+    """
+    if adapter.reads_output:
+        return "plain"
+    linear = adapter.activation == "identity" and adapter.bias_down is None
+    return "lora" if linear else "folded"
 
 
 def _check_adapter(x, weight, adapter) -> None:
@@ -149,29 +186,41 @@ def _check_adapter(x, weight, adapter) -> None:
     checks.optional(NAME, "adapter.bias_down", adapter.bias_down, (rank,), x)
 
 
-def _eager_strategy(rows, weight, adapter, dtype, device) -> tuple[str, str]:
-    suffix, why = base.packed_strategy(weight, rows)
-    most = frozen.most_few_rows(dtype, device, weight)
-    if 0 < rows <= most and weight.shape[1] and suffix in ("", "_weight_only"):
-        return "one_call" + suffix, f" and one compiled pass serves few rows of bf16{why}"
+def usual(
+    case: Case, impl: str, weight: torch.Tensor | QuantizedWeight, device: torch.device
+) -> tuple[str, str]:
+    """`(strategy, reason)` where no table says otherwise; the reason may be empty."""
+    choose = _eager_strategy if impl == "eager" else _fused_strategy
+    return choose(case, weight, device)
+
+
+def _eager_strategy(case, weight, device) -> tuple[str, str]:
+    suffix, why = base.packed_strategy(weight, case.rows)
+    why = why.removeprefix(" and ")
+    if suffix in ("", "_weight_only") and _fits_one_call(case, weight, device):
+        also = f" and {why}" if why else ""
+        return "one_call" + suffix, f"one compiled pass serves few rows of bf16{also}"
     return "products" + suffix, why
 
 
-def _fused_strategy(rows, weight, adapter, dtype, device) -> tuple[str, str]:
-    (out_features, in_features), rank = weight.shape, adapter.down.shape[0]
-    if isinstance(weight, QuantizedWeight):
+def _fits_one_call(case, weight, device) -> bool:
+    most = frozen.most_few_rows(case.torch_dtype, device, weight)
+    return 0 < case.rows <= most and case.in_features > 0
+
+
+def _fused_strategy(case, weight, device) -> tuple[str, str]:
+    rows, k, n, rank = case[1:5]
+    packed, dtype = isinstance(weight, QuantizedWeight), case.torch_dtype
+    if packed:
         strategy, why = packed_choice.lora_strategy(weight, rows, rank, dtype, device)
     else:
-        strategy, why = tuning.lora_strategy(
-            rows, in_features, out_features, rank, False, dtype, device
-        )
-    linear = adapter.activation == "identity" and adapter.bias_down is None
-    if adapter.reads_output:
-        strategy = "product_" + strategy.removeprefix("split_")
-        why = "the adapter reads the layer's output"
-    elif strategy == "one_pass" and not linear:
-        strategy, why = "split", "an activation stands between the adapter's products"
-    return strategy, f" and {why}"
+        strategy, why = tuning.lora_strategy(rows, k, n, rank, False, dtype, device)
+    if case.op == FROZEN + "plain":
+        how = "_" + strategy.removeprefix("split_") if packed else ""
+        return "product" + how, "the adapter reads the layer's output"
+    if case.op == FROZEN + "folded" and strategy == "one_pass":
+        return "split", "an activation stands between the adapter's products"
+    return strategy, why
 
 
 def explain(x, weight, adapter, **options) -> Choice:
@@ -194,8 +243,8 @@ def _constants(adapter: FrozenAdapter) -> tuple[torch.Tensor | None, ...]:
     return adapter.down, adapter.up, adapter.bias, adapter.bias_down
 
 
-def _computed(x, weight, adapter, impl, strategy) -> torch.Tensor:
-    """y [M, out] for x [M, in]."""
+def computed(x, weight, adapter, impl, strategy) -> torch.Tensor:
+    """y [M, out] for x [M, in] by a strategy, unchecked."""
     if strategy.startswith("one_call"):
         return frozen.FewRows(weight, adapter)(x)
     quantizers = (None, None)
@@ -217,7 +266,7 @@ def _kernel(
     adapter = FrozenAdapter(down, up, bias, bias_down, factor, activation, reads_output)
     if weight_scale is not None:
         weight = QuantizedWeight.of_parts(weight, weight_scale, weight_offset)
-    return _computed(x, weight, adapter, impl, strategy)
+    return computed(x, weight, adapter, impl, strategy)
 
 
 _operator = define(

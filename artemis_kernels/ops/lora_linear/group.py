@@ -93,7 +93,11 @@ def explain(
     calls = _calls(x, weights, lora_a, lora_b, scales, biases, dropout_p, seed, impl)
     each = members.paths(NAME, op.plan, calls)
     costs = [op.explain(*arguments, **options).cost for arguments, options in calls]
-    return members.choice(NAME, each, why_apart(each), costs, members.joined(x, len(calls)))
+    shared = members.joined(x, len(calls))
+    if each[0].impl != "triton":
+        return members.choice(NAME, each, why_apart(each), costs, shared)
+    what = members.told([path.strategy for path in each], [a.shape[0] for a in lora_a])
+    return members.choice(NAME, each, why_apart(each), costs, shared, what)
 
 
 def _calls(x, weights, lora_a, lora_b, scales, biases, dropout_p, seed, impl) -> list[tuple]:

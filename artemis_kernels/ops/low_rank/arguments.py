@@ -34,14 +34,24 @@ class Dropout(NamedTuple):
     def rescale(self) -> float:
         return rng.keep_scale(self.p) if self.p else 1.0
 
-    def arguments(self, rows: int, columns: int) -> dict:
-        """Kernel arguments for the mask of a [rows, columns] tensor; no seed, no dropout."""
+    def arguments(self, rows: int, *columns: int) -> dict:
+        """Kernel arguments for the mask of a [rows, columns] tensor; no seed, no dropout.
+
+        Several `columns` are those of tensors side by side.
+        """
         return {
             "seed_ptr": self.seed if self.p else None,
             "threshold": rng.threshold(self.p),
             "rescale": self.rescale,
-            "PAIRED": columns % 2 == 0 and rows * columns <= _PAIRED_ELEMENTS,
+            "PAIRED": all(n % 2 == 0 and rows * n <= _PAIRED_ELEMENTS for n in columns),
         }
+
+
+def scale_arguments(scale: Scale | None) -> dict:
+    """Kernel arguments of a scale that may be absent: then nothing is multiplied."""
+    if scale is None:
+        return {"scale": None, "scale_ptr": None}
+    return {"scale": scale.value, "scale_ptr": scale.tensor}
 
 
 NO_DROPOUT = Dropout()

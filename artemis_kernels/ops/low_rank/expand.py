@@ -7,7 +7,7 @@ already.
 | name           | shape  | dtype                   | strides    |
 | x              | [M, K] | fp16, bf16, fp32        | any        |
 | weight         | [N, K] | x's                     | any        |
-| s              | [M, R] | any float, cast to x's  | contiguous |
+| s              | [M, R] | any float, cast to x's  | rows in a wider matrix |
 | b              | [N, R] | any float, cast to x's  | any        |
 | bias, bias_low | [N]    | any float               | contiguous |
 | y              | [M, N] | x's                     | contiguous |
@@ -32,7 +32,7 @@ from .low_rank_tile import add_biases, low_rank_arguments, low_rank_tile
 def _expand(
     x_ptr, w_ptr, s_ptr, b_ptr, bias_ptr, bias_low_ptr, y_ptr, seed_ptr, scale_ptr,
     M, N, K, R,
-    stride_xm, stride_xk, stride_wn, stride_wk, stride_bn, stride_br,
+    stride_xm, stride_xk, stride_wn, stride_wk, stride_sm, stride_bn, stride_br,
     scale, threshold, rescale,
     PAIRED: tl.constexpr, EVEN_K: tl.constexpr, RANK_BLOCKS: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -49,8 +49,8 @@ def _expand(
     w_ptrs = w_ptr + offs_k[:, None] * stride_wk + offs_n[None, :] * stride_wn
 
     acc = low_rank_tile(
-        s_ptr, b_ptr, seed_ptr, scale_ptr, offs_m, start_n, M, N, R, stride_bn, stride_br,
-        scale, threshold, rescale, x_ptr.dtype.element_ty,
+        s_ptr, b_ptr, seed_ptr, scale_ptr, offs_m, start_n, M, N, R, stride_sm, stride_bn,
+        stride_br, scale, threshold, rescale, x_ptr.dtype.element_ty,
         PAIRED, RANK_BLOCKS, BLOCK_M, BLOCK_N, BLOCK_R,
     )  # fmt: skip
     for k in range(0, K, BLOCK_K):
@@ -73,7 +73,7 @@ def _expand(
 def _update(
     residual_ptr, s_ptr, b_ptr, bias_low_ptr, y_ptr, seed_ptr, scale_ptr,
     M, N, R,
-    stride_residual_m, stride_residual_n, stride_bn, stride_br,
+    stride_residual_m, stride_residual_n, stride_sm, stride_bn, stride_br,
     scale, threshold, rescale,
     PAIRED: tl.constexpr, RANK_BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -87,8 +87,8 @@ def _update(
     mask = (offs_m < M)[:, None] & mask_n[None, :]
 
     acc = low_rank_tile(
-        s_ptr, b_ptr, seed_ptr, scale_ptr, offs_m, start_n, M, N, R, stride_bn, stride_br,
-        scale, threshold, rescale, y_ptr.dtype.element_ty,
+        s_ptr, b_ptr, seed_ptr, scale_ptr, offs_m, start_n, M, N, R, stride_sm, stride_bn,
+        stride_br, scale, threshold, rescale, y_ptr.dtype.element_ty,
         PAIRED, RANK_BLOCKS, BLOCK_M, BLOCK_N, BLOCK_R,
     )  # fmt: skip
 

@@ -6,15 +6,16 @@
 | name    | shape  | dtype                   | strides    |
 | dy      | [M, N] | fp16, bf16, fp32        | any        |
 | b       | [N, R] | any float, cast to dy's | any        |
-| s or z  | [M, R] | fp32, saved             | contiguous |
-| out     | [M, R] | fp32: dS or dz          | contiguous |
+| s or z  | [M, R] | fp32, saved             | rows in a wider matrix |
+| out     | [M, R] | fp32: dS or dz          | rows in a wider matrix |
 | db      | [P, N, R] | fp32, one part for each block of rows | contiguous |
 | columns | [P, N] | fp32, column sums of dY | contiguous |
 
 A program keeps its block of rows of the hidden gradient in registers while it walks along N, and
 stores one part of dB for each step; `sum_parts` adds the parts in a fixed order, so the result
 does not depend on scheduling. S (or h) and B are rounded to dy's dtype, sums are fp32. The scale
-is left out: it multiplies the finished sums. 4·M·N·R FLOPs; bytes: dY once, and 8·N·R·⌈M /
+is left out: it multiplies the finished sums; `out` takes one where its next reader adds several
+of different scales. 4·M·N·R FLOPs; bytes: dY once, and 8·N·R·⌈M /
 BLOCK_M⌉ for the parts, which is why it serves small ranks: beyond rank 64 two kernels that each
 read dY are cheaper.
 """
@@ -24,17 +25,17 @@ import triton
 import triton.language as tl
 
 from ...core.tiling import Config, whole_rank
-from .arguments import NO_DROPOUT, Dropout
+from .arguments import NO_DROPOUT, Dropout, Scale, scale_arguments
 from .hidden import finish_hidden, hidden_units
 from .shrink import finish
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _expand_backward(
-    dy_ptr, b_ptr, z_ptr, out_ptr, db_ptr, columns_ptr, seed_ptr,
+    dy_ptr, b_ptr, z_ptr, out_ptr, db_ptr, columns_ptr, seed_ptr, scale_ptr,
     M, N, R,
-    stride_dym, stride_dyn, stride_bn, stride_br,
-    threshold, rescale,
+    stride_dym, stride_dyn, stride_bn, stride_br, stride_zm, stride_outm,
+    scale, threshold, rescale,
     STAGE: tl.constexpr, ACTIVATION: tl.constexpr, PAIRED: tl.constexpr, EVEN_N: tl.constexpr,
     SPLIT_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -48,12 +49,12 @@ def _expand_backward(
     offs_r = tl.arange(0, BLOCK_R).to(tl.int64)
     mask_m, mask_r = offs_m < M, offs_r < R
     mask_hidden = mask_m[:, None] & mask_r[None, :]
-    offs_hidden = offs_m[:, None] * R + offs_r[None, :]
     dy_ptrs = dy_ptr + offs_m[:, None] * stride_dym + offs_n[None, :] * stride_dyn
     b_ptrs = b_ptr + offs_n[:, None] * stride_bn + offs_r[None, :] * stride_br
     db_ptrs = db_ptr + pid_m * N * R + offs_n[:, None] * R + offs_r[None, :]
 
-    s = tl.load(z_ptr + offs_hidden, mask=mask_hidden, other=0.0)
+    z_ptrs = z_ptr + offs_m[:, None] * stride_zm + offs_r[None, :]
+    s = tl.load(z_ptrs, mask=mask_hidden, other=0.0)
     if STAGE == "backward":
         s = hidden_units(s, offs_m, 0, R, seed_ptr, threshold, rescale, ACTIVATION, PAIRED, BLOCK_R)
     s = s.to(dy_ptr.dtype.element_ty)
@@ -76,12 +77,12 @@ def _expand_backward(
 
     if SPLIT_N == 1:
         finish_hidden(
-            acc, None, z_ptr, out_ptr, None, seed_ptr, offs_m, 0, M, R,
-            threshold, rescale, STAGE, ACTIVATION, PAIRED, BLOCK_R,
+            acc, None, z_ptr, out_ptr, None, seed_ptr, offs_m, 0, M, R, stride_zm, stride_outm,
+            threshold, rescale, STAGE, ACTIVATION, PAIRED, BLOCK_R, None, scale, scale_ptr,
         )  # fmt: skip
     else:
         part_ptr = out_ptr + pid_n.to(tl.int64) * M * R
-        tl.store(part_ptr + offs_hidden, acc, mask=mask_hidden)
+        tl.store(part_ptr + offs_m[:, None] * R + offs_r[None, :], acc, mask=mask_hidden)
 
 
 def expand_backward(
@@ -94,28 +95,38 @@ def expand_backward(
     activation: str = "identity",
     dropout: Dropout = NO_DROPOUT,
     with_columns: bool = False,
+    out: torch.Tensor | None = None,
+    scale: Scale | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Return the hidden gradient [M, R], the parts of dB [P, N, R] and of dY's column sums [P, N].
 
-    `z` is S in the linear stage; dropout (of the hidden units) belongs to the backward stage.
+    The first is scaled, and written to `out`, where these are given. `z` is S in the linear stage;
+    dropout (of the hidden units) belongs to the backward stage.
     """
     (M, N), R = dy.shape, b.shape[1]
     P = triton.cdiv(M, config.block_m)
-    out = dy.new_empty(M, R, dtype=torch.float32)
+    out = dy.new_empty(M, R, dtype=torch.float32) if out is None else out
     db = dy.new_empty(P, N, R, dtype=torch.float32)
     columns = dy.new_empty(P, N, dtype=torch.float32) if with_columns else None
     if M == 0:
         return out, db, columns
-    hidden = {"z_ptr": z, "STAGE": stage, "ACTIVATION": activation, **dropout.arguments(M, R)}
+    hidden = {
+        "z_ptr": z,
+        "stride_zm": z.stride(0),
+        "STAGE": stage,
+        "ACTIVATION": activation,
+        **scale_arguments(scale),
+        **dropout.arguments(M, R),
+    }
     sums = out if config.split == 1 else dy.new_empty(config.split, M, R, dtype=torch.float32)
     _expand_backward[(P, config.split)](
         dy_ptr=dy, b_ptr=b, out_ptr=sums, db_ptr=db, columns_ptr=columns, M=M, N=N, R=R,
         stride_dym=dy.stride(0), stride_dyn=dy.stride(1),
-        stride_bn=b.stride(0), stride_br=b.stride(1),
+        stride_bn=b.stride(0), stride_br=b.stride(1), stride_outm=out.stride(0),
         EVEN_N=N % config.block_n == 0, SPLIT_N=config.split,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=whole_rank(R),
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True, **hidden,
     )  # fmt: skip
     if config.split > 1:
-        finish(sums, out, {**hidden, "bias_ptr": None, "h_ptr": None})
+        finish(sums, out, {**hidden, "bias_ptr": None, "h_ptr": None, "widths": None})
     return out, db, columns

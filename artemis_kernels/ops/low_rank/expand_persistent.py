@@ -8,7 +8,7 @@ launch: those made inside a pipelined loop fail on Triton 3.6.
 | name           | shape  | dtype                  | layout                                        |
 | x              | [M, K] | fp16, bf16, fp32       | rows of stride 1, other stride and address at |
 | weight         | [N, K] | x's                    | whole 16 bytes (`has_descriptors`)            |
-| s              | [M, R] | any float, cast to x's | contiguous                                    |
+| s              | [M, R] | any float, cast to x's | rows in a wider matrix                        |
 | b              | [N, R] | any float, cast to x's | any                                           |
 | bias, bias_low | [N]    | any float              | contiguous                                    |
 | y              | [M, N] | x's                    | contiguous, N·itemsize a multiple of 16       |
@@ -34,7 +34,7 @@ _ALIGNMENT = 16  # bytes, of an address and of every stride but the last: CUDA, 
 def _expand_persistent(
     x_desc, w_desc, y_desc, s_ptr, b_ptr, bias_ptr, bias_low_ptr, seed_ptr, scale_ptr,
     M, N, K, R, programs,
-    stride_bn, stride_br,
+    stride_sm, stride_bn, stride_br,
     scale, threshold, rescale,
     PAIRED: tl.constexpr, TRANSPOSED: tl.constexpr, RANK_BLOCKS: tl.constexpr,
     GROUP_M: tl.constexpr,
@@ -48,8 +48,8 @@ def _expand_persistent(
         offs_n = start_n + tl.arange(0, BLOCK_N).to(tl.int64)
 
         acc = low_rank_tile(
-            s_ptr, b_ptr, seed_ptr, scale_ptr, offs_m, start_n, M, N, R, stride_bn, stride_br,
-            scale, threshold, rescale, x_desc.dtype,
+            s_ptr, b_ptr, seed_ptr, scale_ptr, offs_m, start_n, M, N, R, stride_sm, stride_bn,
+            stride_br, scale, threshold, rescale, x_desc.dtype,
             PAIRED, RANK_BLOCKS, BLOCK_M, BLOCK_N, BLOCK_R,
         )  # fmt: skip
         for k in range(0, K, BLOCK_K):

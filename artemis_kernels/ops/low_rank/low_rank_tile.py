@@ -3,7 +3,7 @@
 The accumulator of a tile of y starts from `s·mask·(S Bᵀ)`; the biases join it before the store.
 
 | name     | shape  | dtype                        | strides    |
-| s        | [M, R] | any float, cast to `dtype`   | contiguous |
+| s        | [M, R] | any float, cast to `dtype`   | rows in a wider matrix |
 | b        | [N, R] | any float, cast to `dtype`   | any        |
 | bias_low | [N]    | any float                    | contiguous |
 """
@@ -19,7 +19,7 @@ from .arguments import Dropout, Scale
 
 @triton.jit
 def low_rank_tile(
-    s_ptr, b_ptr, seed_ptr, scale_ptr, offs_m, start_n, M, N, R, stride_bn, stride_br,
+    s_ptr, b_ptr, seed_ptr, scale_ptr, offs_m, start_n, M, N, R, stride_sm, stride_bn, stride_br,
     scale, threshold, rescale, dtype: tl.constexpr,
     PAIRED: tl.constexpr, RANK_BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -33,7 +33,7 @@ def low_rank_tile(
     for block in tl.range(0, RANK_BLOCKS, num_stages=1):
         offs_r = block * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
         mask_r = offs_r < R
-        s_ptrs = s_ptr + offs_m[:, None] * R + offs_r[None, :]
+        s_ptrs = s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :]
         b_ptrs = b_ptr + offs_r[:, None] * stride_br + offs_n[None, :] * stride_bn
         s = tl.load(s_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0).to(dtype)
         b = tl.load(b_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0).to(dtype)
@@ -71,7 +71,7 @@ def low_rank_arguments(
     return {
         "s_ptr": s, "b_ptr": b, "bias_low_ptr": None if bias_low is None else bias_low.contiguous(),
         "scale": scale.value, "scale_ptr": scale.tensor, "M": M, "N": N, "R": R,
-        "stride_bn": b.stride(0), "stride_br": b.stride(1),
+        "stride_sm": s.stride(0), "stride_bn": b.stride(0), "stride_br": b.stride(1),
         "RANK_BLOCKS": triton.cdiv(R, config.block_r),
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_R": config.block_r,
         "num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True,

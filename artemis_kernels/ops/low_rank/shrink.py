@@ -8,9 +8,12 @@
 | x    | [M, K] | fp16, bf16, fp32      | any        |
 | f    | [R, K] | any float, cast to x's| any        |
 | bias | [R]    | any float             | contiguous |
-| z    | [M, R] | fp32, saved           | contiguous |
-| out  | [M, R] | fp32                  | contiguous |
+| z    | [M, R] | fp32, saved           | rows in a wider matrix |
+| out  | [M, R] | fp32                  | rows in a wider matrix |
 | h    | [M, R] | x's                   | contiguous |
+
+F's of several bottlenecks may be stacked: `widths` are their rows, and each draws the mask of its
+own [M, width]. `out` is scaled where its next reader adds several of different scales.
 
 Products accumulate in fp32; only F is rounded (to x's dtype), and h on its way out. 2·M·K·R
 FLOPs; bytes: x once for each BLOCK_R columns of F (so F's of several layers, stacked, share one
@@ -25,16 +28,16 @@ import triton.language as tl
 
 from ...core.tiles import keep_mask
 from ...core.tiling import Config
-from .arguments import NO_DROPOUT, Dropout
+from .arguments import NO_DROPOUT, Dropout, Scale, scale_arguments
 from .hidden import finish_hidden
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _shrink(
-    x_ptr, f_ptr, bias_ptr, z_ptr, out_ptr, h_ptr, seed_ptr,
-    M, K, R,
-    stride_xm, stride_xk, stride_fr, stride_fk,
-    threshold, rescale,
+    x_ptr, f_ptr, bias_ptr, z_ptr, out_ptr, h_ptr, seed_ptr, scale_ptr,
+    M, K, R, widths,
+    stride_xm, stride_xk, stride_fr, stride_fk, stride_zm, stride_outm,
+    scale, threshold, rescale,
     STAGE: tl.constexpr, ACTIVATION: tl.constexpr, PAIRED: tl.constexpr, EVEN_K: tl.constexpr,
     SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -68,8 +71,9 @@ def _shrink(
 
     if SPLIT_K == 1:
         finish_hidden(
-            acc, bias_ptr, z_ptr, out_ptr, h_ptr, seed_ptr, offs_m, start_r, M, R,
-            threshold, rescale, STAGE, ACTIVATION, PAIRED, BLOCK_R,
+            acc, bias_ptr, z_ptr, out_ptr, h_ptr, seed_ptr, offs_m, start_r, M, R, stride_zm,
+            stride_outm, threshold, rescale, STAGE, ACTIVATION, PAIRED, BLOCK_R, widths, scale,
+            scale_ptr,
         )  # fmt: skip
     else:
         part_ptr = out_ptr + pid_k.to(tl.int64) * M * R
@@ -79,9 +83,10 @@ def _shrink(
 
 @triton.jit(do_not_specialize=["M", "parts", "threshold"])
 def _finish(
-    part_ptr, bias_ptr, z_ptr, out_ptr, h_ptr, seed_ptr,
-    M, R, parts,
-    threshold, rescale,
+    part_ptr, bias_ptr, z_ptr, out_ptr, h_ptr, seed_ptr, scale_ptr,
+    M, R, widths, parts,
+    stride_zm, stride_outm,
+    scale, threshold, rescale,
     STAGE: tl.constexpr, ACTIVATION: tl.constexpr, PAIRED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -98,8 +103,9 @@ def _finish(
         part_ptrs += tl.cast(M, tl.int64) * R
 
     finish_hidden(
-        acc, bias_ptr, z_ptr, out_ptr, h_ptr, seed_ptr, offs_m, start_r, M, R,
-        threshold, rescale, STAGE, ACTIVATION, PAIRED, BLOCK_R,
+        acc, bias_ptr, z_ptr, out_ptr, h_ptr, seed_ptr, offs_m, start_r, M, R, stride_zm,
+        stride_outm, threshold, rescale, STAGE, ACTIVATION, PAIRED, BLOCK_R, widths, scale,
+        scale_ptr,
     )  # fmt: skip
 
 
@@ -114,13 +120,17 @@ def shrink(
     activation: str = "identity",
     dropout: Dropout = NO_DROPOUT,
     with_h: bool = False,
+    widths: tuple[int, ...] | None = None,
+    out: torch.Tensor | None = None,
+    scale: Scale | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return `out` and, if asked for, `h`.
+    """Return `out`, written where it is given, and, if asked for, `h`.
 
-    Dropout falls on x in the linear stage, on the hidden units in the others.
+    Dropout falls on x in the linear stage, on the hidden units in the others; `widths` belong to
+    the forward stage.
     """
     (M, K), R = x.shape, f.shape[0]
-    out = x.new_empty(M, R, dtype=torch.float32)
+    out = x.new_empty(M, R, dtype=torch.float32) if out is None else out
     h = x.new_empty(M, R) if with_h else None
     if M == 0:
         return out, h
@@ -128,16 +138,19 @@ def shrink(
         "bias_ptr": None if bias is None else bias.contiguous(),
         "z_ptr": z,
         "h_ptr": h,
+        "stride_zm": 0 if z is None else z.stride(0),
         "STAGE": stage,
         "ACTIVATION": activation,
-        **dropout.arguments(M, K if stage == "linear" else R),
+        "widths": widths,
+        **scale_arguments(scale),
+        **dropout.arguments(M, *((K,) if stage == "linear" else widths or (R,))),
     }
     parts = out if config.split == 1 else x.new_empty(config.split, M, R, dtype=torch.float32)
     grid = (triton.cdiv(M, config.block_m) * triton.cdiv(R, config.block_r), config.split)
     _shrink[grid](
         x_ptr=x, f_ptr=f, out_ptr=parts, M=M, K=K, R=R,
         stride_xm=x.stride(0), stride_xk=x.stride(1), stride_fr=f.stride(0), stride_fk=f.stride(1),
-        EVEN_K=K % config.block_k == 0, SPLIT_K=config.split,
+        stride_outm=out.stride(0), EVEN_K=K % config.block_k == 0, SPLIT_K=config.split,
         BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=config.block_r,
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
         **hidden,
@@ -153,6 +166,7 @@ def finish(parts: torch.Tensor, out: torch.Tensor, hidden: dict) -> None:
     BLOCK_R = min(64, max(16, triton.next_power_of_2(R)))
     BLOCK_M = 1024 // BLOCK_R
     _finish[(triton.cdiv(M, BLOCK_M), triton.cdiv(R, BLOCK_R))](
-        part_ptr=parts, out_ptr=out, M=M, R=R, parts=P, BLOCK_M=BLOCK_M, BLOCK_R=BLOCK_R,
-        num_warps=4, num_stages=1, enable_fp_fusion=True, **hidden,
+        part_ptr=parts, out_ptr=out, stride_outm=out.stride(0), M=M, R=R, parts=P,
+        BLOCK_M=BLOCK_M, BLOCK_R=BLOCK_R, num_warps=4, num_stages=1, enable_fp_fusion=True,
+        **hidden,
     )  # fmt: skip

@@ -4,7 +4,7 @@
 
 | name    | shape     | dtype                   | strides    |
 | x       | [M, K]    | fp16, bf16, fp32        | any        |
-| s       | [M, R]    | any float, cast to x's  | contiguous |
+| s       | [M, R]    | any float, cast to x's  | rows in a wider matrix |
 | df      | [P, R, K] | fp32, one part for each range of rows | contiguous |
 | columns | [P, K]    | fp32, column sums of x  | contiguous |
 
@@ -27,7 +27,7 @@ from .arguments import NO_DROPOUT, Dropout
 def _shrink_backward(
     x_ptr, s_ptr, df_ptr, columns_ptr, seed_ptr,
     M, K, R,
-    stride_xm, stride_xk,
+    stride_xm, stride_xk, stride_sm,
     threshold, rescale,
     PAIRED: tl.constexpr,
     SPLIT_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -43,7 +43,7 @@ def _shrink_backward(
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
     mask_k, mask_r = offs_k < K, offs_r < R
     x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
-    s_ptrs = s_ptr + offs_m[:, None] * R + offs_r[None, :]
+    s_ptrs = s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :]
 
     acc = tl.zeros([BLOCK_K, BLOCK_R], tl.float32)
     columns = tl.zeros([BLOCK_K], tl.float32)
@@ -60,7 +60,7 @@ def _shrink_backward(
         acc = tl.dot(tl.trans(x), s, acc, input_precision="ieee")
         offs_m += BLOCK_M
         x_ptrs += BLOCK_M * stride_xm
-        s_ptrs += BLOCK_M * R
+        s_ptrs += BLOCK_M * stride_sm
 
     if seed_ptr is not None:
         acc *= tl.cast(rescale, tl.float32)
@@ -88,7 +88,7 @@ def shrink_backward(
     grid = (triton.cdiv(K, config.block_k), triton.cdiv(R, config.block_r), P)
     _shrink_backward[grid](
         x_ptr=x, s_ptr=s, df_ptr=df, columns_ptr=columns, M=M, K=K, R=R,
-        stride_xm=x.stride(0), stride_xk=x.stride(1), SPLIT_M=P,
+        stride_xm=x.stride(0), stride_xk=x.stride(1), stride_sm=s.stride(0), SPLIT_M=P,
         BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=config.block_r,
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
         **dropout.arguments(M, K),

@@ -121,9 +121,15 @@ def expand_gradients(
     wants_b: bool,
     wants_dot: bool,
     wants_columns: bool,
+    into: tuple[torch.Tensor, Scale] | None = None,
 ) -> ExpandGradients:
-    """Back through the expand and its hidden stage (None: linear, z is S)."""
+    """Back through the expand and its hidden stage (None: linear, z is S).
+
+    The hidden gradient goes into a matrix [M, R] by a scale, where both are given.
+    """
     stage = {} if hidden is None else {"stage": "backward", **hidden._asdict()}
+    if into is not None:
+        stage["out"], stage["scale"] = into
     (N, R), wants_product = b.shape, wants_b or wants_dot
     if wants_hidden and wants_product and R <= tiling.MAX_ONE_READ_RANK:
         config = tuning.config("expand_backward", Shape(dy.shape[0], N, r=R, dtype=dy.dtype), chip)

@@ -1,6 +1,6 @@
 """What follows a product with a packed weight: scales, columns apart, the low-rank term, biases.
 
-    y = acc·row·column + xa Waᵀ + s·(mask·(S Bᵀ) + bias_low) + bias
+    y = acc·row·column + xa Waᵀ + s·(mask·(S Bᵀ) + bias_low) + bias + residual
 
 | name           | shape     | dtype                      | strides    |
 | acc or parts   | [P, M, N] | fp32 or int32, P sums      | contiguous |
@@ -8,9 +8,10 @@
 | column         | [N]       | fp32                       | contiguous |
 | xa             | [M, A]    | y's; A at most 16          | contiguous |
 | wa             | [N, A]    | y's                        | any        |
-| s              | [M, R]    | any float, cast to y's     | contiguous |
+| s              | [M, R]    | any float, cast to y's     | rows in a wider matrix |
 | b              | [N, R]    | any float, cast to y's     | any        |
 | bias, bias_low | [N]       | any float                  | contiguous |
+| residual       | [M, N]    | y's; may be y              | contiguous |
 | y              | [M, N]    | fp16, bf16, fp32           | contiguous |
 
 Any of them may be absent. Everything is fp32 until the store. The scale multiplies S in fp32 before
@@ -32,9 +33,9 @@ MOST_APART = 16  # columns: one step of a dot
 
 @triton.jit
 def finish_tile(
-    acc, row_ptr, column_ptr, xa_ptr, wa_ptr, s_ptr, b_ptr, bias_ptr, bias_low_ptr, y_ptr,
-    seed_ptr, scale_ptr, offs_m, start_n, M, N, R, A, stride_wan, stride_waa, stride_bn, stride_br,
-    scale, threshold, rescale,
+    acc, row_ptr, column_ptr, xa_ptr, wa_ptr, s_ptr, b_ptr, bias_ptr, bias_low_ptr,
+    residual_ptr, y_ptr, seed_ptr, scale_ptr, offs_m, start_n, M, N, R, A,
+    stride_wan, stride_waa, stride_sm, stride_bn, stride_br, scale, threshold, rescale,
     PAIRED: tl.constexpr, RANK_BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -59,14 +60,14 @@ def finish_tile(
         sigma = effective_scale(scale, scale_ptr)
         if seed_ptr is None:
             acc = _add_low_rank(
-                acc, s_ptr, b_ptr, sigma, offs_m, offs_n, M, N, R, stride_bn, stride_br, dtype,
-                RANK_BLOCKS, BLOCK_R,
+                acc, s_ptr, b_ptr, sigma, offs_m, offs_n, M, N, R, stride_sm, stride_bn, stride_br,
+                dtype, RANK_BLOCKS, BLOCK_R,
             )  # fmt: skip
         else:
             low = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             low = _add_low_rank(
-                low, s_ptr, b_ptr, sigma, offs_m, offs_n, M, N, R, stride_bn, stride_br, dtype,
-                RANK_BLOCKS, BLOCK_R,
+                low, s_ptr, b_ptr, sigma, offs_m, offs_n, M, N, R, stride_sm, stride_bn, stride_br,
+                dtype, RANK_BLOCKS, BLOCK_R,
             )  # fmt: skip
             keep = keep_mask(seed_ptr, offs_m, start_n, N, threshold, PAIRED, BLOCK_N)
             acc += tl.where(keep, low * tl.cast(rescale, tl.float32), 0.0)
@@ -75,14 +76,17 @@ def finish_tile(
             acc += (bias_low * sigma)[None, :]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    y_ptrs = y_ptr + offs_m[:, None] * N + offs_n[None, :]
-    tl.store(y_ptrs, acc.to(dtype), mask=mask_m[:, None] & mask_n[None, :])
+    mask = mask_m[:, None] & mask_n[None, :]
+    offs = offs_m[:, None] * N + offs_n[None, :]
+    if residual_ptr is not None:
+        acc += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + offs, acc.to(dtype), mask=mask)
 
 
 @triton.jit
 def _add_low_rank(
-    acc, s_ptr, b_ptr, sigma, offs_m, offs_n, M, N, R, stride_bn, stride_br, dtype: tl.constexpr,
-    RANK_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr,
+    acc, s_ptr, b_ptr, sigma, offs_m, offs_n, M, N, R, stride_sm, stride_bn, stride_br,
+    dtype: tl.constexpr, RANK_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """`acc + (σ S) Bᵀ`, float32 [BLOCK_M, BLOCK_N]."""
     mask_m, mask_n = offs_m < M, offs_n < N
@@ -90,7 +94,7 @@ def _add_low_rank(
     for block in tl.range(0, RANK_BLOCKS, num_stages=1):
         offs_r = block * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
         mask_r = offs_r < R
-        s_ptrs = s_ptr + offs_m[:, None] * R + offs_r[None, :]
+        s_ptrs = s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :]
         b_ptrs = b_ptr + offs_r[:, None] * stride_br + offs_n[None, :] * stride_bn
         s = tl.load(s_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0).to(tl.float32)
         b = tl.load(b_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0).to(dtype)
@@ -100,10 +104,10 @@ def _add_low_rank(
 
 @triton.jit(do_not_specialize=["M", "parts", "threshold"])
 def _finish_product(
-    part_ptr, row_ptr, column_ptr, xa_ptr, wa_ptr, s_ptr, b_ptr, bias_ptr, bias_low_ptr, y_ptr,
-    seed_ptr, scale_ptr,
+    part_ptr, row_ptr, column_ptr, xa_ptr, wa_ptr, s_ptr, b_ptr, bias_ptr, bias_low_ptr,
+    residual_ptr, y_ptr, seed_ptr, scale_ptr,
     M, N, R, A, parts,
-    stride_wan, stride_waa, stride_bn, stride_br,
+    stride_wan, stride_waa, stride_sm, stride_bn, stride_br,
     scale, threshold, rescale,
     PAIRED: tl.constexpr, RANK_BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -121,9 +125,10 @@ def _finish_product(
         part_ptrs += tl.cast(M, tl.int64) * N
 
     finish_tile(
-        acc, row_ptr, column_ptr, xa_ptr, wa_ptr, s_ptr, b_ptr, bias_ptr, bias_low_ptr, y_ptr,
-        seed_ptr, scale_ptr, offs_m, start_n, M, N, R, A, stride_wan, stride_waa, stride_bn,
-        stride_br, scale, threshold, rescale, PAIRED, RANK_BLOCKS, BLOCK_M, BLOCK_N, BLOCK_R,
+        acc, row_ptr, column_ptr, xa_ptr, wa_ptr, s_ptr, b_ptr, bias_ptr, bias_low_ptr,
+        residual_ptr, y_ptr, seed_ptr, scale_ptr, offs_m, start_n, M, N, R, A, stride_wan,
+        stride_waa, stride_sm, stride_bn, stride_br, scale, threshold, rescale, PAIRED,
+        RANK_BLOCKS, BLOCK_M, BLOCK_N, BLOCK_R,
     )  # fmt: skip
 
 
@@ -140,6 +145,7 @@ class Epilogue(NamedTuple):
     column: torch.Tensor | None = None
     xa: torch.Tensor | None = None
     wa: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -152,10 +158,12 @@ class Epilogue(NamedTuple):
         return {
             "row_ptr": self.row, "column_ptr": _contiguous(self.column), "xa_ptr": self.xa,
             "wa_ptr": wa, "s_ptr": self.s, "b_ptr": b, "bias_ptr": _contiguous(self.bias),
-            "bias_low_ptr": _contiguous(self.bias_low), "y_ptr": y, "scale_ptr": self.scale.tensor,
+            "bias_low_ptr": _contiguous(self.bias_low), "residual_ptr": self.residual, "y_ptr": y,
+            "scale_ptr": self.scale.tensor,
             "M": M, "N": N, "R": R, "A": 0 if wa is None else wa.shape[1],
             "stride_wan": 0 if wa is None else wa.stride(0),
             "stride_waa": 0 if wa is None else wa.stride(1),
+            "stride_sm": 0 if self.s is None else self.s.stride(0),
             "stride_bn": 0 if b is None else b.stride(0),
             "stride_br": 0 if b is None else b.stride(1),
             "scale": self.scale.value, "RANK_BLOCKS": triton.cdiv(R, config.block_r) if R else 0,

@@ -12,6 +12,7 @@ after it, rather than held twice: the base stays at one byte a number, with one 
 is that of `core.eight_bit`.
 """
 
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -25,10 +26,11 @@ from ..low_rank import steps
 from ..low_rank.arguments import NO_DROPOUT, UNSCALED, Dropout, Scale
 from .eight_bit import eight_bit
 from .epilogue import Epilogue, finish
-from .round_rows import round_rows
+from .round_rows import Rounded, round_rows
 from .unpack import unpack
 from .weight_only import weight_only
 
+EIGHT_BIT = ("int8", "fp8")
 _LONG_SUM = 8192  # from here on fp8 sums are kept precise in the forward too
 
 
@@ -62,19 +64,46 @@ def dense(weight: torch.Tensor | Packed, dtype: torch.dtype, chip: Chip) -> torc
     if isinstance(weight, torch.Tensor):
         return weight
     N, K = weight.weight.shape
-    config = tuning.config("unpack", Shape(1, N, K, dtype=dtype), chip)
+    config = tuning.config(f"unpack_{weight.weight.format}", Shape(1, N, K, dtype=dtype), chip)
     copy = unpack(weight.weight, dtype, config=config)
     return copy.t() if weight.transposed else copy
 
 
+def rounded_once(
+    x: torch.Tensor, weights: Iterable[torch.Tensor | Packed], chip: Chip
+) -> dict[str, Rounded]:
+    """x in the 8 bits that products by these weights take, by their names."""
+    packed = (weight for weight in weights if isinstance(weight, Packed) and x.numel())
+    dtypes = {weight.how: weight.weight.data.dtype for weight in packed if weight.how in EIGHT_BIT}
+    return {how: _rounded(x, how, dtype, None, chip) for how, dtype in dtypes.items()}
+
+
 def product(
-    x: torch.Tensor, weight: torch.Tensor | Packed, bias: torch.Tensor | None, chip: Chip
+    x: torch.Tensor,
+    weight: torch.Tensor | Packed,
+    bias: torch.Tensor | None,
+    chip: Chip,
+    *,
+    rounded: Mapping[str, Rounded] | None = None,
 ) -> torch.Tensor:
-    """`x Wᵀ + bias` [M, N] in x's dtype; by the vendor where the weight is, or becomes, dense."""
+    """`x Wᵀ + bias` [M, N] in x's dtype; by the vendor where the weight is, or becomes, dense.
+
+    `rounded`: what `rounded_once` made of x.
+    """
     if isinstance(weight, Packed) and not _becomes_dense(weight):
-        return _packed(x, weight, Epilogue(bias=bias), chip)
+        return _packed(x, weight, Epilogue(bias=bias), chip, rounded)
     copy = dense(weight, x.dtype, chip)
     return functional.linear(x, copy, None if bias is None else bias.to(x.dtype))
+
+
+def add_product(
+    x: torch.Tensor, weight: torch.Tensor | Packed, into: torch.Tensor, chip: Chip
+) -> None:
+    """`into += x Wᵀ` [M, N], rounded once."""
+    if isinstance(weight, Packed) and not _becomes_dense(weight):
+        _packed(x, weight, Epilogue(residual=into), chip)
+    else:
+        into.addmm_(x, dense(weight, x.dtype, chip).t())
 
 
 def expanded(
@@ -89,10 +118,11 @@ def expanded(
     bias_low: torch.Tensor | None = None,
     scale: Scale = UNSCALED,
     dropout: Dropout = NO_DROPOUT,
+    rounded: Mapping[str, Rounded] | None = None,
 ) -> torch.Tensor:
-    """`x Wᵀ + bias + s·(mask·(S Bᵀ) + bias_low)` over any base."""
+    """`x Wᵀ + bias + s·(mask·(S Bᵀ) + bias_low)` over any base; `rounded` as in `product`."""
     if isinstance(weight, Packed) and not _becomes_dense(weight):
-        return _packed(x, weight, Epilogue(s, b, bias, bias_low, scale, dropout), chip)
+        return _packed(x, weight, Epilogue(s, b, bias, bias_low, scale, dropout), chip, rounded)
     return steps.expanded(
         x, dense(weight, x.dtype, chip), s, b, chip, vendor=vendor, bias=bias, bias_low=bias_low,
         scale=scale, dropout=dropout,
@@ -104,20 +134,33 @@ def _becomes_dense(weight: Packed) -> bool:
     return weight.how == "dense" or (weight.how == "weight_only" and weight.transposed)
 
 
-def _packed(x: torch.Tensor, weight: Packed, epilogue: Epilogue, chip: Chip) -> torch.Tensor:
+def _rounded(
+    x: torch.Tensor, how: str, dtype: torch.dtype, factor: torch.Tensor | None, chip: Chip
+) -> Rounded:
+    config = tuning.config(f"round_rows_{how}", Shape(*x.shape, dtype=x.dtype), chip)
+    return round_rows(x, dtype, factor, config=config)
+
+
+def _packed(
+    x: torch.Tensor,
+    weight: Packed,
+    epilogue: Epilogue,
+    chip: Chip,
+    rounded_rows: Mapping[str, Rounded] | None = None,
+) -> torch.Tensor:
     packed = weight.weight
     if weight.how == "weight_only":
-        bits = 4 if packed.format == "int4" else 8
         shape = _shape(x, packed.shape[0], epilogue)
-        config = tuning.config(f"weight_only_{bits}", shape, chip)
+        config = tuning.config(f"weight_only_{packed.format}", shape, chip)
         return weight_only(x, packed, epilogue, config=config)
     N = packed.shape[1 if weight.transposed else 0]
-    y = x.new_empty(x.shape[0], N)
+    y = x.new_empty(x.shape[0], N) if epilogue.residual is None else epilogue.residual
     if not y.numel():
         return y
-    dtype = packed.data.dtype
-    config = tuning.config("round_rows", Shape(*x.shape, dtype=x.dtype), chip)
-    rounded = round_rows(x, dtype, packed.scale if weight.transposed else None, config=config)
+    rounded = (rounded_rows or {}).get(weight.how)
+    if rounded is None:
+        factor = packed.scale if weight.transposed else None
+        rounded = _rounded(x, weight.how, packed.data.dtype, factor, chip)
     epilogue = epilogue._replace(row=rounded.scale, xa=rounded.apart)
     if weight.transposed:
         data = packed.data.t()
@@ -130,7 +173,7 @@ def _packed(x: torch.Tensor, weight: Packed, epilogue: Epilogue, chip: Chip) -> 
     if weight.vendor:
         return _by_torch(rounded.q, data, y, epilogue, chip)
     precise = weight.transposed or x.shape[1] > _LONG_SUM
-    config = tuning.config("eight_bit", _shape(x, N, epilogue), chip)
+    config = tuning.config(f"eight_bit_{weight.how}", _shape(x, N, epilogue), chip)
     eight_bit(rounded.q, data, y, epilogue, config=config, precise=precise)
     return y
 
@@ -149,7 +192,7 @@ def _by_torch(
     """torch's 8-bit product of q [M, K] and data [N, K], then one pass for what is left."""
     M, N = y.shape
     shape = Shape(M, N, r=epilogue.rank, dtype=y.dtype, masked=epilogue.dropout.p > 0)
-    config = tuning.config("finish_product", shape, chip)
+    config = tuning.config(f"finish_product_{_format(q)}", shape, chip)
     if q.dtype == torch.int8:
         finish(torch._int_mm(q, data.t())[None], y, epilogue, config=config)
         return y
@@ -159,10 +202,14 @@ def _by_torch(
         q, data.t(), epilogue.row[:, None], column[None].contiguous(), out_dtype=y.dtype
     )
     left = epilogue._replace(row=None, column=None)
-    if left.s is None and left.bias is None:
+    if left.s is None and left.bias is None and left.residual is None:
         return parts
     finish(parts[None], y, left, config=config)
     return y
+
+
+def _format(q: torch.Tensor) -> str:
+    return "int8" if q.dtype == torch.int8 else "fp8"
 
 
 def _shape(x: torch.Tensor, out_features: int, epilogue: Epilogue) -> Shape:

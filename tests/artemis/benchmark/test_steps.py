@@ -1,5 +1,7 @@
 """Steps: what they train, how they are counted, and what the gate refuses."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -82,6 +84,35 @@ def test_flops_are_those_of_the_step_itself(arm):
     with FlopCounterMode(display=False) as counter:
         training.backward()
     assert training_flops(arm, sizes, 2, 16) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("arm", ["full-bf16", "hybrid"])
+def test_checkpointing_runs_every_layer_once_more_and_changes_no_gradient(arm):
+    """And that is counted: the layers' forward comes on top, the head's does not."""
+    sizes = replace(architecture("64x3"), vocabulary=96)
+    cell = Cell("64x3", 3, sizes.vocabulary, 2, 16, whole=True)
+    calls, gradients = [], []
+    for name in (arm, f"{arm}-checkpointed"):
+        model = (training := prepare(Step("train", name, cell)).step).model
+        count = []
+        for layer in model.model.layers:
+            layer.mlp.up_proj.register_forward_hook(lambda *_, count=count: count.append(1))
+        torch.manual_seed(0)  # of the dropout masks
+        training.backward()
+        calls.append(len(count))
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    assert calls == [3, 6]
+    assert all(torch.equal(gradients[0][name], again) for name, again in gradients[1].items())
+
+    model = build(cell.architecture, torch.bfloat16, 32)
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        model.model(random_tokens(96, 2, 16))  # all but the head
+    plain, again = (training_flops(n, sizes, 2, 16) for n in (arm, f"{arm}-checkpointed"))
+    # What a layer's last product gives, no gradient needs.
+    forward = counter.get_total_flops() - 3 * 2 * 32 * sizes.intermediate * sizes.hidden
+    more = again - plain
+    assert more == forward if arm == "full-bf16" else more > forward  # its products, and adapters
 
 
 def test_decoding_starts_from_the_same_cache_each_time():

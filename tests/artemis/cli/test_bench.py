@@ -136,11 +136,41 @@ def test_memory(tmp_path):
     assert full["memory"]["peak"] > full["memory"]["states"] > hybrid["memory"]["states"]
 
 
+def test_memory_with_checkpointing(tmp_path, capsys):
+    path = tmp_path / "memory.jsonl"
+    arguments = ["bench", "memory", "--models", "128x6", "--tokens", "1024", "--json", str(path)]
+    assert main([*arguments, "--arms", "full-bf16", "full-bf16-checkpointed"]) == 0
+    kept, recomputed = (record for record in records(path) if record["kind"] == "row")
+    assert recomputed["memory"]["states"] == kept["memory"]["states"]
+    a_layer = 1024 * (8 * 128 + 3 * 352) * 2  # at the least: projections' inputs and outputs, bf16
+    saved = kept["memory"]["peak"] - recomputed["memory"]["peak"]
+    assert saved > 3 * a_layer
+    share = kept["memory"]["peak"] / recomputed["memory"]["peak"]
+    assert kept["peak_of"]["full-bf16-checkpointed"] == pytest.approx(share, abs=1e-4)
+    assert "all bf16, checkpointed" in capsys.readouterr().out
+
+
+def test_only_memory_checkpoints_by_itself(monkeypatch):
+    wanted = {}
+
+    def keep(session, settings, *rounds):
+        wanted[module] = settings[0].arms
+        return []
+
+    for module in ("train", "footprint"):
+        monkeypatch.setattr(f"artemis.benchmark.{module}.run", keep)
+        main(["bench", {"footprint": "memory"}.get(module, module), "--models", "64x1"])
+    assert set(wanted["footprint"]) - set(wanted["train"]) == {
+        name for name, arm in ARMS.items() if arm.recomputes
+    }
+    assert "hybrid-int8-checkpointed" in wanted["footprint"]
+
+
 def test_kernels_and_their_roofline(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("torch._dynamo.config.disable", True)  # compiling takes longer than all
     path, picture = tmp_path / "kernels.jsonl", tmp_path / "kernels.png"
-    arguments = ["bench", "kernels", "--models", "64x1", "--layers", "q", "gate", "block"]
+    arguments = ["bench", "kernels", "--models", "64x1", "--layers", "q", "gate", "block", "qkv"]
     arguments += ["--tokens", "1", "32", "--rounds", "2"]
     assert main([*arguments, "--json", str(path), "--plot", str(picture)]) == 0
     rows = [record for record in records(path) if record["kind"] == "row"]

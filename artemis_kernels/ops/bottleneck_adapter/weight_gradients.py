@@ -1,0 +1,194 @@
+"""Weight gradients of a bottleneck on x: dD and dU in one launch, then one sum of their parts.
+
+    dD = s·dzᵀ x      dU = s·dYᵀ h      db_d = s·Σ dz      db_u = s·Σ dY
+    ds = Σ (dYᵀ h) ⊙ U + Σ dY·b_u
+
+| name   | shape  | dtype                                  | strides    |
+| x, dy  | [M, K] | fp16, bf16, fp32; the same             | any        |
+| dz, h  | [M, R] | any float, cast to x's                 | contiguous |
+| parts  | [P, S] | fp32: dD [R, K], dU [K, R], and where biases are asked for Σ dz [R], Σ dY [K] |
+| ddown, dup, dbias_down, dbias_up | of D, U, b_d, b_u | any float | contiguous |
+
+Half of the programs sum over dzᵀ x, half over dYᵀ h: they share no operand, so that one program for
+both would only halve its tile. Blocks of rows are dealt to the P parts in turn, the last rows
+first: dX's launch left those of dY in the cache. `sum_gradients` adds the parts in a fixed order,
+whatever the scheduling.
+
+4·M·K·R FLOPs; bytes: x and dy once for each BLOCK_R columns of the hidden matrices, dz and h once
+for each BLOCK_K columns of x (from the cache), 8·P·K·R written and read. h is read and not drawn
+again from z: in 16 bits it is half of z's bytes, and is read K / BLOCK_K times.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ...core.tiles import effective_scale
+from ...core.tiling import Config
+from ..low_rank.arguments import UNSCALED, Scale
+
+_BLOCK_P = 16
+_BLOCK = 128
+
+
+@triton.jit
+def _over_rows(
+    a_ptr, s_ptr, offs_k, offs_r, part, M, K, R, stride_am, stride_ak,
+    SUMS: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """`Σ_m a[m, k]·s[m, r]` over a part's rows, and Σ_m of what SUMS names: `a`, `s` or nothing."""
+    mask_k, mask_r = offs_k < K, offs_r < R
+    blocks = tl.cdiv(M, BLOCK_M)
+    acc = tl.zeros([BLOCK_K, BLOCK_R], tl.float32)
+    sums = tl.zeros([BLOCK_R if SUMS == "s" else BLOCK_K], tl.float32)
+    for block in range(part, blocks, PARTS):
+        offs_m = (blocks - 1 - block).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < M
+        a_ptrs = a_ptr + offs_m[:, None] * stride_am + offs_k[None, :] * stride_ak
+        s_ptrs = s_ptr + offs_m[:, None] * R + offs_r[None, :]
+        a = tl.load(a_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        s = tl.load(s_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+        if SUMS == "a":
+            sums += tl.sum(a.to(tl.float32), 0)
+        elif SUMS == "s":
+            sums += tl.sum(s.to(tl.float32), 0)
+        acc = tl.dot(tl.trans(a), s.to(a.dtype), acc, input_precision="ieee")
+    return acc, sums
+
+
+@triton.jit(do_not_specialize=["M"])
+def _weight_gradients(
+    x_ptr, dy_ptr, dz_ptr, h_ptr, part_ptr,
+    M, K, R, S,
+    stride_xm, stride_xk, stride_dym, stride_dyk,
+    WITH_SUMS: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    tiles_k = tl.cdiv(K, BLOCK_K)
+    pid_k, of_up = tl.program_id(0) % tiles_k, tl.program_id(0) // tiles_k
+    pid_r, part = tl.program_id(1), tl.program_id(2)
+
+    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K).to(tl.int64)
+    offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
+    mask_k, mask_r = offs_k < K, offs_r < R
+    mask = mask_k[:, None] & mask_r[None, :]
+    size = tl.cast(K, tl.int64) * R
+    part_ptr += part.to(tl.int64) * S
+    if of_up == 0:
+        ddown, dz_sums = _over_rows(
+            x_ptr, dz_ptr, offs_k, offs_r, part, M, K, R, stride_xm, stride_xk,
+            "s" if WITH_SUMS else "", PARTS, BLOCK_M, BLOCK_K, BLOCK_R,
+        )  # fmt: skip
+        tl.store(part_ptr + offs_r[None, :] * K + offs_k[:, None], ddown, mask=mask)
+        if WITH_SUMS:
+            tl.store(part_ptr + 2 * size + offs_r, dz_sums, mask=mask_r & (pid_k == 0))
+    else:
+        dup, dy_sums = _over_rows(
+            dy_ptr, h_ptr, offs_k, offs_r, part, M, K, R, stride_dym, stride_dyk,
+            "a" if WITH_SUMS else "", PARTS, BLOCK_M, BLOCK_K, BLOCK_R,
+        )  # fmt: skip
+        tl.store(part_ptr + size + offs_k[:, None] * R + offs_r[None, :], dup, mask=mask)
+        if WITH_SUMS:
+            tl.store(part_ptr + 2 * size + R + offs_k, dy_sums, mask=mask_k & (pid_r == 0))
+
+
+@triton.jit(do_not_specialize=["P"])
+def _sum_gradients(
+    part_ptr, ddown_ptr, dup_ptr, dbias_down_ptr, dbias_up_ptr, up_ptr, bias_up_ptr, dots_ptr,
+    scale_ptr,
+    P, K, R, S,
+    stride_uk, stride_ur,
+    scale,
+    BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+
+    offs = pid * BLOCK + tl.arange(0, BLOCK)
+    offs_p = tl.arange(0, BLOCK_P)
+    part_ptrs = part_ptr + offs_p.to(tl.int64)[:, None] * S + offs[None, :]
+
+    acc = tl.zeros([BLOCK], tl.float32)
+    for p in range(0, P, BLOCK_P):
+        part = tl.load(part_ptrs, mask=(p + offs_p < P)[:, None] & (offs < S)[None, :], other=0.0)
+        acc += tl.sum(part, 0)
+        part_ptrs += tl.cast(S, tl.int64) * BLOCK_P
+
+    # Where each of the four begins; a block may hold the end of one and the start of the next.
+    size = tl.cast(K, tl.int64) * R
+    of_up, of_bias_down = offs - size, offs - 2 * size
+    of_bias_up = of_bias_down - R
+    mask_up, mask_bias_up = (of_up >= 0) & (of_up < size), (of_bias_up >= 0) & (of_bias_up < K)
+    out = acc * effective_scale(scale, scale_ptr)
+    tl.store(ddown_ptr + offs, out, mask=offs < size)
+    if dup_ptr is not None:
+        tl.store(dup_ptr + of_up, out, mask=mask_up)
+    if dbias_down_ptr is not None:
+        tl.store(
+            dbias_down_ptr + of_bias_down, out, mask=(of_bias_down >= 0) & (of_bias_down < R)
+        )  # fmt: skip
+    if dbias_up_ptr is not None:
+        tl.store(dbias_up_ptr + of_bias_up, out, mask=mask_bias_up)
+    if dots_ptr is not None:
+        up_ptrs = up_ptr + of_up // R * stride_uk + of_up % R * stride_ur
+        other = tl.load(up_ptrs, mask=mask_up, other=0.0).to(tl.float32)
+        if bias_up_ptr is not None:
+            bias = tl.load(bias_up_ptr + of_bias_up, mask=mask_bias_up, other=0.0)
+            other += bias.to(tl.float32)
+        tl.store(dots_ptr + pid, tl.sum(acc * other))
+
+
+def weight_gradients(
+    x: torch.Tensor,
+    dy: torch.Tensor,
+    dz: torch.Tensor,
+    h: torch.Tensor,
+    *,
+    config: Config,
+    with_sums: bool = False,
+) -> torch.Tensor:
+    """Return the parts [P, S], unscaled; `with_sums`: with those of Σ dz and Σ dY."""
+    (M, K), R = x.shape, dz.shape[1]
+    P, S = config.split if M else 0, 2 * K * R + (K + R if with_sums else 0)
+    parts = x.new_empty(P, S, dtype=torch.float32)
+    if M == 0:
+        return parts
+    grid = (2 * triton.cdiv(K, config.block_k), triton.cdiv(R, config.block_r), P)
+    _weight_gradients[grid](
+        x_ptr=x, dy_ptr=dy, dz_ptr=dz, h_ptr=h, part_ptr=parts, M=M, K=K, R=R, S=S,
+        stride_xm=x.stride(0), stride_xk=x.stride(1),
+        stride_dym=dy.stride(0), stride_dyk=dy.stride(1), WITH_SUMS=with_sums, PARTS=P,
+        BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=config.block_r,
+        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    return parts
+
+
+def sum_gradients(
+    parts: torch.Tensor,
+    ddown: torch.Tensor,
+    dup: torch.Tensor | None,
+    dbias_down: torch.Tensor | None = None,
+    dbias_up: torch.Tensor | None = None,
+    *,
+    scale: Scale = UNSCALED,
+    against: tuple[torch.Tensor, torch.Tensor | None] | None = None,
+) -> torch.Tensor | None:
+    """Write `s·Σ parts` into the gradients that are given.
+
+    `against` is (U, b_u or None): return the gradient of s without its float part, 0-d fp32.
+    """
+    (P, S), (R, K) = parts.shape, ddown.shape
+    blocks = triton.cdiv(S, _BLOCK)
+    up, bias_up = against or (None, None)
+    dots = None if against is None else parts.new_empty(blocks)
+    _sum_gradients[(blocks,)](
+        part_ptr=parts, ddown_ptr=ddown, dup_ptr=dup, dbias_down_ptr=dbias_down,
+        dbias_up_ptr=dbias_up, up_ptr=up,
+        bias_up_ptr=None if bias_up is None else bias_up.contiguous(), dots_ptr=dots,
+        scale_ptr=scale.tensor, P=P, K=K, R=R, S=S,
+        stride_uk=0 if up is None else up.stride(0), stride_ur=0 if up is None else up.stride(1),
+        scale=scale.value, BLOCK_P=_BLOCK_P, BLOCK=_BLOCK,
+        num_warps=4, num_stages=3, enable_fp_fusion=True,
+    )  # fmt: skip
+    return None if dots is None else dots.sum()

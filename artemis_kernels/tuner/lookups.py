@@ -1,0 +1,149 @@
+"""Which tiles a strategy looks up: the kernels of its fused path, and the shapes they work on.
+
+A second telling of what `ops` do, without triton and without running anything; a test holds it to
+what every strategy of every operation really asks for.
+"""
+
+from collections.abc import Iterable, Iterator
+
+from ..core import tiling, tuning
+from ..core.device import Chip
+from ..core.packed_choice import PRODUCTS
+from ..core.strategies import FROZEN, TENSOR, Case, candidates
+from ..core.tiling import Shape
+
+Lookup = tuple[str, Shape]  # a kernel, a key of `tiling.HEURISTICS`, and the shape
+
+
+def of_cases(cases: Iterable[Case], chip: Chip) -> list[Lookup]:
+    """Those of every strategy that could run `cases` on a chip, once each."""
+    found: dict[Lookup, None] = {}
+    for case in cases:
+        for strategy in candidates(case, chip):
+            found |= dict.fromkeys(of_strategy(case, strategy, chip))
+    return list(found)
+
+
+def of_strategy(case: Case, strategy: str, chip: Chip) -> list[Lookup]:
+    """Those of one strategy, once each; with those of its backward if the case trains."""
+    looks = {
+        "lora_linear": _lora_linear,
+        "adapter_linear": _adapter_linear,
+        "bottleneck_adapter": _bottleneck_adapter,
+        "quantized_linear": _quantized_linear,
+    }.get(case.op, _frozen_linear)
+    return list(dict.fromkeys(looks(case, strategy, chip)))
+
+
+def _lora_linear(case: Case, strategy: str, chip: Chip) -> Iterator[Lookup]:
+    _, m, k, n, r = case[:5]
+    dtype = case.torch_dtype
+    if strategy == "one_pass":
+        yield "one_pass", Shape(m, n, k, r, dtype)
+    else:
+        yield "shrink", Shape(m, k=k, r=r, dtype=dtype, masked=case.drops)
+        yield from _base(case, strategy, r)
+    if case.trains:
+        yield from _hidden_gradient(case)
+        yield "shrink_backward", Shape(m, k=k, r=r, dtype=dtype, masked=case.drops)
+        yield from _base(case, strategy, r, back=True)
+
+
+def _adapter_linear(case: Case, strategy: str, chip: Chip) -> Iterator[Lookup]:
+    _, m, k, n, r = case[:5]
+    dtype = case.torch_dtype
+    if strategy.startswith("plain"):
+        yield from _base(case, strategy, 0)
+        for trains in (False, True)[: 1 + case.trains]:
+            alone = case._replace(op="bottleneck_adapter", in_features=0, trains=trains)
+            how, _ = tuning.choose_bottleneck(Shape(m, k=n, r=r, dtype=dtype), trains, chip)
+            yield from _bottleneck_adapter(alone, how, chip)
+        if case.trains:
+            yield from _base(case, strategy, 0, back=True)
+        return
+    yield from _dense(case)
+    yield "shrink", Shape(m, k=k, r=r, dtype=dtype)
+    yield from _base(case, strategy, r)
+    if case.trains:
+        yield from _hidden_gradient(case)
+        yield "shrink_backward", Shape(m, k=k, r=r, dtype=dtype)
+        yield from _base(case, strategy, r, back=True)
+
+
+def _bottleneck_adapter(case: Case, strategy: str, chip: Chip) -> Iterator[Lookup]:
+    m, hidden, r = case.rows, case.out_features, case.width
+    across = Shape(m, k=hidden, r=r, dtype=case.torch_dtype)
+    update = Shape(m, hidden, r=r, dtype=case.torch_dtype)
+    if strategy == "row_block":
+        yield "row_block", across
+    else:
+        yield "shrink", across
+        yield "update", update
+    if not case.trains:
+        return
+    if strategy == "two_launch_one_read":
+        yield "expand_backward", update
+        yield "shrink_backward", across
+    else:
+        yield "weight_gradients", across
+
+
+def _quantized_linear(case: Case, strategy: str, chip: Chip) -> Iterator[Lookup]:
+    yield from _base(case, strategy, 0)
+    if case.trains:
+        yield from _base(case, strategy, 0, back=True)
+
+
+def _frozen_linear(case: Case, strategy: str, chip: Chip) -> Iterator[Lookup]:
+    _, m, k, n, r = case[:5]
+    dtype = case.torch_dtype
+    if strategy == "one_pass":
+        yield "one_pass", Shape(m, n, k, r, dtype)
+    elif case.op == FROZEN + "plain":
+        yield from _base(case, strategy, 0)
+        yield "shrink", Shape(m, k=n, r=r, dtype=dtype)
+        yield "update", Shape(m, n, r=r, dtype=dtype)
+    else:
+        yield "shrink", Shape(m, k=k, r=r, dtype=dtype)
+        yield from _base(case, strategy, r)
+
+
+def _hidden_gradient(case: Case) -> Iterator[Lookup]:
+    """Of the gradient of the hidden matrix, and of what multiplied it, from dY."""
+    m, n, r, dtype = case.rows, case.out_features, case.width, case.torch_dtype
+    if r <= tiling.MAX_ONE_READ_RANK:
+        yield "expand_backward", Shape(m, n, r=r, dtype=dtype)
+    else:
+        yield "shrink", Shape(m, k=n, r=r, dtype=dtype)
+        yield "shrink_backward", Shape(m, k=n, r=r, dtype=dtype)
+
+
+def _base(case: Case, strategy: str, r: int, back: bool = False) -> Iterator[Lookup]:
+    """Of the base's product with a low-rank term of rank r; `back`: of dX."""
+    _, m, k, n = case[:4]
+    k, n = (n, k) if back else (k, n)
+    dtype, vendor = case.torch_dtype, "vendor" in strategy
+    masked = back and case.drops and case.op == "lora_linear"  # a mask over x; others', over h
+    how = next((how for how in PRODUCTS if strategy.endswith(how)), TENSOR)
+    whole = Shape(m, n, k, r, dtype, masked)
+    if how == "weight_only" and not back:
+        yield f"weight_only_{case.format}", whole
+    elif how in (TENSOR, "dense", "weight_only"):
+        yield from _dense(case)
+        if r and vendor:
+            yield "update", Shape(m, n, r=r, dtype=dtype, masked=masked)
+        elif r:
+            yield "expand", whole
+    else:
+        yield f"round_rows_{how}", Shape(m, k, dtype=dtype)
+        if vendor:
+            yield f"finish_product_{how}", Shape(m, n, r=r, dtype=dtype, masked=masked)
+        else:
+            yield f"eight_bit_{how}", whole
+
+
+def _dense(case: Case) -> Iterator[Lookup]:
+    """Of a packed weight's dense copy."""
+    if case.format != TENSOR:
+        shape = Shape(1, case.out_features, case.in_features, dtype=case.torch_dtype)
+        yield f"unpack_{case.format}", shape
