@@ -131,9 +131,10 @@ def _notes(records: list[Record], known: dict[str, dict[int, Curve]], step: dict
         f" {len(known[BASELINE])} seeds; steps timed in {head['plan']['rounds']} rounds."
         f" {head['processor']['name']}, {head['threads']} threads,"
         f" torch {head['versions']['torch']}, {head['time'][:10]}."
-        " \\* at an end of the rates that were tried."
     )
-    return "\n".join([*lines, "", setting])
+    star = "\\* at an end of the rates that were tried"
+    ends = f"\n\n{star}" if any("*" in line for line in lines) else ""
+    return "\n".join([*lines, "", setting]) + ends
 
 
 def _arm(arm: str, runs: dict[int, Curve], rate: float, step: dict[str, Step]) -> str:
