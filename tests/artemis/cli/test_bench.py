@@ -166,9 +166,18 @@ def test_only_memory_checkpoints_by_itself(monkeypatch):
     assert "hybrid-int8-checkpointed" in wanted["footprint"]
 
 
-def test_kernels_and_their_roofline(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def uncompiled():
+    """`torch.compile` does nothing: it would take longer than all the rest."""
+    from torch._dynamo import config
+
+    with config.patch(disable=True):
+        yield
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_kernels_and_their_roofline(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr("torch._dynamo.config.disable", True)  # compiling takes longer than all
     path, picture = tmp_path / "kernels.jsonl", tmp_path / "kernels.png"
     arguments = ["bench", "kernels", "--models", "64x1", "--layers", "q", "gate", "block", "qkv"]
     arguments += ["--tokens", "1", "32", "--rounds", "2"]
