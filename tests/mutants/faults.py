@@ -112,8 +112,8 @@ EAGER = (
     Fault(
         "scale squared in the forward",
         f"{KERNELS}/ops/lora_linear/eager.py",
-        "lora_b.to(y.dtype).t(), alpha=scale)",
-        "lora_b.to(y.dtype).t(), alpha=scale * scale)",
+        "LowRank(_scaled(s, scale_tensor), lora_b, scale)",
+        "LowRank(_scaled(s, scale_tensor), lora_b, scale * scale)",
         ("tests/ops/test_lora_linear.py::test_number_as_scale_without_bias",),
     ),
     Fault(
