@@ -132,6 +132,20 @@ def test_few_rows_in_one_pass(format, reads_output, activation):
     assert error < 0.02 and (truth - base).abs().max() > 0.5, error
 
 
+@pytest.mark.parametrize("out_features", [1, 3, 6, 41])
+@pytest.mark.parametrize("in_features", [1, 7, 33, 65, 255, 257, 1000])
+@pytest.mark.parametrize("format", [None, "int8", "fp8"])
+def test_a_row_of_any_width(format, in_features, out_features):
+    """Every column counts, to the last: the one row's own loops over it, of each format."""
+    tensors, held, exact = layer(in_features, out_features, format, BF16, 1)
+    adapter = FrozenAdapter.lora(tensors["lora_a"], tensors["lora_b"] * 0)
+    x = tensors["x"].double()
+    difference = frozen_linear(tensors["x"], held, adapter).double() - x @ exact.t()
+    # y is rounded once; fixed point keeps 15 bits of a block's largest, a sum fp32's 24 bits.
+    allowed = 2.0**-8 * (x @ exact.t()).abs() + 2.0**-13 * (x.abs() @ exact.abs().t())
+    assert (difference.abs() <= allowed).all()
+
+
 @interpreted
 @pytest.mark.parametrize("dtype", [SINGLE, HALF], ids=str)
 @pytest.mark.parametrize("format", FORMATS)

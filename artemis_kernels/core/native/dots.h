@@ -53,6 +53,17 @@ static inline __m512bh load_bf16(const uint8_t *p) { return (__m512bh)_mm512_loa
 
 static inline __m512bh load_x(const uint16_t *p) { return (__m512bh)_mm512_loadu_si512(p); }
 
+/* out[j] = Σ sums[j]: four at once take a third of the instructions of four reductions. */
+static inline void reduce4(const __m512 *sums, float *out) {
+    __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(sums[0], sums[1]),
+                              _mm512_unpackhi_ps(sums[0], sums[1]));
+    __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(sums[2], sums[3]),
+                              _mm512_unpackhi_ps(sums[2], sums[3]));
+    __m512 abcd = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
+
 /* out[i][j] = Σ x[i, :]·w[j] for ROWS rows of x, zero-padded to `pitch`, by COLUMNS rows of w. */
 #define DOT(NAME, LOAD, SIZE, ROWS, COLUMNS)                                                      \
     static void NAME(const uint16_t *x, int64_t pitch, const uint8_t *const *w, int64_t k,        \
@@ -84,9 +95,31 @@ DOT(int8_8, load_int8, 1, 8, 2)
 DOT(fp8_1, load_fp8, 1, 1, 4)
 DOT(fp8_4, load_fp8, 1, 4, 4)
 DOT(fp8_8, load_fp8, 1, 8, 2)
-DOT(bf16_1, load_bf16, 2, 1, 4)
 DOT(bf16_4, load_bf16, 2, 4, 4)
 DOT(bf16_8, load_bf16, 2, 8, 2)
+
+/* A single row of x: rows of w one after the other, from end to end, for which memory gives a core
+   half as much again as for four in turns. Two sums, since one would wait for itself. */
+static void bf16_1(const uint16_t *x, int64_t pitch, const uint8_t *const *w, int64_t k,
+                   float out[8][4]) {
+    (void)pitch;
+    __m512 sums[4];
+    for (int j = 0; j < 4; ++j) {
+        __m512 even = _mm512_setzero_ps(), odd = even;
+        int64_t c = 0;
+        for (; c + 64 <= k; c += 64) {
+            even = _mm512_dpbf16_ps(even, load_x(x + c), load_bf16(w[j] + 2 * c));
+            odd = _mm512_dpbf16_ps(odd, load_x(x + c + 32), load_bf16(w[j] + 2 * c + 64));
+        }
+        for (; c < k; c += 32) {
+            __mmask32 within = k - c >= 32 ? ~0u : (1u << (k - c)) - 1;
+            __m512i values = _mm512_maskz_loadu_epi16(within, w[j] + 2 * c);
+            even = _mm512_dpbf16_ps(even, load_x(x + c), (__m512bh)values);
+        }
+        sums[j] = _mm512_add_ps(even, odd);
+    }
+    reduce4(sums, out[0]);
+}
 
 static inline __m512bh codes(__m512i words) {
     return (__m512bh)_mm512_or_si512(words, _mm512_set1_epi16(0x4300));
@@ -168,8 +201,12 @@ static inline void dots(const Rows *x, int64_t top, int rows, const Packed *w, i
     if (w->format == FP8)
         PICK(fp8, block, x->pitch, lines, w->k, out);
 #if HAS_FIXED_POINT
-    else if (x->fixed)
-        int8_fixed(x->fixed, lines, w->k, out[0]);
+    else if (x->fixed) {
+        __m512 sums[4];
+        for (int j = 0; j < 4; ++j) sums[j] = int8_fixed(x->fixed, lines[j], w->k);
+        reduce4(sums, out[0]);
+        for (int j = 0; j < 4; ++j) out[0][j] -= 128 * x->fixed->sum;
+    }
 #endif
     else
         PICK(int8, block, x->pitch, lines, w->k, out);

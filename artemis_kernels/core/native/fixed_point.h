@@ -35,57 +35,51 @@ static inline int fix(const uint16_t *x, int64_t k, int64_t block, Fixed *to) {
         }
         float largest = from_bf16(most), step = largest / 32512;
         if (most >= 0x7f80u || (most && largest < 1e-30f)) return 0;
-        float inverse = most ? 1 / step : 0;
-        int32_t total = 0, sizes = 0;
-        for (int64_t c = 0; c < count; ++c) {
-            int32_t value = (int32_t)rintf(from_bf16(x[from + c]) * inverse);
-            int32_t high = (value + 128) >> 8;
-            to->high[from + c] = (int8_t)high;
-            to->low[from + c] = (int8_t)(value - 256 * high);
-            total += value;
-            sizes += value < 0 ? -value : value;
+        __m512 inverse = _mm512_set1_ps(most ? 1 / step : 0);
+        __m512i totals = _mm512_setzero_si512(), sizes = totals;
+        for (int64_t c = from; c < from + count; c += 16) {
+            int64_t left = from + count - c;
+            __mmask16 within = left >= 16 ? 0xffff : (1u << left) - 1;
+            __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(within, x + c));
+            __m512 numbers = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+            __m512i values = _mm512_cvtps_epi32(_mm512_mul_ps(numbers, inverse));
+            __m512i high = _mm512_srai_epi32(_mm512_add_epi32(values, _mm512_set1_epi32(128)), 8);
+            __m512i low = _mm512_sub_epi32(values, _mm512_slli_epi32(high, 8));
+            _mm512_mask_cvtepi32_storeu_epi8(to->high + c, within, high);
+            _mm512_mask_cvtepi32_storeu_epi8(to->low + c, within, low);
+            totals = _mm512_add_epi32(totals, values);
+            sizes = _mm512_add_epi32(sizes, _mm512_abs_epi32(values));
         }
-        if (most && 32512 * count > 64 * (int64_t)sizes) return 0;
+        if (most && 32512 * count > 64 * (int64_t)_mm512_reduce_add_epi32(sizes)) return 0;
         to->steps[b] = step;
-        to->sum += step * (float)total;
+        to->sum += step * (float)_mm512_reduce_add_epi32(totals);
     }
     return 1;
 }
 
-/* sums[j] += one block of w[j] by x, its numbers read as 128 too large; `parts` of 64 columns. */
-static inline __attribute__((always_inline)) void int8_block(const Fixed *x,
-                                                             const uint8_t *const *w, int64_t from,
-                                                             int parts, int64_t k, __m512 *sums) {
-    __m512i values[4][4], acc[4];
-    for (int j = 0; j < 4; ++j) acc[j] = _mm512_setzero_si512();
-    for (int p = 0; p < parts; ++p) {
-        int64_t c = from + 64 * p;
-        __m512i high = _mm512_loadu_si512(x->high + c);
-        __mmask64 within = k - c >= 64 ? ~0ull : (1ull << (k - c)) - 1;
-        for (int j = 0; j < 4; ++j) {
-            __m512i bytes = _mm512_maskz_loadu_epi8(within, w[j] + c);
-            values[p][j] = _mm512_xor_si512(bytes, _mm512_set1_epi8(-128));
-            acc[j] = _mm512_dpbusd_epi32(acc[j], values[p][j], high);
-            __builtin_prefetch(w[j] + c + 2048);
-        }
+/* sum + one block of a row of int8 by x, its numbers read as 128 too large; up to `end`. */
+static inline __attribute__((always_inline)) __m512 int8_block(const Fixed *x, const uint8_t *w,
+                                                               int64_t from, int64_t end,
+                                                               __m512 sum) {
+    __m512i high = _mm512_setzero_si512(), low = high;
+    for (int64_t c = from; c < end; c += 64) {
+        __mmask64 within = end - c >= 64 ? ~0ull : (1ull << (end - c)) - 1;
+        __m512i bytes = _mm512_maskz_loadu_epi8(within, w + c);
+        __m512i values = _mm512_xor_si512(bytes, _mm512_set1_epi8(-128));
+        high = _mm512_dpbusd_epi32(high, values, _mm512_loadu_si512(x->high + c));
+        low = _mm512_dpbusd_epi32(low, values, _mm512_loadu_si512(x->low + c));
     }
-    for (int j = 0; j < 4; ++j) acc[j] = _mm512_slli_epi32(acc[j], 8);
-    for (int p = 0; p < parts; ++p) {
-        __m512i low = _mm512_loadu_si512(x->low + from + 64 * p);
-        for (int j = 0; j < 4; ++j) acc[j] = _mm512_dpbusd_epi32(acc[j], values[p][j], low);
-    }
+    __m512i whole = _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
     __m512 step = _mm512_set1_ps(x->steps[from / BLOCK]);
-    for (int j = 0; j < 4; ++j)
-        sums[j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[j]), step, sums[j]);
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), step, sum);
 }
 
-static void int8_fixed(const Fixed *x, const uint8_t *const *w, int64_t k, float *out) {
-    __m512 sums[4];
-    for (int j = 0; j < 4; ++j) sums[j] = _mm512_setzero_ps();
+/* What adds up to x·(w + 128). A row is read from end to end: memory gives a core more that way than by four rows in turns. */
+static __m512 int8_fixed(const Fixed *x, const uint8_t *w, int64_t k) {
+    __m512 sum = _mm512_setzero_ps();
     int64_t from = 0;
-    for (; from + BLOCK <= k; from += BLOCK) int8_block(x, w, from, 4, k, sums);
-    if (from < k) int8_block(x, w, from, (int)((k - from + 63) / 64), k, sums);
-    for (int j = 0; j < 4; ++j) out[j] = _mm512_reduce_add_ps(sums[j]) - 128 * x->sum;
+    for (; from + BLOCK <= k; from += BLOCK) sum = int8_block(x, w, from, from + BLOCK, sum);
+    return from < k ? int8_block(x, w, from, k, sum) : sum;
 }
 
 /* The same for row `number` of an int4 weight; x_sums are x's sums over groups. */
