@@ -13,6 +13,7 @@ from .ops import explain
 from .ops.adapter_linear.group import adapter_linear_group
 from .ops.adapter_linear.op import adapter_linear
 from .ops.bottleneck_adapter.op import bottleneck_adapter
+from .ops.cross_entropy.op import cross_entropy
 from .ops.frozen_linear.op import FrozenLinear, frozen_linear
 from .ops.lora_linear.group import lora_linear_group
 from .ops.lora_linear.op import lora_linear
@@ -30,6 +31,7 @@ __all__ = [
     "adapter_linear_group",
     "bottleneck_adapter",
     "choices",
+    "cross_entropy",
     "dropout_mask",
     "explain",
     "frozen_linear",

@@ -42,10 +42,14 @@ class Gpu(NamedTuple):
         """Seconds of kernels that move `size` bytes."""
         return size / (COPY * self.bandwidth) + kernels * LAUNCH
 
-    def product(self, m: int, k: int, n: int, format: str = "16-bit", back: bool = False) -> float:
+    def product(
+        self, m: int, k: int, n: int, format: str = "16-bit", back: bool = False,
+        rounded: bool = False,
+    ) -> float:  # fmt: skip
         """Seconds of the vendor's `x Wᵀ` in 16 bits, or of ours by a packed weight.
 
-        `back`: of `dY W`, x [m, k] standing for dY; by weight only there is none.
+        `back`: of `dY W`, x [m, k] standing for dY; by weight only there is none. `rounded`: a
+        product before this one left x in 8 bits.
         """
         (weight_bytes, share), ends = FORMATS[format], 2 * m * (k + n)
         in_16_bits = 2 * m * k * n / (GEMM_16 * self.rate_16)
@@ -59,7 +63,7 @@ class Gpu(NamedTuple):
             moved = (weight_bytes * k * n + ends) / (share * self.bandwidth)
             return max(operations, moved) + LAUNCH
         # x is read (twice where columns are kept apart), rounded, written and read.
-        rounding = self.passes(m * k * (3 + 2 * (format == "int8")))
+        rounding = 0.0 if rounded else self.passes(m * k * (3 + 2 * (format == "int8")))
         transposing = self.passes(2 * k * n) if back else 0.0
         return 2 * m * k * n / (GEMM_8 * self.rate_8) + LAUNCH + rounding + transposing
 
@@ -137,13 +141,17 @@ def full_step(gpu: Gpu, rows: int) -> float:
 
 
 def hybrid_step(gpu: Gpu, rows: int, format: str) -> float:
-    """The same products over a frozen base: LoRA on attention, folded bottlenecks elsewhere."""
+    """The same products over a frozen base: LoRA on attention, folded bottlenecks elsewhere.
+
+    Layers that read one x are a group, which rounds it once.
+    """
     seconds = 0.0
     for place, (k, outs) in enumerate(BLOCK):
         seconds += artemis(gpu, Case("", rows, k, outs, dropout=False))
-        for n in outs:
+        for index, n in enumerate(outs):
             if format != "16-bit":
-                seconds += gpu.product(rows, k, n, format) - gpu.product(rows, k, n)
+                seconds += gpu.product(rows, k, n, format, rounded=index > 0)
+                seconds -= gpu.product(rows, k, n)
                 seconds += gpu.product(rows, n, k, format, back=True) - gpu.product(rows, n, k)
             if place >= 2:  # D W, and dD through Wᵀ
                 seconds += 2 * gpu.product(WIDTH, n, k)

@@ -9,7 +9,7 @@ from artemis.benchmark.tables import Column, piped
 Record = dict[str, Any]
 _TOKENS = 1024
 _HYBRIDS = ("hybrid", "hybrid-int8")
-_BEST = "hybrid-int8"
+_BEST, _WITH_HEAD = "hybrid-int8", "hybrid-int8-head"
 
 
 def table(rows: Sequence[Record]) -> str:
@@ -17,9 +17,13 @@ def table(rows: Sequence[Record]) -> str:
     models: dict[str, dict[str, Record]] = {}
     for row in rows:
         if row["tokens"] == _TOKENS and "ms" in row:
-            models.setdefault(row["model"], {})[row["arm"]] = row
+            models.setdefault(_model(row), {})[row["arm"]] = row
     whole = [by for by in models.values() if {BASELINE, _BEST} <= by.keys()]
     return piped(_COLUMNS, [{**by[_BEST], "by": by} for by in whole])
+
+
+def _model(row: Record) -> str:
+    return row["model"] + (", compiled" if row.get("compiled") else "")
 
 
 def _samples(arm: str) -> Callable[[Record], str]:
@@ -38,12 +42,18 @@ def _times(baseline: str) -> Callable[[Record], str]:
     return cell
 
 
+def _times_with_head(row: Record) -> str:
+    measured = row["by"].get(_WITH_HEAD)
+    return _times(BASELINE)(measured) if measured else ""
+
+
 def _saved(baseline: str) -> Callable[[Record], str]:
     """What the hybrid's peak is below the baseline's."""
 
     def cell(row: Record) -> str:
         other = row["by"].get(baseline)
-        return f"{1 - _peak(row) / _peak(other):.0%}" if other else ""
+        measured = other and "memory" in other and "memory" in row
+        return f"{1 - _peak(row) / _peak(other):.0%}" if measured else ""
 
     return cell
 
@@ -53,12 +63,13 @@ def _peak(row: Record) -> float:
 
 
 _COLUMNS = (
-    Column("model", lambda row: row["model"], words=True),
+    Column("model", _model, words=True),
     Column("full, samples/s", _samples(BASELINE)),
     *(Column(f"{ARMS[arm].what}, samples/s", _samples(arm)) for arm in _HYBRIDS),
     Column("int8 base: speedup", _times(BASELINE)),
     Column("× fp32", _times("full-fp32")),
     Column("× all bf16", _times("full-bf16")),
+    Column("head in int8 too: speedup", _times_with_head),
     Column("less memory", _saved(BASELINE)),
     Column("than all bf16", _saved("full-bf16")),
     Column("FLOPs", lambda row: f"{row['flops_relative']:.0%}"),

@@ -53,7 +53,7 @@ _RATIO_HEADER = [
 ]
 #: What two rows of `artemis bench` must agree in to be about the same.
 _BENCH_KEYS = (
-    "model", "tokens", "sequence", "batch", "arm",
+    "model", "tokens", "sequence", "batch", "compiled", "arm",
     "op", "layer", "m", "k", "n", "r", "dropout", "pass", "dtype", "provider",
 )  # fmt: skip
 
@@ -224,7 +224,9 @@ def _machine(head: Record, rounds: str = "") -> str:
         for name, version in head["versions"].items()
         if name in ("python", "torch", "transformers", "peft")
     )
-    return f"{head['processor']['name']} ({flags}), {head['threads']} threads{rounds}; {versions}"
+    kept = f"; allocator: {head['allocator']}" if "allocator" in head else ""
+    name, threads = head["processor"]["name"], head["threads"]
+    return f"{name} ({flags}), {threads} threads{rounds}{kept}; {versions}"
 
 
 def _commit(head: Record) -> str:

@@ -16,7 +16,7 @@ from ..config import HybridAdapterConfig
 from ..errors import AdapterError
 from ..hybrid import add_hybrid_adapter_to_model
 from ..quantization import quantize_adapter_model
-from ..training import attention_for
+from ..training import attention_for, lean_loss
 
 TARGETS = HybridAdapterConfig().target_modules
 RANK = 8
@@ -31,8 +31,15 @@ class TrainingStep:
     Every arm runs the attention that is fastest for its precision: `attention_for`.
     """
 
-    def __init__(self, model: nn.Module, batch: torch.Tensor, autocast: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: torch.Tensor,
+        autocast: bool = False,
+        trainers_loss: bool = False,
+    ):
         self.model, self.batch, self.autocast = model, batch, autocast
+        self._loss = lean_loss if trainers_loss else contextlib.nullcontext
         computes_in = torch.bfloat16 if autocast else next(model.parameters()).dtype
         base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's
         base.set_attn_implementation(attention_for(computes_in, batch.device, batch.shape[1]))
@@ -50,7 +57,7 @@ class TrainingStep:
         context = contextlib.nullcontext()
         if self.autocast:
             context = torch.autocast(self.batch.device.type, torch.bfloat16)
-        with context:
+        with context, self._loss(self.model):
             loss = self.model(input_ids=self.batch, labels=self.batch).loss
         loss.backward()
         return loss
@@ -82,7 +89,8 @@ class Arm:
     `tolerance` replaces the rule of equal rounding where the arm itself rounds the base.
     `state_bytes` is what a weight of the base costs at the peak of a step, for planning. `trains`:
     it is measured in training too, not at inference only. `recomputes`: it trades time for memory,
-    which `artemis bench memory` shows by default.
+    which `artemis bench memory` shows by default. `trainers_loss`: as Artemis' trainer computes it,
+    not as transformers does.
     """
 
     name: str
@@ -96,13 +104,14 @@ class Arm:
     tolerance: float | None = None
     trains: bool = True
     recomputes: bool = False
+    trainers_loss: bool = False
 
     @property
     def is_full(self) -> bool:
         return self.reference is None
 
     def step(self, model: PreTrainedModel, batch: torch.Tensor) -> TrainingStep:
-        return TrainingStep(self.adapt(model), batch, self.autocast)
+        return TrainingStep(self.adapt(model), batch, self.autocast, self.trainers_loss)
 
 
 def full(model: PreTrainedModel) -> nn.Module:
@@ -117,12 +126,21 @@ def hybrid(model: PreTrainedModel, **settings) -> nn.Module:
     return add_hybrid_adapter_to_model(model, HybridAdapterConfig(**settings))
 
 
-def hybrid_quantized(model: PreTrainedModel, bits: int) -> nn.Module:
-    """The default hybrid over a base in 8 or 4 bits; the adapter stays in 32."""
+def hybrid_quantized(model: PreTrainedModel, bits: int, include_head: bool = False) -> nn.Module:
+    """The default hybrid over a base in 8 or 4 bits; the adapter stays in 32.
+
+    A head that is tied to the embedding stays as it is.
+    """
     adapted = hybrid(model)
     if not model.config.num_hidden_layers:
         return adapted
-    return quantize_adapter_model(adapted, bits=bits, adapter_bits=32, progress=False)
+    return quantize_adapter_model(
+        adapted,
+        bits=bits,
+        adapter_bits=32,
+        include_head=include_head and not model.config.tie_word_embeddings,
+        progress=False,
+    )
 
 
 def lora(model: PreTrainedModel, dropout: float, **settings) -> nn.Module:
@@ -186,16 +204,28 @@ ARMS = {
     for arm in (
         Arm("full-fp32", "full fine-tuning, fp32", _FP32, full, 16),
         Arm("full-autocast", "full fine-tuning, bf16 autocast", _FP32, full, 18, autocast=True),
+        Arm(
+            "full-autocast-lean", "full fine-tuning, bf16 autocast, Artemis' loss", _FP32, full, 18,
+            autocast=True, trainers_loss=True,
+        ),
         Arm("full-bf16", "full fine-tuning, all bf16", _BF16, full, 8),
         Arm(
             "peft", "PEFT LoRA, all linear, bf16", _BF16, peft_lora, 2,
             reference=partial(lora, dropout=0.0, impl="reference", adapter_dtype="model"),
             masks=False,
         ),
-        Arm("hybrid", "hybrid, bf16 base", _BF16, hybrid, 2, reference=_REFERENCE),
+        Arm(
+            "hybrid", "hybrid, bf16 base", _BF16, hybrid, 2, reference=_REFERENCE,
+            trainers_loss=True,
+        ),
         Arm(
             "hybrid-int8", "hybrid, int8 base", _BF16, partial(hybrid_quantized, bits=8), 2,
-            reference=_REFERENCE, tolerance=_INT8_TOLERANCE,
+            reference=_REFERENCE, tolerance=_INT8_TOLERANCE, trainers_loss=True,
+        ),
+        Arm(
+            "hybrid-int8-head", "hybrid, int8 base and head", _BF16,
+            partial(hybrid_quantized, bits=8, include_head=True), 2,
+            reference=_REFERENCE, tolerance=_INT8_TOLERANCE, trainers_loss=True,
         ),
         Arm(
             "hybrid-int4", "hybrid, int4 base", _BF16, partial(hybrid_quantized, bits=4), 2,

@@ -6,7 +6,7 @@ import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,13 +14,30 @@ _PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "numpy")
 _DECISIVE_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
 
 
-def facts() -> dict[str, Any]:
-    """Machine, versions and commit, as plain values for a JSON line."""
+_KEEPS, _AS_IT_COMES = "keeps freed memory", "as it comes"
+
+
+class Identity(NamedTuple):
+    """Equal for two runs whose times may stand in one table."""
+
+    processor: str
+    threads: int
+    gpu: str | None
+    torch: str
+    allocator: str
+
+
+def facts(keeps_memory: bool = False) -> dict[str, Any]:
+    """Machine, versions and commit, as plain values for a JSON line.
+
+    `keeps_memory`: what is timed keeps what it frees (`artemis.training.keep_freed_memory`).
+    """
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "allocator": _KEEPS if keeps_memory else _AS_IT_COMES,
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "versions": versions(),
         **source(),
@@ -83,10 +100,16 @@ def source() -> dict[str, Any]:
     return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(changed)}
 
 
-def identity(facts: dict[str, Any]) -> tuple[Any, ...]:
-    """Equal for two runs whose times may stand in one table: chip, threads and torch."""
+def identity(facts: dict[str, Any]) -> Identity:
+    """What decides over times: chip, threads, torch and allocator (older facts name none)."""
     gpu = facts.get("gpu") or {}
-    return facts["processor"]["name"], facts["threads"], gpu.get("name"), facts["versions"]["torch"]
+    return Identity(
+        facts["processor"]["name"],
+        facts["threads"],
+        gpu.get("name"),
+        facts["versions"]["torch"],
+        facts.get("allocator", _AS_IT_COMES),
+    )
 
 
 def _git(*arguments: str) -> str | None:

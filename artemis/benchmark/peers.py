@@ -6,13 +6,13 @@ norms, rotary embeddings, feed-forward activations and losses, and has nothing t
 """
 
 import importlib.util
-import shutil
 from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from .compiling import can_compile
 from .operations import Operation, Sizes, Tensors
 
 HAS_PEFT = importlib.util.find_spec("peft") is not None
@@ -57,13 +57,6 @@ def addmm(operation: Operation, dropout: float) -> Run:
         return torch.addmm(y, h, t["up"].t())
 
     return lora if operation.name == "lora_linear" else bottleneck
-
-
-def can_compile(device: torch.device) -> bool:
-    """Whether `torch.compile` finds what it generates code for: Triton, or a C++ compiler."""
-    if device.type == "cuda":
-        return importlib.util.find_spec("triton") is not None
-    return any(map(shutil.which, ("g++", "clang++")))
 
 
 def compiled(run: Run) -> Run:

@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..errors import AdapterError
+from ..training import keep_freed_memory
 from . import machine
 from .memory import available_memory, total_memory
 from .peaks import peaks as measured_peaks
@@ -28,7 +29,8 @@ Record = dict[str, Any]
 class Session:
     """Measures steps, each once, and appends what it learns to a file of JSON lines.
 
-    With `resume`, what the file holds already is not measured again, unless it was cut short.
+    With `resume`, what the file holds already is not measured again, unless it was cut short; nor
+    do times count that were taken with another allocator.
 
     Raises:
         AdapterError: the file to resume comes from another machine, thread count or torch.
@@ -37,7 +39,8 @@ class Session:
     def __init__(self, path: Path | None = None, resume: bool = False):
         self.path, self.run = path, uuid.uuid4().hex[:12]
         self.head: Record = {
-            "kind": "run", "run": self.run, **machine.facts(), "gpu": machine.accelerator()
+            "kind": "run", "run": self.run, **machine.facts(keep_freed_memory()),
+            "gpu": machine.accelerator(),
         }  # fmt: skip
         self.records: list[Record] = []
         self._header_is_written = False
@@ -46,19 +49,21 @@ class Session:
 
     def _take_over(self, records: list[Record]) -> None:
         own = machine.identity(self.head)
-        for record in records:
-            if record["kind"] == "run" and machine.identity(record) != own:
+        heads = {record["run"]: record for record in records if record["kind"] == "run"}
+        for head in heads.values():
+            if machine.identity(head)._replace(allocator=own.allocator) != own:
                 raise AdapterError(
-                    f"--resume: {self.path} was measured on {_named(record)}, and this is"
+                    f"--resume: {self.path} was measured on {_named(head)}, and this is"
                     f" {_named(self.head)}; allowed: the same processor, threads and torch"
                 )
-        commits = {record["commit"] for record in records if record["kind"] == "run"}
-        if commits - {self.head["commit"]}:
+        if {head["commit"] for head in heads.values()} - {self.head["commit"]}:
             warnings.warn(f"--resume: {self.path} holds results of another commit", stacklevel=2)
         self.records = [
             record
             for record in records
-            if record["kind"] != "run" and record.get("failed") in (None, _INACCURATE)
+            if record["kind"] != "run"
+            and record.get("failed") in (None, _INACCURATE)
+            and ("memory" in record or machine.identity(heads[record["run"]]) == own)
         ]
 
     def save(self, record: Record) -> None:
@@ -193,5 +198,5 @@ def _lines(job: Record) -> Iterator[Record]:
 
 
 def _named(head: Record) -> str:
-    name, threads, gpu, torch = machine.identity(head)
-    return f"{gpu or name} ({threads} threads, torch {torch})"
+    it = machine.identity(head)
+    return f"{it.gpu or it.processor} ({it.threads} threads, torch {it.torch})"

@@ -17,13 +17,17 @@ _SHARE = 0.8  # of the machine's memory that a cell may need
 
 @dataclass(frozen=True)
 class Setting:
-    """One model on one batch, and by which arms; `parts` says that it is extrapolated."""
+    """One model on one batch, and by which arms.
+
+    `parts` says that it is extrapolated, `compiled` that every arm runs under `torch.compile`.
+    """
 
     model: str
     batch: int
     sequence: int
     parts: bool
     arms: tuple[str, ...]
+    compiled: bool = False
 
     @property
     def tokens(self) -> int:
@@ -31,15 +35,20 @@ class Setting:
 
     def describe(self, workload: str) -> Record:
         """What a row of a table says of its setting."""
+        mode = {"compiled": True} if self.compiled else {}
         return {
             "model": self.model, "tokens": self.tokens, "sequence": self.sequence,
-            "batch": self.batch, "how": described(self.estimate(workload)),
+            "batch": self.batch, **mode, "how": described(self.estimate(workload)),
         }  # fmt: skip
 
     def steps(self, workload: str) -> list[Step]:
         """Every arm on every cell."""
         cells = list(self.estimate(workload))
-        return [Step(workload, arm, cell) for arm in self.arms for cell in cells]
+        return [self.step(workload, arm, cell) for arm in self.arms for cell in cells]
+
+    def step(self, workload: str, arm: str, cell: Cell) -> Step:
+        """One of them."""
+        return Step(workload, arm, cell, self.compiled)
 
     def estimate(self, workload: str) -> Estimate:
         """The cells to measure: as the most demanding of all arms allows, chosen now or not."""
@@ -62,6 +71,7 @@ def settings(
     sequence: int,
     arms: Sequence[str],
     measure: str = "auto",
+    compiled: bool = False,
 ) -> list[Setting]:
     """Every model with every number of tokens.
 
@@ -79,7 +89,8 @@ def settings(
         for tokens in token_counts:
             if tokens < sequence or tokens % sequence:
                 raise AdapterError(f"--tokens: got {tokens}, allowed: multiples of {sequence}")
-            found.append(Setting(model, tokens // sequence, sequence, parts, tuple(arms)))
+            batch = tokens // sequence
+            found.append(Setting(model, batch, sequence, parts, tuple(arms), compiled))
     return found
 
 
@@ -98,7 +109,7 @@ def checked_among(steps: Iterable[Step]) -> list[Step]:
 def time_of(session: Session, setting: Setting, arm: str, workload: str) -> Record:
     """`ms` of the whole model and the verdict of the gate, or `failed`: why there is no time."""
     estimate = setting.estimate(workload)
-    steps = {cell: Step(workload, arm, cell) for cell in estimate}
+    steps = {cell: setting.step(workload, arm, cell) for cell in estimate}
     failed = [reason for step in steps.values() if (reason := session.failed(step))]
     gates = [gate for step in steps.values() if (gate := session.value(step, "gate"))]
     found: Record = {"gate": gates[0]} if gates else {}

@@ -2,12 +2,15 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from transformers import PreTrainedModel
 
 from . import accuracy
 from .arms import ARMS, TrainingStep
+from .compiling import compile_model
 from .memory import forget_peak, peak_memory
 from .models import Cell, build, random_tokens
 
@@ -17,30 +20,32 @@ WORKLOADS = ("train", "prefill", "decode", "memory")
 
 
 class Step(NamedTuple):
-    """`workload` is one of WORKLOADS, `arm` a name of `ARMS`."""
+    """`workload` is one of WORKLOADS, `arm` a name of `ARMS`; `compiled`: by `torch.compile`."""
 
     workload: str
     arm: str
     cell: Cell
+    compiled: bool = False
 
     def __str__(self) -> str:
-        cell = self.cell
+        cell, how = self.cell, ", compiled" if self.compiled else ""
         layers = "1 layer" if cell.layers == 1 else f"{cell.layers} layers"
         return (
-            f"{self.workload} by {self.arm}, {cell.model}: {layers}, a vocabulary of"
+            f"{self.workload} by {self.arm}{how}, {cell.model}: {layers}, a vocabulary of"
             f" {cell.vocabulary:,}, {cell.batch} × {cell.sequence:,} tokens"
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a JSON line."""
         cell = dataclasses.asdict(self.cell)
-        return {"workload": self.workload, "arm": self.arm, **cell}
+        mode = {"compiled": True} if self.compiled else {}
+        return {"workload": self.workload, "arm": self.arm, **mode, **cell}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Step":
         """The step that a JSON line is about; its other values do not count."""
         cell = Cell(**{field.name: values[field.name] for field in dataclasses.fields(Cell)})
-        return cls(values["workload"], values["arm"], cell)
+        return cls(values["workload"], values["arm"], cell, values.get("compiled", False))
 
     @property
     def estimated_bytes(self) -> float:
@@ -75,20 +80,39 @@ def prepare(step: Step) -> Prepared:
 
 def _training_step(step: Step, reference: bool = False) -> TrainingStep:
     arm, cell = ARMS[step.arm], step.cell
+    compiled = step.compiled and not reference
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with device:
         model = build(cell.architecture, arm.dtype, cell.sequence + NEW_TOKENS)
         if not cell.whole and not arm.is_full:
-            model.get_input_embeddings().register_forward_hook(_let_gradients_reach)
+            _let_gradients_reach(model, compiled)
         adapt = arm.reference if reference else arm.adapt
         batch = random_tokens(cell.vocabulary, cell.batch, cell.sequence).to(device)
-        return TrainingStep(adapt(model), batch, arm.autocast)
+        adapted = adapt(model)
+    if compiled:
+        compile_model(adapted)
+    return TrainingStep(adapted, batch, arm.autocast, arm.trainers_loss)
 
 
-def _let_gradients_reach(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
-    """A forward hook: the backward goes on to this output, as it would to a layer below."""
+def _let_gradients_reach(model: PreTrainedModel, compiled: bool) -> None:
+    """Let the backward go on to what the first layer reads, as it would to a layer below."""
+    embeddings = model.get_input_embeddings()
+    if compiled:  # a compiled backward leaves out what no leaf's gradient is made of
+        leaf = torch.zeros((), dtype=model.dtype, requires_grad=True)
+        embeddings.register_forward_hook(partial(_add_leaf, leaf))
+    else:
+        embeddings.register_forward_hook(_require_gradient)
+
+
+def _require_gradient(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
     if torch.is_grad_enabled():
         output.requires_grad_()
+
+
+def _add_leaf(
+    leaf: torch.Tensor, module: torch.nn.Module, args: tuple, output: torch.Tensor
+) -> torch.Tensor:
+    return output + leaf
 
 
 def check(step: Step, prepared: Prepared) -> accuracy.Verdict:

@@ -97,14 +97,34 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
 
 
 def text(table: str, rows: Sequence[Record]) -> str:
-    """Aligned columns under their titles, and how each model was measured."""
-    return "\n".join([aligned(COLUMNS[table], rows), *_notes(rows)])
+    """Aligned columns under their titles, and how each model was measured; a table a mode."""
+    return "\n\n".join(
+        "\n".join([*heading, aligned(_filled(table, group), group), *_notes(group)])
+        for heading, group in _by_mode(rows)
+    )
 
 
 def markdown(table: str, rows: Sequence[Record]) -> str:
-    """The same as a Markdown table, its notes below."""
-    notes = "\n".join(f"- {note}" for note in _notes(rows))
-    return piped(COLUMNS[table], rows) + "\n\n" + notes
+    """The same as Markdown tables, their notes below."""
+    parts = []
+    for heading, group in _by_mode(rows):
+        notes = "\n".join(f"- {note}" for note in _notes(group))
+        parts += [*heading, piped(_filled(table, group), group), notes]
+    return "\n\n".join(parts)
+
+
+def _by_mode(rows: Sequence[Record]) -> list[tuple[list[str], list[Record]]]:
+    """A heading, or none, and its rows: what was compiled stands apart."""
+    eager = [row for row in rows if not row.get("compiled")]
+    compiled = [row for row in rows if row.get("compiled")]
+    modes = ([], eager), (["Every arm under `torch.compile`:"], compiled)
+    return [(heading, group) for heading, group in modes if group]
+
+
+def _filled(table: str, rows: Sequence[Record]) -> list[Column]:
+    """The columns of a table without those of memory where no row has any."""
+    measured = any("memory" in row for row in rows)
+    return [column for column in COLUMNS[table] if measured or column not in _MEMORY]
 
 
 def aligned(columns: Sequence[Column], rows: Sequence[Record]) -> str:

@@ -16,7 +16,8 @@ def run(session: Session, wanted: Sequence[Setting], rounds: int) -> list[Record
     for setting in wanted:
         steps = setting.steps("train")
         session.time(steps, checked_among(steps), rounds)
-        session.measure_memory(setting.steps("memory"))
+        if not setting.compiled:  # the compiler's own memory would count
+            session.measure_memory(setting.steps("memory"))
         for row in rows_of(session, setting):
             session.save(row)
             rows.append(row)
@@ -29,7 +30,7 @@ def rows_of(session: Session, setting: Setting) -> list[Record]:
     for arm in setting.arms:
         row = {"kind": "row", "table": "train", **setting.describe("train"), "arm": arm}
         row |= {"what": ARMS[arm].what, **time_of(session, setting, arm, "train")}
-        rows.append(row | memory_of(session, setting, arm))
+        rows.append(row | ({} if setting.compiled else memory_of(session, setting, arm)))
     times = {row["arm"]: row["ms"]["p50"] for row in rows if "ms" in row}
     for row in rows:
         if (ms := times.get(row["arm"])) is None:

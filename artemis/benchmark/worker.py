@@ -14,6 +14,8 @@ from typing import Any
 from transformers.utils import logging
 
 from ..errors import AdapterError
+from ..training import keep_freed_memory
+from .compiling import make_room_for_graphs, nothing_compiled
 from .runner import in_turns
 from .steps import Step, check, measure_memory, prepare
 
@@ -24,6 +26,7 @@ def run(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if steps[0].workload == "memory":
         yield {"step": 0, "memory": measure_memory(steps[0])}
         return
+    keep_freed_memory()
     providers, counts = {}, {}
     for number, step in enumerate(steps):
         prepared = prepare(step)
@@ -34,14 +37,16 @@ def run(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
             if not verdict.passed:
                 continue
         providers[number], counts[number] = prepared.run, prepared.count
-    warmup = job["warmup"]
-    for turn, number, milliseconds in in_turns(providers, warmup + job["rounds"]):
-        if turn >= warmup:
+    for _ in in_turns(providers, job["warmup"]):
+        pass
+    with nothing_compiled():
+        for _, number, milliseconds in in_turns(providers, job["rounds"]):
             yield {"step": number, "ms": milliseconds / counts[number]}
 
 
 def main() -> None:
     logging.set_verbosity_error()
+    make_room_for_graphs()
     warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for what will go
     try:
         for line in run(json.load(sys.stdin)):

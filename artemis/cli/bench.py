@@ -79,6 +79,9 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
     _add_training_arguments(parser)
+    parser.add_argument(
+        "--compile", action="store_true", help="every arm under torch.compile; no memory is shown"
+    )
     _add_rounds(parser, 8)
 
 
@@ -157,6 +160,7 @@ def _settings(
     sequence: int,
     arms: tuple[str, ...],
     default: tuple[str, ...] | None = None,
+    compiled: bool = False,
 ):
     """`arms` are allowed; what is not asked for is `default`, or all of them."""
     from ..benchmark.models import MODELS, SMALL
@@ -166,25 +170,33 @@ def _settings(
     for arm in args.arms or ():
         if arm not in arms:
             raise AdapterError(f"--arms: got {arm!r}, allowed: {', '.join(arms)}")
-    return settings(models, tokens, sequence, args.arms or default or arms, args.measure)
+    return settings(models, tokens, sequence, args.arms or default or arms, args.measure, compiled)
 
 
-def _training(args: argparse.Namespace, recomputing: bool):
-    """`recomputing`: whether arms with activation checkpointing are among the default ones."""
+def _training(args: argparse.Namespace, recomputing: bool, compiled: bool = False):
+    """`recomputing`: whether arms with activation checkpointing are among the default ones.
+
+    Not all of those can be compiled, and `compiled` allows none.
+    """
     from ..benchmark.arms import ARMS
 
     if args.sequence < 2:
         raise AdapterError(f"--sequence: got {args.sequence}, allowed: an integer from 2")
     tokens = args.tokens or ([1024, 2048, 8192, 32768] if args.full else [1024])
-    arms = tuple(name for name, arm in ARMS.items() if arm.trains)
+    arms = tuple(
+        name for name, arm in ARMS.items() if arm.trains and not (compiled and arm.recomputes)
+    )
     default = tuple(name for name in arms if recomputing or not ARMS[name].recomputes)
-    return _settings(args, tokens, args.sequence, arms, default)
+    return _settings(args, tokens, args.sequence, arms, default, compiled)
 
 
 def _train(args: argparse.Namespace):
     from ..benchmark import train
+    from ..benchmark.compiling import require_compiler
 
-    wanted = _training(args, recomputing=False)
+    if args.compile:
+        require_compiler("--compile")
+    wanted = _training(args, recomputing=False, compiled=args.compile)
     return lambda session: train.run(session, wanted, args.rounds)
 
 

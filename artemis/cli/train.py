@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from ..training import RunConfig, run_training
+from ..training import RunConfig, default_device, keep_freed_memory, run_training
 
 NAME = "train"
 SUMMARY = "train an adapter, or a whole model, as a YAML file says"
@@ -19,6 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if default_device().type == "cpu":
+        keep_freed_memory()
     result = run_training(RunConfig.from_yaml(args.config), resume=args.resume)
     if args.json:
         print(json.dumps(result))

@@ -20,6 +20,7 @@ EXAMPLE = (
 _OPERATIONS = (
     "lora_linear", "adapter_linear", "bottleneck_adapter", "quantized_linear",
     "frozen_linear:lora", "frozen_linear:folded", "frozen_linear:plain",
+    "lora_linear_group", "adapter_linear_group",
 )  # fmt: skip
 
 
@@ -27,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", default="adapter_linear", choices=_OPERATIONS)
     parser.add_argument(
         "--shapes", nargs="+", default=["2048x8192x64", "8192x2048x64"],
-        metavar="INxOUTxWIDTH", help="layers and their width or rank (default: a 1B Llama's)",
+        metavar="INxOUTxWIDTH",
+        help="layers and their width or rank (default: a 1B Llama's); of a group, its members",
     )  # fmt: skip
     parser.add_argument(
         "--rows", nargs="+", type=int, default=[128, 1024], metavar="N",
@@ -82,15 +84,19 @@ def _shown(args: argparse.Namespace, shapes: list[tuple[int, int, int]]) -> str:
         trains=not args.inference, dropout_p=0.1 if args.dropout else 0.0,
         device=args.chip or args.device,
     )  # fmt: skip
-    choices = {
-        f"{rows:,} rows, {'x'.join(map(str, shape))}": one for (shape, rows), one in found.items()
-    }
+    choices = {f"{rows:,} rows, {_sizes(shapes)}": one for (shapes, rows), one in found.items()}
     if args.json:
         return json.dumps({case: _as_json(one) for case, one in choices.items()}, indent=2)
     return "\n".join(
         "\n".join((f"{case}: {_sentence(one)}", *map(_tiles_line, one.tiles)))
         for case, one in choices.items()
     )
+
+
+def _sizes(shapes: tuple) -> str:
+    """As they were asked for; those of a group joined by plus signs."""
+    in_group = isinstance(shapes[0], tuple)
+    return " + ".join("x".join(map(str, shape)) for shape in (shapes if in_group else (shapes,)))
 
 
 def _as_json(one) -> dict:

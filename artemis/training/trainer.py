@@ -6,6 +6,7 @@ What differs from the parent:
   state, never the base; resuming from it continues the run bit for bit on a CPU;
 - the orthogonality penalty is added once per optimizer step, whatever the accumulation;
 - gains and biases of the adapter are not decayed;
+- a causal language model's loss is read from its logits as they are stored (`lean_loss`);
 - one process drives one GPU (several: `torchrun`), never `torch.nn.DataParallel`;
 - an adapter in 16 bits is trained, with a warning; a packed base is not sent round by DDP.
 
@@ -32,6 +33,7 @@ from ..errors import AdapterError, listed
 from ..orthogonality import orthogonality_penalty
 from ..quantized_layers import packed_layers
 from .config import TrainingConfig
+from .loss import lean_loss
 
 
 class Trainer(transformers.Trainer):
@@ -133,6 +135,10 @@ class Trainer(transformers.Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         self._require_model()
         return super().evaluation_loop(*args, **kwargs)
+
+    def compute_loss(self, *args: Any, **kwargs: Any):
+        with lean_loss(self.model):
+            return super().compute_loss(*args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)

@@ -110,16 +110,24 @@ def _interpreted(shape: Shape) -> Config:
 
 
 def _shrink(shape: Shape, chip: Chip) -> Config:
-    fp32 = shape.dtype == torch.float32
-    block_m = min(64, max(16, shape.m))
-    block_r = rank_block(shape.r, 32 if fp32 else 128)
+    fp32, registers = shape.dtype == torch.float32, _multiplies_from_registers(chip)
+    # Rows that vectors do not reach: every element brings its own address and mask, which a large
+    # tile spills.
+    ragged = shape.r % 8 != 0 or shape.k % 8 != 0
+    block_m = min(32 if ragged and registers else 64, max(16, shape.m))
+    block_r = rank_block(shape.r, 32 if fp32 else 64 if ragged else 128)
     # F arrives in fp32, twice the bytes of x: beside a wide one the step along k is halved.
-    block_k = 32 if fp32 else 128 if block_r <= 32 else 64
+    block_k = 32 if fp32 or shape.k % 8 else 128 if block_r <= 32 else 64
     split = _parts_to_fill(
         chip, _tiles(shape.m, block_m) * _tiles(shape.r, block_r), shape.k // block_k
     )
     stages = _stages(chip, 3, block_k * (block_m * shape.dtype.itemsize + block_r * 4))
-    return Config(block_m, block_k=block_k, block_r=block_r, split=split, stages=stages)
+    # Where k is cut, the stage's mask and z come later, in small tiles.
+    crowded = registers or (ragged and split == 1)
+    warps = 8 if block_r > (32 if crowded else 64) else 4
+    return Config(
+        block_m, block_k=block_k, block_r=block_r, split=split, warps=warps, stages=stages
+    )
 
 
 def _product(shape: Shape, chip: Chip) -> Config:
@@ -134,7 +142,7 @@ def _product(shape: Shape, chip: Chip) -> Config:
         tile = Config(64, 64, 32, stages=2)
     elif chip.backend == "hip":
         tile = Config(128, 128, 32, warps=8)
-    elif chip.generation < 90 or chip.generation >= 120:
+    elif _multiplies_from_registers(chip):
         tile = Config(128, 128, 32, warps=4 if shape.r <= 16 else 8, stages=4)
     elif shape.masked or shape.r > 64 or chip.generation >= 100:
         # Two programs a processor: one draws its mask, or stores, while the other multiplies.
@@ -180,7 +188,7 @@ def _expand_backward(shape: Shape, chip: Chip) -> Config:
 
 def _shrink_backward(shape: Shape, chip: Chip) -> Config:
     fp32 = shape.dtype == torch.float32
-    block_m = min(32 if fp32 else 64, max(16, shape.m))
+    block_m = min(32 if fp32 or _multiplies_from_registers(chip) else 64, max(16, shape.m))
     block_r = rank_block(shape.r, 32 if fp32 else 128)
     block_k = 64 if fp32 or block_r > 64 else 128
     split = _parts_to_fill(
@@ -195,8 +203,6 @@ def _weight_gradients(shape: Shape, chip: Chip) -> Config:
     tile = _shrink_backward(shape, chip)
     if shape.dtype == torch.float32:
         tile = replace(tile, warps=8)
-    elif chip.backend == "cuda" and not 90 <= chip.generation < 120:
-        tile = replace(tile, block_m=min(32, tile.block_m))  # both operands pass through registers
     programs = 2 * _tiles(shape.k, tile.block_k) * _tiles(shape.r, tile.block_r)
     return replace(tile, split=_parts_to_fill(chip, programs, shape.m // tile.block_m))
 
@@ -233,7 +239,7 @@ def _eight_bit(shape: Shape, chip: Chip) -> Config:
     """Tile of a product [m, k] x [k, n] of 8-bit numbers."""
     if shape.k % 16 or shape.n % 16:
         tile = Config(64, 64, 32, stages=2)
-    elif chip.backend == "hip" or chip.generation < 90 or chip.generation >= 120:
+    elif chip.backend == "hip" or _multiplies_from_registers(chip):
         tile = Config(128, 128, 64, warps=8)
     elif shape.masked and chip.generation >= 100:  # a mask beside a wider accumulator spills
         tile = Config(128, 64, 128, warps=8, stages=4)
@@ -285,6 +291,11 @@ HEURISTICS: dict[str, Callable[[Shape, Chip], Config]] = {
 
 def _tiles(size: int, block: int) -> int:
     return -(-size // block)
+
+
+def _multiplies_from_registers(chip: Chip) -> bool:
+    """Whether both operands of a product pass through registers: wgmma reads shared memory."""
+    return chip.backend == "cuda" and not 90 <= chip.generation < 120
 
 
 def _parts_to_fill(chip: Chip, programs: int, steps: int) -> int:

@@ -12,8 +12,8 @@ def explain(op: str | Callable, *args, **kwargs) -> Choice:
 
     Args:
         op: a public operation (`lora_linear`, `adapter_linear`, `bottleneck_adapter`,
-            `quantized_linear`, `frozen_linear`, `lora_linear_group`,
-            `adapter_linear_group`) or its name.
+            `quantized_linear`, `frozen_linear`, `lora_linear_group`, `adapter_linear_group`,
+            `cross_entropy`) or its name.
 
     Raises:
         ValueError: an unknown operation; and whatever the call itself would refuse.
@@ -21,6 +21,7 @@ def explain(op: str | Callable, *args, **kwargs) -> Choice:
     from .adapter_linear import group as adapter_linear_group
     from .adapter_linear import op as adapter_linear
     from .bottleneck_adapter import op as bottleneck_adapter
+    from .cross_entropy import op as cross_entropy
     from .frozen_linear import op as frozen_linear
     from .lora_linear import group as lora_linear_group
     from .lora_linear import op as lora_linear
@@ -28,7 +29,7 @@ def explain(op: str | Callable, *args, **kwargs) -> Choice:
 
     operations = (
         lora_linear, adapter_linear, bottleneck_adapter, quantized_linear, frozen_linear,
-        lora_linear_group, adapter_linear_group,
+        lora_linear_group, adapter_linear_group, cross_entropy,
     )  # fmt: skip
     known = {module.NAME: module for module in operations}
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))

@@ -9,6 +9,8 @@ from ..core import call
 from ..core.tiling import MAX_ONE_READ_RANK
 from ..core.types import Choice, Cost
 
+READ_ONCE = "x is read once for all"
+
 
 def by_member(op: str, count: int, **lists: Sequence | None) -> list[dict[str, Any]]:
     """`[{name: value}]`, one for each member; a list that is None gives None to all.
@@ -44,16 +46,21 @@ def choice(
     why_apart: str | None,
     costs: list[Cost],
     shared: Cost,
-    what: str = "x is read once for all",
+    what: str,
 ) -> Choice:
     """The `Choice` of a group; `shared` is what joining the members changes in their `costs`."""
     total = sum(costs, Cost(0, 0))
+    total = total if why_apart is not None else total + shared
+    return Choice(op, *path(each, why_apart, what), total)
+
+
+def path(each: list[call.Path], why_apart: str | None, what: str) -> call.Path:
+    """The path of a group; `what` is what joining comes down to."""
     strategies = " + ".join(path.strategy for path in each)
     impl = each[0].impl if len({path.impl for path in each}) == 1 else "mixed"
     if why_apart is not None:
-        return Choice(op, impl, f"each: {strategies}", why_apart, total)
-    reason = f"{each[0].reason}; {what}"
-    return Choice(op, impl, f"joined: {strategies}", reason, total + shared)
+        return call.Path(impl, f"each: {strategies}", why_apart)
+    return call.Path(impl, f"joined: {strategies}", f"{each[0].reason}; {what}")
 
 
 def joined(x: torch.Tensor, count: int) -> Cost:
@@ -79,6 +86,6 @@ def told(strategies: Sequence[str], ranks: Sequence[int]) -> str:
     """What joining these members in kernels comes down to, for `explain`."""
     (ahead, back), alone = (launches(strategies, ranks, joined) for joined in (True, False))
     return (
-        "x is read once for all: beside the base products "
+        f"{READ_ONCE}: beside the base products "
         f"{ahead} launches forward, {back} backward (single calls: {alone[0]}, {alone[1]})"
     )

@@ -1,6 +1,6 @@
 """What calls would take, and why, on this machine or on a chip that is not here; nothing runs."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,9 +11,15 @@ from ..core.device import CHIPS, INTERPRETER, Chip
 from ..core.quantized import QuantizedWeight, default_group_size
 from ..core.strategies import TENSOR, Case
 from ..core.tiling import Config
+from ..ops import members
+from ..ops.adapter_linear import group as adapter_linear_group
+from ..ops.lora_linear import group as lora_linear_group
 from . import lookups
-from .requests import case_of, check, check_device, check_dtype
+from .requests import calls_of, check, check_device, check_dtype
 from .workload import module_of
+
+_GROUPS = {module.NAME: module for module in (lora_linear_group, adapter_linear_group)}
+_Sizes = tuple[int, int, int]
 
 
 class Tiles(NamedTuple):
@@ -36,7 +42,7 @@ class Chosen(NamedTuple):
 
 
 def choices(
-    shapes: Iterable[tuple[int, int, int]],
+    shapes: Iterable[_Sizes],
     rows: Iterable[int],
     *,
     op: str = "adapter_linear",
@@ -45,8 +51,10 @@ def choices(
     trains: bool = True,
     dropout_p: float = 0.0,
     device: torch.device | str = "cpu",
-) -> dict[tuple[tuple[int, int, int], int], Chosen]:
+) -> dict[tuple[_Sizes | tuple[_Sizes, ...], int], Chosen]:
     """What a call of each shape and number of rows takes by the tables of `device`, or by costs.
+
+    A group is one call of all shapes, those of its members, and has them all in its key.
 
     Args:
         device: "cpu", a GPU that is here, or the name of a chip that need not be: "sm_90".
@@ -58,28 +66,33 @@ def choices(
     """
     shapes, rows = tuple(map(tuple, shapes)), tuple(rows)
     check("choices", shapes, rows, 1, op, weight, dtype)
-    place, found = _place(device, dtype), {}
-    for shape in shapes:
-        for m in rows:
-            case = case_of(op, m, *shape, dtype, weight, trains, dropout_p > 0)
-            found[shape, m] = _chosen(case, place)
-    return found
+    place = _place(device, dtype)
+    calls = calls_of(op, shapes, rows, dtype, weight, trains, dropout_p > 0)
+    return {key: _chosen(op, cases, place) for key, cases in calls.items()}
 
 
-def _chosen(case: Case, place: torch.device | Chip) -> Chosen:
+def _chosen(op: str, cases: Sequence[Case], place: torch.device | Chip) -> Chosen:
+    each, tiles = [_path(case, place) for case in cases], ()
+    if each[0].impl == "triton":
+        chip, strategies = devices.chip(place), [path.strategy for path in each]
+        tiles = tuple(
+            Tiles(kernel, shape.bucket.key, *tuning.config_and_origin(kernel, shape, chip))
+            for kernel, shape in lookups.of_call(cases, strategies, chip)
+        )
+    path = each[0]
+    if op in _GROUPS:
+        group, widths = _GROUPS[op], [case.width for case in cases]
+        path = members.path(each, group.why_apart(each), group.what_joins(each, widths))
+    return Chosen(op, *path, tiles)
+
+
+def _path(case: Case, place: torch.device | Chip) -> call.Path:
     impl, why = "triton", ""
     if isinstance(place, torch.device):
         impl, why = call.implementation(case.op, None, case.torch_dtype, place, False)
     usual = module_of(case.op).usual(case, impl, _weight(case, place), place)
     strategy, reason = tables.choice(case, impl, place, usual)
-    tiles = ()
-    if impl == "triton":
-        chip = devices.chip(place)
-        tiles = tuple(
-            Tiles(kernel, shape.bucket.key, *tuning.config_and_origin(kernel, shape, chip))
-            for kernel, shape in lookups.of_strategy(case, strategy, chip)
-        )
-    return Chosen(case.op, impl, strategy, " and ".join(filter(None, (why, reason))), tiles)
+    return call.Path(impl, strategy, " and ".join(filter(None, (why, reason))))
 
 
 def _weight(case: Case, place: torch.device | Chip) -> torch.Tensor | QuantizedWeight | None:

@@ -4,7 +4,8 @@ A second telling of what `ops` do, without triton and without running anything; 
 what every strategy of every operation really asks for.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
 
 from ..core import tiling, tuning
 from ..core.device import Chip
@@ -15,13 +16,27 @@ from ..core.tiling import Shape
 Lookup = tuple[str, Shape]  # a kernel, a key of `tiling.HEURISTICS`, and the shape
 
 
-def of_cases(cases: Iterable[Case], chip: Chip) -> list[Lookup]:
-    """Those of every strategy that could run `cases` on a chip, once each."""
+def of_calls(calls: Iterable[Sequence[Case]], chip: Chip) -> list[Lookup]:
+    """Those of every way to make the calls on a chip, once each.
+
+    A call is one case, or those of a group's members, whose single calls count too.
+    """
     found: dict[Lookup, None] = {}
-    for case in cases:
-        for strategy in candidates(case, chip):
-            found |= dict.fromkeys(of_strategy(case, strategy, chip))
+    for members in calls:
+        for call in (*((case,) for case in members), members):
+            for strategies in product(*(candidates(case, chip) for case in call)):
+                found |= dict.fromkeys(of_call(call, strategies, chip))
     return list(found)
+
+
+def of_call(members: Sequence[Case], strategies: Sequence[str], chip: Chip) -> list[Lookup]:
+    """Those of one call, once each; members of a group that do not join make their own."""
+    pairs = list(zip(members, strategies, strict=True))
+    together = len(pairs) > 1 and "one_pass" not in strategies
+    joined = [pair for pair in pairs if together and not pair[1].startswith("plain")]
+    apart = [pair for pair in pairs if pair not in joined]
+    looks = (look for pair in apart for look in of_strategy(*pair, chip))
+    return list(dict.fromkeys((*looks, *_joined(joined))))
 
 
 def of_strategy(case: Case, strategy: str, chip: Chip) -> list[Lookup]:
@@ -108,6 +123,28 @@ def _frozen_linear(case: Case, strategy: str, chip: Chip) -> Iterator[Lookup]:
         yield from _base(case, strategy, r)
 
 
+def _joined(pairs: Sequence[tuple[Case, str]]) -> Iterator[Lookup]:
+    """Of members with low-rank terms of x: one shrink for all, one sum over x, one dX."""
+    if not pairs:
+        return
+    first, folds = pairs[0][0], pairs[0][0].op == "adapter_linear"
+    r = sum(case.width for case, _ in pairs)
+    masked = first.drops and not folds
+    across = Shape(first.rows, k=first.in_features, r=r, dtype=first.torch_dtype, masked=masked)
+    yield "shrink", across
+    for case, strategy in pairs:
+        if folds:
+            yield from _dense(case)
+        yield from _base(case, strategy, case.width)
+    if not first.trains:
+        return
+    yield "shrink_backward", across
+    for place, (case, strategy) in enumerate(pairs):
+        yield from _hidden_gradient(case)
+        # The first product of dX takes the whole low-rank term along; the others are added to it.
+        yield from _base(case, strategy, 0 if place else r, back=True)
+
+
 def _hidden_gradient(case: Case) -> Iterator[Lookup]:
     """Of the gradient of the hidden matrix, and of what multiplied it, from dY."""
     m, n, r, dtype = case.rows, case.out_features, case.width, case.torch_dtype
@@ -123,7 +160,8 @@ def _base(case: Case, strategy: str, r: int, back: bool = False) -> Iterator[Loo
     _, m, k, n = case[:4]
     k, n = (n, k) if back else (k, n)
     dtype, vendor = case.torch_dtype, "vendor" in strategy
-    masked = back and case.drops and case.op == "lora_linear"  # a mask over x; others', over h
+    # A mask over x falls on dX's low-rank term; the others', over h, on none.
+    masked = back and r > 0 and case.drops and case.op == "lora_linear"
     how = next((how for how in PRODUCTS if strategy.endswith(how)), TENSOR)
     whole = Shape(m, n, k, r, dtype, masked)
     if how == "weight_only" and not back:

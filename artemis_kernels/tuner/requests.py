@@ -1,9 +1,25 @@
-"""What a user asks to have tuned or shown: checked, and as cases."""
+"""What a user asks to have tuned or shown: checked, and as the cases of calls."""
 
 import torch
 
 from ..core import device as devices
 from ..core.strategies import DTYPES, FROZEN, OPERATIONS, TENSOR, WEIGHTS, Case
+
+#: Operations of several members that read one x, and the operation of each.
+GROUPS = {"lora_linear_group": "lora_linear", "adapter_linear_group": "adapter_linear"}
+
+
+def calls_of(op: str, shapes: tuple, rows: tuple, *options) -> dict[tuple, tuple[Case, ...]]:
+    """The cases of each call by its shape and rows: one, or those of a group's members.
+
+    `shapes` of a group are those of its members, and all of them its key.
+    """
+    if op in GROUPS:
+        return {
+            (shapes, m): tuple(case_of(GROUPS[op], m, *shape, *options) for shape in shapes)
+            for m in rows
+        }
+    return {(shape, m): (case_of(op, m, *shape, *options),) for shape in shapes for m in rows}
 
 
 def case_of(op, m, k, n, width, dtype, weight, trains, drops) -> Case:
@@ -17,8 +33,9 @@ def case_of(op, m, k, n, width, dtype, weight, trains, drops) -> Case:
 
 def check(name: str, shapes, rows, rounds: int, op: str, weight: str, dtype: str) -> None:
     """Raise the ValueError of `name`'s arguments, if they are wrong."""
-    if op not in OPERATIONS:
-        raise ValueError(f"{name}: op must be one of {sorted(OPERATIONS)}, got {op!r}")
+    known = sorted({*OPERATIONS, *GROUPS})
+    if op not in known:
+        raise ValueError(f"{name}: op must be one of {known}, got {op!r}")
     if weight not in WEIGHTS:
         raise ValueError(f"{name}: weight must be one of {sorted(WEIGHTS)}, got {weight!r}")
     if op == "quantized_linear" and weight == TENSOR:
@@ -33,6 +50,9 @@ def check(name: str, shapes, rows, rounds: int, op: str, weight: str, dtype: str
     for size in (*rows, rounds, *(size for shape in shapes for size in shape)):
         if size < 1:
             raise ValueError(f"{name}: sizes, rows and rounds must be at least 1, got {size}")
+    reads = sorted({shape[0] for shape in shapes})
+    if op in GROUPS and len(reads) != 1:
+        raise ValueError(f"{name}: members of a group read one x, of one size in, got {reads}")
 
 
 def check_device(name: str, device: torch.device, dtype: str) -> None:

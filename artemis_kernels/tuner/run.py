@@ -8,7 +8,7 @@ import torch
 from ..core import device as devices
 from ..core import tables
 from ..core.tiling import next_power_of_2
-from .requests import case_of, check, check_device
+from .requests import calls_of, check, check_device
 
 
 def tune(
@@ -33,10 +33,13 @@ def tune(
 
     Args:
         shapes: `(in, out, width)` of the layers; width is the rank of `lora_linear` and not looked
-            at by `quantized_linear`; `bottleneck_adapter` works on `out`.
+            at by `quantized_linear`; `bottleneck_adapter` works on `out`. Those of a group's
+            members, in their order, where `op` is one.
         rows: numbers of rows; each stands for all down to half its power of two.
         op: "lora_linear", "adapter_linear", "bottleneck_adapter", "quantized_linear"; or
-            "frozen_linear:" and what is frozen: "lora", "folded" or "plain" (a bottleneck).
+            "frozen_linear:" and what is frozen: "lora", "folded" or "plain" (a bottleneck); or
+            "lora_linear_group", "adapter_linear_group": strategies are its members', tiles those of
+            their joint width too.
         weight: "tensor", or a packed format and its activation bits, as "int8:auto", "int4:16".
         dtype: of x and a tensor weight, by name; the adapter is float32.
         trains: time forward and backward, else the forward under `no_grad` (always of
@@ -58,11 +61,9 @@ def tune(
     shapes, rows, device = tuple(map(tuple, shapes)), tuple(rows), torch.device(device)
     check("tune", shapes, rows, rounds, op, weight, dtype)
     check_device("tune", device, dtype)
-    cases = tuple(dict.fromkeys(
-        case_of(op, next_power_of_2(m), *shape, dtype, weight, trains, dropout_p > 0)
-        for shape in shapes
-        for m in rows
-    ))  # fmt: skip
+    rows = tuple(map(next_power_of_2, rows))
+    calls = calls_of(op, shapes, rows, dtype, weight, trains, dropout_p > 0).values()
+    cases = tuple(dict.fromkeys(case for members in calls for case in members))
     chip = None if device.type == "cpu" else devices.chip(device)
     folder = tables.USER_TABLES if table is None else Path(table)
     path = tables.path_of(folder, tables.name_of(chip))
@@ -72,7 +73,7 @@ def tune(
     if chip is not None:
         from . import tiles
 
-        tiled = tiles.search(cases, path, chip, device, rounds=rounds, progress=progress)
+        tiled = tiles.search(calls, path, chip, device, rounds=rounds, progress=progress)
         tables.reload()
     real = search.Measured(device, rounds)
     found = search.strategies(

@@ -6,7 +6,7 @@
 3. by the compiled artefact: registers that spill, shared memory beyond the chip's.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
@@ -75,10 +75,10 @@ class Resources(NamedTuple):
 
 
 def search(
-    cases: Iterable[Case], path: Path, chip: Chip, device: torch.device, *, rounds: int,
+    calls: Iterable[Sequence[Case]], path: Path, chip: Chip, device: torch.device, *, rounds: int,
     progress: bool,
 ) -> dict[str, dict]:  # fmt: skip
-    """Entries of the tiles of every kernel that `cases` launch, in the table at `path` too."""
+    """Entries of the tiles of every kernel that `calls` launch, in the table at `path` too."""
 
     def measure(kernel: str, shape: Shape, configs: list[Config]) -> dict[Config, list[float]]:
         launch = launches.launcher(kernel, shape, chip, _operands(device))
@@ -89,7 +89,7 @@ def search(
         return compiled_resources(kernel, shape, config, chip)
 
     return tune_each(
-        lookups.of_cases(cases, chip), path, chip, resources=resources, measure=measure,
+        lookups.of_calls(calls, chip), path, chip, resources=resources, measure=measure,
         rounds=rounds, progress=progress,
     )  # fmt: skip
 

@@ -5,6 +5,6 @@ an odd reduction. Each case is `launch(chip)`, on meta tensors, with the configu
 chip would get.
 """
 
-from tests.aot import low_rank_cases, packed_cases
+from tests.aot import loss_cases, low_rank_cases, packed_cases
 
-CASES = (*low_rank_cases.CASES, *packed_cases.CASES)
+CASES = (*low_rank_cases.CASES, *packed_cases.CASES, *loss_cases.CASES)

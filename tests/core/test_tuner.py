@@ -304,6 +304,8 @@ def test_a_real_run_and_the_command(tmp_path, capsys):
         ({"rounds": 0}, "at least 1, got 0"),
         ({"rows": [0]}, "at least 1, got 0"),
         ({"shapes": [(1, 2)]}, "must be (in, out, width)"),
+        ({"shapes": [(8, 8, 2), (4, 8, 2)], "op": "lora_linear_group"}, "one size in, got [4, 8]"),
+        ({"shapes": [], "op": "adapter_linear_group"}, "one size in, got []"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(change, message):
@@ -411,6 +413,63 @@ def test_choices_on_a_chip_that_is_not_here(op, chip):
             assert one.impl == "triton" and one.strategy in candidates(case, CHIPS[chip])
             assert all(tile.origin == "default" for tile in one.tiles)
             assert "CPU" not in one.reason
+
+
+QKV = ((4096, 4096, 16), (4096, 1024, 16), (4096, 1024, 16))
+
+
+def test_choices_of_a_group_have_the_tiles_of_its_joint_width(capsys):
+    """What reads x for all members is of their ranks' sum, what follows one of them of its own."""
+    options = {"op": "lora_linear_group", "dropout_p": 0.1, "device": "sm_80"}
+    ((key, one),) = artemis_kernels.choices(QKV, [8000], **options).items()
+    assert key == (QKV, 8000) and one.strategy == "joined: split + split + split"
+    assert "x is read once for all" in one.reason and one.op == "lora_linear_group"
+    of_x, of_k = "8192 0 4096 48 bfloat16 masked", "8192 1024 4096 16 bfloat16"
+    assert {(tile.kernel, tile.shape) for tile in one.tiles} == {
+        ("shrink", of_x), ("shrink_backward", of_x),
+        ("expand", "8192 4096 4096 16 bfloat16"), ("expand", of_k),
+        ("expand_backward", "8192 4096 0 16 bfloat16"),
+        ("expand_backward", "8192 1024 0 16 bfloat16"),
+        ("expand", "8192 4096 4096 48 bfloat16 masked"),  # dX: q's, with all low-rank terms
+    }  # fmt: skip
+    command = ["tune", "--op", "lora_linear_group", "--dropout", "--rows", "8000", "--shapes"]
+    command += ["x".join(map(str, shape)) for shape in QKV] + ["--show", "--chip", "sm_80"]
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("8,000 rows, 4096x4096x16 + 4096x1024x16 + 4096x1024x16: lora_linear_gr")
+    assert f"  shrink {of_x}: " in text
+
+
+def test_choices_of_a_group_whose_members_stay_apart():
+    """Without dropout k and v take one pass on this chip, so that no launch is joint."""
+    ((_, one),) = artemis_kernels.choices(
+        QKV, [8192], op="lora_linear_group", device="sm_90", trains=False
+    ).items()
+    assert one.strategy == "each: vendor + one_pass + one_pass"
+    assert not any(" 48 " in tile.shape or " 32 " in tile.shape for tile in one.tiles)
+
+
+@pytest.mark.parametrize("op", ["lora_linear_group", "adapter_linear_group"])
+def test_choices_of_a_group_are_those_of_dispatch_on_this_cpu(op):
+    x, weights = torch.zeros(20, 64), [torch.zeros(n, 64) for n in (96, 32)]
+    downs = [torch.zeros(8, 64 if op.startswith("lora") else n) for n in (96, 32)]
+    ups, more = [torch.zeros(n, 8) for n in (96, 32)], [[1.0, 1.0]] * op.startswith("lora")
+    explained = artemis_kernels.explain(op, x, weights, downs, ups, *more)
+    ((_, shown),) = artemis_kernels.choices(
+        [(64, 96, 8), (64, 32, 8)], [20], op=op, dtype="float32", trains=False
+    ).items()
+    assert shown[:4] == (op, "eager", explained.strategy, explained.reason)
+    assert shown.tiles == ()
+
+
+def test_a_group_tunes_the_strategies_of_its_members():
+    shapes = [(16, 24, 4), (16, 32, 4)]
+    found = artemis_kernels.tune(
+        shapes, [5], op="adapter_linear_group", dtype="float32", rounds=1, progress=False
+    )
+    wanted = {case_of("adapter_linear", 8, *shape, "float32", "tensor", True, False).key
+              for shape in shapes}  # fmt: skip
+    assert set(found["strategies"]) == wanted and not found["tiles"]
 
 
 def test_shown_tiles_come_from_where_they_say(capsys):

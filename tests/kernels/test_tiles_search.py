@@ -56,7 +56,7 @@ def test_the_winner_is_kept_and_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_120", "gfx942"])
 def test_nothing_over_a_limit_is_even_compiled(chip):
     chip = CHIPS[chip]
-    for kernel, shape in lookups.of_cases(CASES, chip):
+    for kernel, shape in lookups.of_calls([(case,) for case in CASES], chip):
         found = tiles.likely(kernel, shape, chip)
         assert len(found) <= tiles.MOST_COMPILED
         for config in found:
@@ -158,8 +158,82 @@ def test_lookups_are_those_of_the_fused_paths(case, monkeypatch):
         asked.clear()
         workload.run(strategy, 0)
         assert asked == set(lookups.of_strategy(case, strategy, chip)), strategy
-    every = lookups.of_cases([case], chip)
+    every = lookups.of_calls([(case,)], chip)
     assert len(every) == len(set(every)) and asked <= set(every)
+
+
+def group(op: str, weight: str, trains: bool, drops: bool, *members: tuple[int, int]):
+    """Members of a group, each (out, width)."""
+    return tuple(
+        Case(op, 32, 64, n, r, "float32", weight, trains, drops) for n, r in members
+    )  # fmt: skip
+
+
+GROUPS = [
+    group("lora_linear", "tensor", True, True, (48, 8), (80, 8), (48, 70)),
+    group("lora_linear", "int8:auto", True, True, (48, 8), (80, 20)),
+    group("lora_linear", "int4:16", False, False, (48, 8), (48, 8)),
+    group("adapter_linear", "tensor", True, True, (48, 8), (80, 70)),
+    group("adapter_linear", "int8:auto", True, False, (48, 8), (48, 8)),
+    group("adapter_linear", "tensor", False, True, (48, 8), (80, 20)),
+]
+
+
+def run_group(members: tuple[Case, ...], strategies: tuple[str, ...]) -> None:
+    """The operator of a group by these strategies, on operands of its members' workloads."""
+    from artemis_kernels.tuner.workload import Workload
+
+    loads = [Workload(case, torch.device("cpu")) for case in members]
+    parts = []
+    for load in loads:
+        weight, (down, up, bias_down, bias_up) = load.weights[0], load.small
+        packed = load.case.format != "tensor"
+        small = [None] if load.case.op == "lora_linear" else [None, bias_down, bias_up]
+        parts += [weight.data if packed else weight, down, up, *small, None]
+        parts += [weight.scale, weight.offset] if packed else [None, None]
+    first, ones = loads[0], [1.0] * len(loads)
+    operator = getattr(torch.ops.artemis, f"{first.case.op}_group")
+    with torch.set_grad_enabled(first.case.trains):
+        ys = operator(first.x, parts, ones, "gelu", *first.dropout, "triton", strategies)
+        if first.case.trains:
+            learning = [first.x, *(small for load in loads for small in load.learning[1:])]
+            torch.autograd.grad(ys, learning, [load.dy for load in loads])
+
+
+def mixed(members: tuple[Case, ...], chip) -> list[tuple[str, ...]]:
+    """Strategies of the members: all of them alike, and each one step on from the last."""
+    names = [candidates(case, chip) for case in members]
+    return [
+        tuple(each[(turn + place * step) % len(each)] for place, each in enumerate(names))
+        for step in (0, 1)
+        for turn in range(len(names[0]))
+    ]
+
+
+@pytest.mark.parametrize("members", GROUPS, ids=lambda members: members[0].key)
+def test_lookups_of_groups_are_those_of_their_operators(members, monkeypatch):
+    """At the joint width, whatever strategy each member takes; one pass keeps members apart."""
+    from artemis_kernels.core import tuning
+
+    chip, asked = CHIPS["interpreter"], set()
+
+    def recorded(kernel, shape, on):
+        asked.add((kernel, shape))
+        return tiling.heuristic(kernel, shape, on)
+
+    monkeypatch.setattr(tuning, "config", recorded)
+    every = lookups.of_calls([members], chip)
+    assert len(every) == len(set(every))
+    for strategies in mixed(members, chip):
+        shown = set(lookups.of_call(members, strategies, chip))
+        if "one_pass" in strategies:
+            alone = zip(members, strategies, strict=True)
+            assert shown == {look for pair in alone for look in lookups.of_strategy(*pair, chip)}
+        else:
+            asked.clear()
+            run_group(members, strategies)
+            assert asked == shown, strategies
+        assert shown <= set(every)
 
 
 @pytest.mark.parametrize("kernel", launches.LAUNCHERS)
@@ -184,7 +258,8 @@ def test_the_whole_search_runs(tmp_path, monkeypatch):
         Case("lora_linear", 16, 32, 48, 8, "float32", "int4:16"),
     ]
     chip, path = CHIPS["interpreter"], tmp_path / "interpreter.json"
-    found = tiles.search(cases, path, chip, torch.device("cpu"), rounds=1, progress=False)
+    calls = [(case,) for case in cases]
+    found = tiles.search(calls, path, chip, torch.device("cpu"), rounds=1, progress=False)
     assert {key.partition(" ")[0] for key in found} == set(launches.LAUNCHERS) - {
         "finish_product_int8", "finish_product_fp8",  # torch's products: not in the interpreter
     }  # fmt: skip

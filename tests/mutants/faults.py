@@ -28,6 +28,60 @@ LORA_DROPOUT = "tests/ops/test_lora_linear.py::test_dropout"
 FEW_ROWS = "tests/core/test_quantized.py::test_few_rows_of_bf16"
 SAME_MASK = "tests/ops/test_dropout.py::test_the_mask_used_is_the_mask_shown"
 
+CROSS_ENTROPY = "tests/ops/test_cross_entropy.py"
+
+LOSS = (
+    Fault(
+        "a later block of a row not rescaled, C",
+        f"{CORE}/native/cross_entropy.c",
+        "sum += decay_f(LOAD(row[j]) - most)",
+        "sum += decay_f(LOAD(row[j]) - largest_##SUFFIX(row + from, to - from))",
+        (CROSS_ENTROPY,),
+    ),
+    Fault(
+        "the last class of a row left out, C",
+        f"{CORE}/native/cross_entropy.c",
+        "int64_t to = from + COLUMNS < n ? from + COLUMNS : n;",
+        "int64_t to = from + COLUMNS < n ? from + COLUMNS : n - (n % COLUMNS == 1);",
+        (CROSS_ENTROPY,),
+    ),
+    Fault(
+        "most and log_sum kept as one number, C",
+        f"{CORE}/native/cross_entropy.c",
+        "kept[2 * i] = most, kept[2 * i + 1] = (float)log_sum;",
+        "kept[2 * i] = 0, kept[2 * i + 1] = (float)(log_sum + most);",
+        (CROSS_ENTROPY, "-k", "large_logits"),
+    ),
+    Fault(
+        "an ignored row's gradient not cleared, C",
+        f"{CORE}/native/cross_entropy.c",
+        "memset(to, 0, sizeof(TYPE) * (size_t)n);",
+        "",
+        (CROSS_ENTROPY,),
+    ),
+    Fault(
+        "a sum not rescaled when its largest term grows, Triton",
+        f"{KERNELS}/ops/cross_entropy/kernels.py",
+        "total = total * tl.exp(most - base) + tl.sum(tl.exp(x - base), 0)",
+        "total = total + tl.sum(tl.exp(x - base), 0)",
+        (CROSS_ENTROPY,),
+    ),
+    Fault(
+        "minus infinity minus itself, Triton",
+        f"{KERNELS}/ops/cross_entropy/kernels.py",
+        'base = tl.where(larger == float("-inf"), 0.0, larger)',
+        "base = larger",
+        (CROSS_ENTROPY, "-k", "masked_classes"),
+    ),
+    Fault(
+        "labels not shifted",
+        "artemis/training/loss.py",
+        "nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]",
+        "nn.functional.pad(labels, (0, 1), value=ignore_index)[..., :-1]",
+        ("tests/artemis/training/test_loss.py",),
+    ),
+)
+
 MASK = (
     Fault(
         "mask threshold off by one",
@@ -337,8 +391,8 @@ TRITON = (
         ("tests/ops/test_bottleneck_adapter.py::test_residual_is_x",),
     ),
     Fault(
-        "a bottleneck's rows dealt to the parts without the ragged last block",
-        f"{BOTTLENECK}/weight_gradients.py",
+        "rows dealt to the parts without the ragged last block",
+        f"{LOW_RANK}/over_rows.py",
         "blocks = tl.cdiv(M, BLOCK_M)",
         "blocks = M // BLOCK_M",
         (JOINT,),
@@ -841,9 +895,16 @@ TUNING = (
     Fault(
         "tiles of dX looked up without the mask that it draws",
         f"{TUNER}/lookups.py",
-        'masked = back and case.drops and case.op == "lora_linear"',
+        'masked = back and r > 0 and case.drops and case.op == "lora_linear"',
         "masked = False",
         ("tests/kernels/test_tiles_search.py", "-k", "lookups"),
+    ),
+    Fault(
+        "a group's dX searched at one member's width",
+        f"{TUNER}/lookups.py",
+        "0 if place else r, back=True",
+        "0 if place else case.width, back=True",
+        ("tests/kernels/test_tiles_search.py", "-k", "groups"),
     ),
     Fault(
         "a folded bottleneck takes LoRA's entries",
@@ -966,6 +1027,7 @@ INFERENCE = (
 
 FAULTS = (
     *MASK,
+    *LOSS,
     *EAGER,
     *TRITON,
     *PERSISTENT,

@@ -93,6 +93,14 @@ def _signatures(handle: ctypes.CDLL) -> Iterator[tuple[str, str]]:
             f"artemis_round_{dtype}",
             f"pointer pointer pointer size factor pointer size {'pointer ' * 4}size size threads",
         )
+        yield (
+            f"artemis_cross_entropy_forward_{dtype}",
+            "pointer pointer pointer pointer size size size threads",
+        )
+        yield (
+            f"artemis_cross_entropy_backward_{dtype}",
+            "pointer pointer pointer pointer pointer size size size threads",
+        )
         if has_int8_product(handle):
             yield (
                 f"artemis_int8_product_{dtype}",

@@ -107,18 +107,26 @@ def explain(
     )  # fmt: skip
     each = members.paths(NAME, op.plan, calls)
     costs = [op.explain(*arguments, **options).cost for arguments, options in calls]
+    widths = [down.shape[0] for down in downs]
+    read_once = max(1, len(_folded(each, widths))) if each[0].impl == "triton" else len(calls)
+    shared, what = members.joined(x, read_once), what_joins(each, widths)
+    return members.choice(NAME, each, why_apart(each), costs, shared, what)
+
+
+def what_joins(each: list[call.Path], widths: Sequence[int]) -> str:
+    """What joining members on these paths comes down to."""
     if each[0].impl != "triton":
-        return members.choice(NAME, each, why_apart(each), costs, members.joined(x, len(calls)))
-    folded = [
-        (path.strategy, down.shape[0])
-        for path, down in zip(each, downs, strict=True)
-        if path.strategy.startswith("folded")
-    ]
+        return members.READ_ONCE
+    folded = _folded(each, widths)
     if len(folded) < 2:
-        what = "dX is summed in one buffer, and fewer than two bottlenecks are folded to share x"
-        return members.choice(NAME, each, why_apart(each), costs, members.joined(x, 1), what)
-    what = members.told(*zip(*folded, strict=True))
-    return members.choice(NAME, each, why_apart(each), costs, members.joined(x, len(folded)), what)
+        return "dX is summed in one buffer, and fewer than two bottlenecks are folded to share x"
+    return members.told(*zip(*folded, strict=True))
+
+
+def _folded(each: list[call.Path], widths: Sequence[int]) -> list[tuple[str, int]]:
+    """Strategies and widths of the folded members."""
+    pairs = zip((path.strategy for path in each), widths, strict=True)
+    return [(strategy, width) for strategy, width in pairs if strategy.startswith("folded")]
 
 
 def _calls(

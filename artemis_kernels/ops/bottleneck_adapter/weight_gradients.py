@@ -10,9 +10,8 @@
 | ddown, dup, dbias_down, dbias_up | of D, U, b_d, b_u | any float | contiguous |
 
 Half of the programs sum over dzᵀ x, half over dYᵀ h: they share no operand, so that one program for
-both would only halve its tile. Blocks of rows are dealt to the P parts in turn, the last rows
-first: dX's launch left those of dY in the cache. `sum_gradients` adds the parts in a fixed order,
-whatever the scheduling.
+both would only halve its tile. `sum_gradients` adds the P parts in a fixed order, whatever the
+scheduling.
 
 4·M·K·R FLOPs; bytes: x and dy once for each BLOCK_R columns of the hidden matrices, dz and h once
 for each BLOCK_K columns of x (from the cache), 8·P·K·R written and read. h is read and not drawn
@@ -26,35 +25,10 @@ import triton.language as tl
 from ...core.tiles import effective_scale
 from ...core.tiling import Config
 from ..low_rank.arguments import UNSCALED, Scale
+from ..low_rank.over_rows import over_rows
 
 _BLOCK_P = 16
 _BLOCK = 128
-
-
-@triton.jit
-def _over_rows(
-    a_ptr, s_ptr, offs_k, offs_r, part, M, K, R, stride_am, stride_ak,
-    SUMS: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """`Σ_m a[m, k]·s[m, r]` over a part's rows, and Σ_m of what SUMS names: `a`, `s` or nothing."""
-    mask_k, mask_r = offs_k < K, offs_r < R
-    blocks = tl.cdiv(M, BLOCK_M)
-    acc = tl.zeros([BLOCK_K, BLOCK_R], tl.float32)
-    sums = tl.zeros([BLOCK_R if SUMS == "s" else BLOCK_K], tl.float32)
-    for block in range(part, blocks, PARTS):
-        offs_m = (blocks - 1 - block).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < M
-        a_ptrs = a_ptr + offs_m[:, None] * stride_am + offs_k[None, :] * stride_ak
-        s_ptrs = s_ptr + offs_m[:, None] * R + offs_r[None, :]
-        a = tl.load(a_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        s = tl.load(s_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
-        if SUMS == "a":
-            sums += tl.sum(a.to(tl.float32), 0)
-        elif SUMS == "s":
-            sums += tl.sum(s.to(tl.float32), 0)
-        acc = tl.dot(tl.trans(a), s.to(a.dtype), acc, input_precision="ieee")
-    return acc, sums
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -67,26 +41,26 @@ def _weight_gradients(
 ):  # fmt: skip
     tiles_k = tl.cdiv(K, BLOCK_K)
     pid_k, of_up = tl.program_id(0) % tiles_k, tl.program_id(0) // tiles_k
-    pid_r, part = tl.program_id(1), tl.program_id(2)
+    start_k, pid_r, part = pid_k * BLOCK_K, tl.program_id(1), tl.program_id(2)
 
-    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K).to(tl.int64)
+    offs_k = start_k + tl.arange(0, BLOCK_K).to(tl.int64)
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
     mask_k, mask_r = offs_k < K, offs_r < R
     mask = mask_k[:, None] & mask_r[None, :]
     size = tl.cast(K, tl.int64) * R
     part_ptr += part.to(tl.int64) * S
     if of_up == 0:
-        ddown, dz_sums = _over_rows(
-            x_ptr, dz_ptr, offs_k, offs_r, part, M, K, R, stride_xm, stride_xk,
-            "s" if WITH_SUMS else "", PARTS, BLOCK_M, BLOCK_K, BLOCK_R,
+        ddown, dz_sums = over_rows(
+            x_ptr, dz_ptr, None, start_k, offs_r, part, M, K, R, stride_xm, stride_xk, R, 0,
+            "s" if WITH_SUMS else "", PARTS, False, BLOCK_M, BLOCK_K, BLOCK_R,
         )  # fmt: skip
         tl.store(part_ptr + offs_r[None, :] * K + offs_k[:, None], ddown, mask=mask)
         if WITH_SUMS:
             tl.store(part_ptr + 2 * size + offs_r, dz_sums, mask=mask_r & (pid_k == 0))
     else:
-        dup, dy_sums = _over_rows(
-            dy_ptr, h_ptr, offs_k, offs_r, part, M, K, R, stride_dym, stride_dyk,
-            "a" if WITH_SUMS else "", PARTS, BLOCK_M, BLOCK_K, BLOCK_R,
+        dup, dy_sums = over_rows(
+            dy_ptr, h_ptr, None, start_k, offs_r, part, M, K, R, stride_dym, stride_dyk, R, 0,
+            "x" if WITH_SUMS else "", PARTS, False, BLOCK_M, BLOCK_K, BLOCK_R,
         )  # fmt: skip
         tl.store(part_ptr + size + offs_k[:, None] * R + offs_r[None, :], dup, mask=mask)
         if WITH_SUMS:

@@ -94,10 +94,15 @@ def explain(
     each = members.paths(NAME, op.plan, calls)
     costs = [op.explain(*arguments, **options).cost for arguments, options in calls]
     shared = members.joined(x, len(calls))
-    if each[0].impl != "triton":
-        return members.choice(NAME, each, why_apart(each), costs, shared)
-    what = members.told([path.strategy for path in each], [a.shape[0] for a in lora_a])
+    what = what_joins(each, [a.shape[0] for a in lora_a])
     return members.choice(NAME, each, why_apart(each), costs, shared, what)
+
+
+def what_joins(each: list[call.Path], ranks: Sequence[int]) -> str:
+    """What joining members on these paths comes down to."""
+    if each[0].impl != "triton":
+        return members.READ_ONCE
+    return members.told([path.strategy for path in each], ranks)
 
 
 def _calls(x, weights, lora_a, lora_b, scales, biases, dropout_p, seed, impl) -> list[tuple]:

@@ -5,12 +5,12 @@
 | name    | shape     | dtype                   | strides    |
 | x       | [M, K]    | fp16, bf16, fp32        | any        |
 | s       | [M, R]    | any float, cast to x's  | rows in a wider matrix |
-| df      | [P, R, K] | fp32, one part for each range of rows | contiguous |
+| df      | [P, R, K] | fp32, one part for each share of the rows | contiguous |
 | columns | [P, K]    | fp32, column sums of x  | contiguous |
 
 Sums are fp32, S is rounded to x's dtype, the mask is drawn again from the seed. 2·M·K·R FLOPs;
-bytes: x once for each BLOCK_R rows of F, S once for each BLOCK_K columns. The rows are cut into
-`split` ranges to fill the chip, and `sum_parts` adds them in a fixed order, so the result does
+bytes: x once for each BLOCK_R rows of F, S once for each BLOCK_K columns. The rows are shared out
+to `split` parts to fill the chip, and `sum_parts` adds them in a fixed order, so the result does
 not depend on scheduling.
 """
 
@@ -18,9 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ...core.tiles import keep_mask
 from ...core.tiling import Config
 from .arguments import NO_DROPOUT, Dropout
+from .over_rows import over_rows
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -29,45 +29,24 @@ def _shrink_backward(
     M, K, R,
     stride_xm, stride_xk, stride_sm,
     threshold, rescale,
-    PAIRED: tl.constexpr,
-    SPLIT_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    PAIRED: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    pid, pid_r, pid_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    chunk = tl.cdiv(tl.cdiv(M, BLOCK_M), SPLIT_M) * BLOCK_M
-    start_m = pid_m.to(tl.int64) * chunk
-    end_m = min(M, start_m + chunk)
-    start_k = pid * BLOCK_K
+    start_k, pid_r, part = tl.program_id(0) * BLOCK_K, tl.program_id(1), tl.program_id(2)
 
-    offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_k = start_k + tl.arange(0, BLOCK_K).to(tl.int64)
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
     mask_k, mask_r = offs_k < K, offs_r < R
-    x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
-    s_ptrs = s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :]
-
-    acc = tl.zeros([BLOCK_K, BLOCK_R], tl.float32)
-    columns = tl.zeros([BLOCK_K], tl.float32)
-    for _ in range(start_m, end_m, BLOCK_M):
-        mask_m = offs_m < end_m
-        x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        s = tl.load(s_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0).to(x.dtype)
-        if columns_ptr is not None:
-            columns += tl.sum(x.to(tl.float32), 0)
-        if seed_ptr is not None:
-            x = tl.where(
-                keep_mask(seed_ptr, offs_m, start_k, K, threshold, PAIRED, BLOCK_K), x, 0.0
-            )
-        acc = tl.dot(tl.trans(x), s, acc, input_precision="ieee")
-        offs_m += BLOCK_M
-        x_ptrs += BLOCK_M * stride_xm
-        s_ptrs += BLOCK_M * stride_sm
-
+    acc, columns = over_rows(
+        x_ptr, s_ptr, seed_ptr, start_k, offs_r, part, M, K, R, stride_xm, stride_xk, stride_sm,
+        threshold, "" if columns_ptr is None else "x", PARTS, PAIRED, BLOCK_M, BLOCK_K, BLOCK_R,
+    )  # fmt: skip
     if seed_ptr is not None:
         acc *= tl.cast(rescale, tl.float32)
-    df_ptrs = df_ptr + (pid_m.to(tl.int64) * R + offs_r)[None, :] * K + offs_k[:, None]
+    df_ptrs = df_ptr + (part.to(tl.int64) * R + offs_r)[None, :] * K + offs_k[:, None]
     tl.store(df_ptrs, acc, mask=mask_k[:, None] & mask_r[None, :])
     if columns_ptr is not None and pid_r == 0:
-        tl.store(columns_ptr + pid_m.to(tl.int64) * K + offs_k, columns, mask=mask_k)
+        tl.store(columns_ptr + part.to(tl.int64) * K + offs_k, columns, mask=mask_k)
 
 
 def shrink_backward(
@@ -88,7 +67,7 @@ def shrink_backward(
     grid = (triton.cdiv(K, config.block_k), triton.cdiv(R, config.block_r), P)
     _shrink_backward[grid](
         x_ptr=x, s_ptr=s, df_ptr=df, columns_ptr=columns, M=M, K=K, R=R,
-        stride_xm=x.stride(0), stride_xk=x.stride(1), stride_sm=s.stride(0), SPLIT_M=P,
+        stride_xm=x.stride(0), stride_xk=x.stride(1), stride_sm=s.stride(0), PARTS=P,
         BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=config.block_r,
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
         **dropout.arguments(M, K),

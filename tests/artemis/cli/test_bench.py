@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from artemis.benchmark import worker
 from artemis.benchmark.arms import ARMS, hybrid
@@ -86,6 +87,67 @@ def test_a_file_of_another_machine_is_not_resumed(trained, tmp_path, capsys):
     assert main([*TRAIN, "--resume", str(path)]) == 1
     error = capsys.readouterr().err
     assert "was measured on Abacus" in error and error.count("\n") == 1
+
+
+def test_times_with_another_allocator_are_measured_anew(trained, tmp_path, monkeypatch):
+    """Only memory, which is measured without, is taken over from an older file."""
+    lines = [line for line in records(trained) if line["run"] == records(trained)[0]["run"]]
+    assert lines[0]["allocator"] == "keeps freed memory"
+    del lines[0]["allocator"]
+    path = tmp_path / "older.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr("artemis.benchmark.session._lines", worker.run)
+    assert main([*TRAIN, "--resume", str(path)]) == 0
+    new = records(path)[len(lines) :]
+    assert new[0]["kind"] == "run" and new[0]["allocator"] == "keeps freed memory"
+    steps = [record for record in new if record["kind"] == "step"]
+    assert {step["workload"] for step in steps} == {"train"} and len(steps) == 4
+    first, again = (
+        [record["ms"] for record in found if record["kind"] == "row"] for found in (lines, new)
+    )
+    assert first != again and len(first) == len(again)
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Compiled graphs run as torch's own operations, and in this process."""
+    monkeypatch.setattr("artemis.benchmark.compiling.can_compile", lambda device: True)
+    monkeypatch.setattr("artemis.benchmark.session._lines", worker.run)
+    monkeypatch.setattr(
+        "artemis.benchmark.steps.compile_model",
+        lambda model: model.compile(fullgraph=True, dynamic=False, backend="aot_eager"),
+    )
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("traced")
+def test_compiled_and_plain_results_share_a_file_and_no_ratio(trained, tmp_path, capsys):
+    path = tmp_path / "both.jsonl"
+    path.write_text(trained.read_text())
+    before = len(records(path))
+    assert main([*TRAIN, "--compile", "--resume", str(path)]) == 0
+    assert "Every arm under `torch.compile`" in capsys.readouterr().out
+    new = records(path)[before:]
+    rows = {record["arm"]: record for record in new if record["kind"] == "row"}
+    assert all(record["compiled"] for record in new if record["kind"] != "run")
+    hybrid, full = rows["hybrid"], rows["full-autocast"]
+    assert hybrid["gate"]["passed"] and "memory" not in hybrid
+    assert hybrid["speedup"]["full-autocast"] == pytest.approx(
+        full["ms"]["p50"] / hybrid["ms"]["p50"], abs=1e-3
+    )
+    assert main([*TRAIN, "--resume", str(path)]) == 0  # the plain ones are still known
+    assert "torch.compile" not in capsys.readouterr().out
+    assert {record["kind"] for record in records(path)[before + len(new) :]} == {"run", "row"}
+
+
+def test_where_nothing_compiles_it_is_said_at_once(capsys, monkeypatch):
+    monkeypatch.setattr("artemis.benchmark.compiling.can_compile", lambda device: False)
+    assert main([*TRAIN, "--compile"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert "--compile: torch.compile needs" in captured.err
 
 
 def test_a_wrong_arm_is_not_timed(tmp_path, capsys, monkeypatch):
@@ -205,6 +267,7 @@ def test_kernels_and_their_roofline(tmp_path, capsys):
         (["train", "--tokens", "100"], "--tokens: got 100, allowed: multiples of 128"),
         (["train", "--arms", "full"], "--arms: got 'full', allowed: full-fp32"),
         (["train", "--rounds", "1"], "--rounds: got 1, allowed: an integer from 2"),
+        (["train", "--compile", "--arms", "hybrid-checkpointed"], "got 'hybrid-checkpointed', all"),
         (["decode", "--arms", "full-autocast"], "--arms: got 'full-autocast', allowed:"),
         (["decode", "--prompt", "1"], "--prompt: got 1, allowed: integers from 2"),
         (["memory", "--models", "64x1", "--measure", "parts"], "allowed: from 2 layers"),
