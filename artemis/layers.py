@@ -16,10 +16,23 @@ from .quantized_layers import QUANTIZED, QuantizedConv1D, QuantizedLinear
 from .sites import Site
 
 
-class AdaptedLinear(nn.Linear):
-    """`nn.Linear` whose forward runs its site's operation."""
+class _Adapted:
+    """What the adapted classes share."""
 
     adapter: Site
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """Set the mode; where training begins, what was worked out for inference is dropped.
+
+        A compiled forward cannot do that, and fused optimizers change tensors uncounted.
+        """
+        if mode:
+            self.adapter.forget()
+        return super().train(mode)
+
+
+class AdaptedLinear(_Adapted, nn.Linear):
+    """`nn.Linear` whose forward runs its site's operation."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]."""
@@ -32,10 +45,8 @@ class AdaptedLinear(nn.Linear):
         return f"{super().extra_repr()}, {spec.kind}={spec.size}"
 
 
-class AdaptedConv1D(Conv1D):
+class AdaptedConv1D(_Adapted, Conv1D):
     """transformers' `Conv1D` (GPT-2) whose forward runs its site's operation."""
-
-    adapter: Site
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]."""

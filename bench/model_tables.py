@@ -9,7 +9,7 @@ from artemis.benchmark.tables import Column, piped
 Record = dict[str, Any]
 _TOKENS = 1024
 _HYBRIDS = ("hybrid", "hybrid-int8")
-_BEST, _WITH_HEAD = "hybrid-int8", "hybrid-int8-head"
+_BEST = "hybrid-int8"
 
 
 def table(rows: Sequence[Record]) -> str:
@@ -42,11 +42,6 @@ def _times(baseline: str) -> Callable[[Record], str]:
     return cell
 
 
-def _times_with_head(row: Record) -> str:
-    measured = row["by"].get(_WITH_HEAD)
-    return _times(BASELINE)(measured) if measured else ""
-
-
 def _saved(baseline: str) -> Callable[[Record], str]:
     """What the hybrid's peak is below the baseline's."""
 
@@ -69,7 +64,6 @@ _COLUMNS = (
     Column("int8 base: speedup", _times(BASELINE)),
     Column("× fp32", _times("full-fp32")),
     Column("× all bf16", _times("full-bf16")),
-    Column("head in int8 too: speedup", _times_with_head),
     Column("less memory", _saved(BASELINE)),
     Column("than all bf16", _saved("full-bf16")),
     Column("FLOPs", lambda row: f"{row['flops_relative']:.0%}"),

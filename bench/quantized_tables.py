@@ -8,10 +8,7 @@ from .quantized_quality import FORMS, KIND, SIZES, TRAINED_ON
 Record = dict[str, Any]
 Losses = dict[tuple[int, str | None, str], float]  # (seed, trained on, read over)
 #: (trained on, read over) -> the most that the loss may exceed that of bf16, as a share.
-_TARGETS = {
-    ("bf16", "int8"): 0.005, ("bf16", "int4"): 0.03, ("int8", "int8"): 0.005,
-    ("int8, head too", "int8, head too"): 0.005,
-}  # fmt: skip
+_TARGETS = {("bf16", "int8"): 0.005, ("bf16", "int4"): 0.03, ("int8", "int8"): 0.005}
 _MOST_BYTES = {"int8": 0.51, "fp8": 0.51, "int4": 0.29}
 
 

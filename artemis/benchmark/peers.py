@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .compiling import can_compile
+from ..training.compiling import can_compile
 from .operations import Operation, Sizes, Tensors
 
 HAS_PEFT = importlib.util.find_spec("peft") is not None

@@ -192,7 +192,7 @@ def _training(args: argparse.Namespace, recomputing: bool, compiled: bool = Fals
 
 def _train(args: argparse.Namespace):
     from ..benchmark import train
-    from ..benchmark.compiling import require_compiler
+    from ..training.compiling import require_compiler
 
     if args.compile:
         require_compiler("--compile")

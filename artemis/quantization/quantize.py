@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from artemis_kernels import QuantizedWeight
 
+from ..architectures import output_head
 from ..bank import find_bank
 from ..layers import PACKED, weight_of
 from ..quantized_layers import pack, packed_layers, sample
@@ -49,7 +50,9 @@ def quantize_adapter_model(
             row (int8 weights). "auto": 8 where it is faster, else 16.
         data: with 4 bits, batches (or a dataset of examples) of the model's arguments, to weigh
             the error of a column by the mean square of what it multiplies.
-        include_head: take the output head too, unless it is tied to the embedding.
+        include_head: take the output head too, unless it is tied to the embedding. Its products
+            read x and dY in 16 bits unless `activation_bits` is 8: the gradient of logits is one
+            number near 1 and thousands near 0 in each row, which 8 bits would round away.
         progress: show a progress bar where standard error is a terminal.
 
     Raises:
@@ -69,7 +72,7 @@ def quantize_adapter_model(
     bank = find_bank(model)
     if bank is not None:
         bank.forget()
-    _pack_all(layers, state, importance, progress)
+    _pack_all(layers, output_head(model), state, importance, progress)
     if bank is not None:
         adapters.hold(bank, options.adapter_bits, state.dtype)
     packed = tuple(state.reports[path] for path, _ in packed_layers(model))
@@ -82,26 +85,34 @@ def quantize_adapter_model(
 
 def _pack_all(
     layers: Mapping[str, nn.Module],
+    head: nn.Module | None,
     state: Begun,
     importance: Mapping[str, torch.Tensor],
     progress: bool,
 ) -> None:
     bar = tqdm(layers.items(), "quantizing", unit="layer", disable=None if progress else True)
     for path, module in bar:
-        _pack_layer(path, module, state, importance.get(path))
+        bits = state.options.activation_bits
+        if module is head and bits == "auto":
+            bits = 16
+        _pack_layer(path, module, state, bits, importance.get(path))
 
 
 def _pack_layer(
-    path: str, module: nn.Module, state: Begun, importance: torch.Tensor | None
+    path: str,
+    module: nn.Module,
+    state: Begun,
+    activation_bits: int | str,
+    importance: torch.Tensor | None,
 ) -> None:
     weight, options = weight_of(module).detach(), state.options
     packed = QuantizedWeight.quantize(
         weight, options.format, group_size=options.group_size,
-        activation_bits=options.activation_bits, importance=importance,
+        activation_bits=activation_bits, importance=importance,
     )  # fmt: skip
     state.reports[path] = LayerReport(
         path, *weight.shape, packed.format, packed.group_size, weight.nbytes, packed.nbytes,
-        _relative_error(weight, packed),
+        _relative_error(weight, packed), packed.activation_bits,
     )  # fmt: skip
     pack(module, PACKED[type(module)], packed, sample(module.weight))
 

@@ -8,7 +8,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One packed layer; `relative_error` is rms(packed − weight) / rms(weight)."""
+    """One packed layer; `relative_error` is rms(packed − weight) / rms(weight).
+
+    `activation_bits` are the model's, but for an output head.
+    """
 
     path: str
     out_features: int
@@ -18,6 +21,7 @@ class LayerReport:
     bytes_before: int
     bytes_after: int
     relative_error: float
+    activation_bits: int | str
 
     @property
     def snr_db(self) -> float | None:
@@ -67,9 +71,10 @@ class QuantizationReport:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "QuantizationReport":
-        """The reverse of `to_dict`."""
+        """The reverse of `to_dict`; layers of earlier versions have the model's bits."""
+        usual = {"activation_bits": values["activation_bits"]}
         layers = tuple(
-            LayerReport(**{key: value for key, value in layer.items() if key != "snr_db"})
+            LayerReport(**usual | {key: value for key, value in layer.items() if key != "snr_db"})
             for layer in values["layers"]
         )
         rest = ("skipped", "activation_bits", "model_bytes_before", "model_bytes_after")

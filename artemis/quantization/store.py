@@ -315,9 +315,9 @@ def _weight(
                 " torch.uint8"
             )
         data = data.view(torch.float8_e4m3fn)
-    bits = stored.report.activation_bits
+    form = (entry.format, entry.group_size, entry.activation_bits)
     try:
-        weight = QuantizedWeight(data, scale, offset, entry.format, entry.group_size, bits)
+        weight = QuantizedWeight(data, scale, offset, *form)
     except ValueError as error:
         raise AdapterError(f"{stored.path}: {entry.path} is damaged ({error})") from None
     if weight.shape != (entry.out_features, entry.in_features):

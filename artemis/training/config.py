@@ -27,6 +27,7 @@ from ..config import HybridAdapterConfig
 from ..errors import AdapterError
 from ..quantization.choice import checked_options
 from . import schema
+from .compiling import require_compiler
 from .loading import PRECISIONS, default_device
 
 
@@ -103,6 +104,7 @@ class TrainingConfig:
         max_grad_norm: gradients are clipped to this norm; 0 means never.
         precision: see `artemis.training.loading.resolve_precision`.
         checkpointing: recompute activations in the backward pass, for less memory.
+        compile: run the model under `torch.compile`, which takes up to minutes at the start.
         seed: of the adapter's start, the order of the data and dropout.
         logging_steps: optimizer steps between two reports of the loss.
         eval_steps: optimizer steps between two evaluations; None evaluates at the end only.
@@ -124,6 +126,7 @@ class TrainingConfig:
     max_grad_norm: float = schema.number(lambda norm: norm >= 0, "a number from 0", 1.0)
     precision: str = schema.choice(*PRECISIONS, default="auto")
     checkpointing: bool = schema.flag(False)
+    compile: bool = schema.flag(False)
     seed: int = schema.integer(0, 0)
     logging_steps: int = schema.integer(1, 10)
     eval_steps: int | None = schema.optional_integer(1)
@@ -139,7 +142,12 @@ class TrainingConfig:
         Args:
             autocast: run products in bfloat16 over float32 weights, as training a whole model in
                 bf16 needs it. A frozen base is loaded in bfloat16 instead.
+
+        Raises:
+            AdapterError: `compile` where there is no compiler.
         """
+        if self.compile:
+            require_compiler("training.compile")
         # transformers 5.23 renamed gradient checkpointing and warns about the old name.
         names = {item.name for item in dataclasses.fields(TrainingArguments)}
         prefix = "activation" if "activation_checkpointing" in names else "gradient"
@@ -161,6 +169,7 @@ class TrainingConfig:
             weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,
             bf16=autocast,
+            torch_compile=self.compile,
             use_cpu=default_device().type == "cpu",
             seed=self.seed,
             logging_steps=self.logging_steps,

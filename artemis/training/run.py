@@ -38,6 +38,7 @@ def run_training(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     hybrid = config.hybrid_adapter is not None and config.hybrid_adapter.enabled
     dtype = resolve_precision(settings.precision)
     # A frozen base may be held in bf16; weights that are trained need float32's small steps.
+    arguments = settings.arguments(autocast=dtype == torch.bfloat16 and not hybrid)
     attention = attention_for(dtype, default_device(), config.data.sequence_length)
     model, tokenizer = load_base(config.model, dtype if hybrid else torch.float32, attention)
     if packed_numbers(model) and not hybrid:
@@ -51,7 +52,7 @@ def run_training(config: RunConfig, resume: bool = False) -> dict[str, Any]:
 
     trainer = Trainer(
         model,
-        settings.arguments(autocast=dtype == torch.bfloat16 and not hybrid),
+        arguments,
         train_dataset=train_data,
         eval_dataset=eval_data,
         processing_class=tokenizer,

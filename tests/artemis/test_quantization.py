@@ -13,6 +13,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 import artemis
 from artemis import AdapterError, load_hybrid_adapter, quantize_adapter_model
@@ -373,9 +374,29 @@ def test_data_weighs_the_columns():
 
 
 def test_the_output_head_on_request():
-    model = quantized(llama(), include_head=True)
+    model = quantize_adapter_model(llama(), include_head=True, progress=False)
     assert type(model.lm_head) is QuantizedLinear
-    assert not model.quantization_report.skipped
+    report = model.quantization_report
+    assert not report.skipped
+    assert [layer.activation_bits for layer in report.layers if layer.path == "lm_head"] == [16]
+    assert {layer.activation_bits for layer in report.layers if layer.path != "lm_head"} == {"auto"}
+    old = report.to_dict()
+    for layer in old["layers"]:
+        del layer["activation_bits"]
+    read = artemis.QuantizationReport.from_dict(old)
+    assert {layer.activation_bits for layer in read.layers} == {"auto"}
+
+
+def test_the_gradient_of_logits_passes_the_head_unrounded():
+    """In 8 bits a row of it is one number of 1 and thousands of 0."""
+    model = llama(vocab_size=3000)
+    quantize_adapter_model(model, include_head=True, progress=False)
+    x = torch.randn(64, model.config.hidden_size, requires_grad=True)
+    targets = torch.randint(3000, (64,))
+    dense = model.lm_head.weight.dequantize()
+    (got,) = torch.autograd.grad(functional.cross_entropy(model.lm_head(x), targets), x)
+    (wanted,) = torch.autograd.grad(functional.cross_entropy(x @ dense.t(), targets), x)
+    assert relative(got, wanted) < 1e-4
 
 
 def test_heads_that_train_and_tied_weights_stay():

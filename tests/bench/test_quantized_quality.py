@@ -27,7 +27,6 @@ def test_every_form_is_read_once(measured):
         *((None, form) for form in study.FORMS),
         *(("bf16", form) for form in study.FORMS),
         ("int8", "int8"),
-        ("int8, head too", "int8, head too"),
         ("int4", "int4"),
     }
     apart = {key: loss for key, loss in known.items() if "weight-only" not in key[2]}

@@ -6,9 +6,10 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from artemis.benchmark import steps, worker
 from artemis.benchmark.arms import ARMS
-from artemis.benchmark.compiling import can_compile, make_room_for_graphs, nothing_compiled
+from artemis.benchmark.compiling import make_room_for_graphs, nothing_compiled
 from artemis.benchmark.models import Cell
 from artemis.benchmark.steps import Step, check, prepare
+from artemis.training.compiling import can_compile
 
 CELL = Cell("64x1", 1, 96, 2, 16, whole=True)
 COMPILED = [name for name, arm in ARMS.items() if arm.trains and not arm.recomputes]

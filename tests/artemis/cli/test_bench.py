@@ -111,7 +111,7 @@ def test_times_with_another_allocator_are_measured_anew(trained, tmp_path, monke
 @pytest.fixture
 def traced(monkeypatch):
     """Compiled graphs run as torch's own operations, and in this process."""
-    monkeypatch.setattr("artemis.benchmark.compiling.can_compile", lambda device: True)
+    monkeypatch.setattr("artemis.training.compiling.can_compile", lambda device: True)
     monkeypatch.setattr("artemis.benchmark.session._lines", worker.run)
     monkeypatch.setattr(
         "artemis.benchmark.steps.compile_model",
@@ -143,7 +143,7 @@ def test_compiled_and_plain_results_share_a_file_and_no_ratio(trained, tmp_path,
 
 
 def test_where_nothing_compiles_it_is_said_at_once(capsys, monkeypatch):
-    monkeypatch.setattr("artemis.benchmark.compiling.can_compile", lambda device: False)
+    monkeypatch.setattr("artemis.training.compiling.can_compile", lambda device: False)
     assert main([*TRAIN, "--compile"]) == 1
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from artemis import AdapterError, HybridAdapterConfig
-from artemis.training import BaseConfig, DataConfig, RunConfig, TrainingConfig
+from artemis.training import BaseConfig, DataConfig, RunConfig, TrainingConfig, compiling
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 MINIMAL = {"model": "base", "data": {"train": "text.txt"}}
@@ -115,7 +115,15 @@ def test_a_missing_file():
         RunConfig.from_yaml("absent.yaml")
 
 
-def test_arguments_carry_every_setting():
+def test_compiling_needs_a_compiler(monkeypatch):
+    monkeypatch.setattr(compiling, "can_compile", lambda device: False)
+    assert not TrainingConfig().arguments().torch_compile
+    with pytest.raises(AdapterError, match="^training.compile: torch.compile needs"):
+        TrainingConfig(compile=True).arguments()
+
+
+def test_arguments_carry_every_setting(monkeypatch):
+    monkeypatch.setattr(compiling, "can_compile", lambda device: True)
     config = TrainingConfig(
         output_dir="out",
         batch_size=3,
@@ -128,6 +136,7 @@ def test_arguments_carry_every_setting():
         weight_decay=0.125,
         max_grad_norm=0.75,
         checkpointing=True,
+        compile=True,
         seed=11,
         logging_steps=13,
         eval_steps=17,
@@ -141,6 +150,7 @@ def test_arguments_carry_every_setting():
         else arguments.gradient_checkpointing
     )
     assert checkpointing
+    assert arguments.torch_compile
     assert arguments.output_dir == "out"
     assert arguments.per_device_train_batch_size == arguments.per_device_eval_batch_size == 3
     assert arguments.gradient_accumulation_steps == 5
