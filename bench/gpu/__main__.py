@@ -4,11 +4,11 @@
     TRITON_INTERPRET=1 python -m bench.gpu --device cpu --tiny --out /tmp/gpu  # every line, no GPU
 
 Most important first: accuracy of every strategy in bf16 and fp16; the products whose measured times
-decide the defaults; tuning; operations beside their peers, groups of layers, packed weights;
-training steps and decoding. Each section runs in processes of its own, so that one that crashes or
-runs out of time leaves what it had; each writes JSON lines, one by one, to OUT/gpu_SECTION.jsonl,
-and OUT/gpu_summary.md sums up: eight files. Exit status 1 where anything of Artemis is inaccurate
-or a section fails.
+decide the defaults; tuning; operations beside their peers, groups of layers and the loss, packed
+weights; training steps and decoding. Each section runs in processes of its own, so that one that
+crashes or runs out of time leaves what it had; each writes JSON lines, one by one, to
+OUT/gpu_SECTION.jsonl, and OUT/gpu_summary.md sums up: eight files. Exit status 1 where anything of
+Artemis is inaccurate or a section fails.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -136,14 +137,17 @@ def _section(name: str, part: str, device: torch.device, tiny: bool) -> Iterator
 
         (operation,) = (op for op in OPERATIONS if op.name == part)
         return check(operation, device, tiny)
+    if name == "groups":
+        from .groups import groups
+        from .loss import losses
+
+        return chain(groups(device, tiny), losses(device, tiny))
     if name == "products":
         from .products import products as rows
     elif name == "tuning":
         from .tuning import tuning as rows
     elif name == "kernels":
         from .operations import operations as rows
-    elif name == "groups":
-        from .groups import groups as rows
     elif name == "packed":
         from .packed import packed as rows
     else:

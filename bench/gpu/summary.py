@@ -27,6 +27,11 @@ _TABLES = {
         "members|rows|in|outs|r|dropout|provider|ms|eager ms|÷ group|error ÷ limit",
         "members rows k outs r dropout provider ms eager_ms over_joined error",
     ),
+    ("groups", "loss"): (
+        "The loss of a language model, forward and backward",
+        "rows|classes|provider|ms|eager ms|× torch|error ÷ limit",
+        "rows classes provider ms eager_ms over_torch error",
+    ),
     ("packed", "packed"): (
         "LoRA over a packed base",
         "rows|in|out|backward|base|strategy|ms|÷ 16-bit bare|error ÷ limit",

@@ -42,9 +42,11 @@ def test_every_section_runs_and_leaves_its_rows(tmp_path):
     assert {"artemis", "artemis/vendor", "artemis, int8", "plain", "addmm", "bare"} <= providers
     assert all(row["passed"] and row["over_floor"] > 0 for row in kernels)
     assert any(row.get("of_copy", 0) > 0 for row in kernels)
-    groups = found["groups"][1:-1]
+    groups = [row for row in found["groups"] if row["kind"] == "group"]
     assert {row["members"] for row in groups} == {"lora", "bottleneck"}
     assert all(row["passed"] and row["over_joined"] > 0 for row in groups)
+    losses = {row["provider"]: row for row in found["groups"] if row["kind"] == "loss"}
+    assert losses.keys() == {"artemis", "torch"} and losses["artemis"]["passed"]
     packed = [row for row in found["packed"] if row["kind"] == "packed"]
     assert {"bare", *(f"artemis, {f}" for f in ("int8", "fp8", "int4"))} <= {
         row["provider"] for row in packed

@@ -40,6 +40,22 @@ def test_follows_the_reference(operation, strategy, sizes, dtype):
         follow_reference(operation, path, tensors, dropout_p=0.3, seed=7)
 
 
+@pytest.mark.parametrize("dtype", [BF16, HALF, SINGLE], ids=str)
+@pytest.mark.parametrize("shape", [(7, 1), (65, 4097), (300, 50257)], ids=str)
+def test_cross_entropy(shape, dtype):
+    logits = (3 * torch.randn(shape, device=GPU)).to(dtype)
+    target = torch.randint(shape[1], shape[:1], device=GPU)
+    target[::3] = -100
+    got, wanted = (x.requires_grad_() for x in (logits.clone(), logits.double()))
+    loss = artemis_kernels.cross_entropy(got, target, impl="triton")
+    truth = torch.nn.functional.cross_entropy(wanted, target)
+    loss.backward()
+    truth.backward()
+    torch.testing.assert_close(loss.double(), truth, rtol=4e-6, atol=4e-6)
+    allowed = torch.finfo(dtype).eps / 2 * wanted.grad.abs() + 4e-6 / shape[0] + 2.0**-24
+    assert ((got.grad.double() - wanted.grad).abs() <= allowed).all()
+
+
 @pytest.mark.parametrize("operation", OPERATIONS, ids=str)
 def test_same_bits_every_time(operation):
     tensors = operands_on(GPU, operation, Sizes(300, 256, 384, 16), BF16)
