@@ -16,7 +16,7 @@ from .quantized_layers import QUANTIZED, QuantizedConv1D, QuantizedLinear
 from .sites import Site
 
 
-class _Adapted:
+class _DropsConstants:
     """What the adapted classes share."""
 
     adapter: Site
@@ -31,7 +31,7 @@ class _Adapted:
         return super().train(mode)
 
 
-class AdaptedLinear(_Adapted, nn.Linear):
+class AdaptedLinear(_DropsConstants, nn.Linear):
     """`nn.Linear` whose forward runs its site's operation."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -45,7 +45,7 @@ class AdaptedLinear(_Adapted, nn.Linear):
         return f"{super().extra_repr()}, {spec.kind}={spec.size}"
 
 
-class AdaptedConv1D(_Adapted, Conv1D):
+class AdaptedConv1D(_DropsConstants, Conv1D):
     """transformers' `Conv1D` (GPT-2) whose forward runs its site's operation."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -115,8 +115,12 @@ class Study:
             return
         recipe = self.space.recipe
         batch = self.space.training_data("new").blocks[: recipe.batch_size].long()
-        taken = {arm: TrainingStep(_model(self.space, arm), batch, ARMS[arm].autocast)
-                 for arm in RATES}  # fmt: skip
+        taken = {
+            arm: TrainingStep(
+                _model(self.space, arm), batch, ARMS[arm].autocast, trainers_loss=True
+            )
+            for arm in RATES
+        }
         for arm, ms in interleaved(taken, self.plan.rounds).items():
             flops = training_flops(arm, _sizes(recipe), recipe.batch_size, recipe.sequence_length)
             self.save({"kind": STEP, "arm": arm, "ms": Spread.of(ms).to_dict(), "flops": flops})

@@ -91,7 +91,8 @@ def _training_step(step: Step, reference: bool = False) -> TrainingStep:
         adapted = adapt(model)
     if compiled:
         compile_model(adapted)
-    return TrainingStep(adapted, batch, arm.autocast, arm.trainers_loss)
+    # The reference's loss is transformers', so that the gate judges ours as well.
+    return TrainingStep(adapted, batch, arm.autocast, arm.trainers_loss and not reference)
 
 
 def _let_gradients_reach(model: PreTrainedModel, compiled: bool) -> None:

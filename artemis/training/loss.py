@@ -1,8 +1,8 @@
 """The loss of a causal language model, computed from its logits as they are stored.
 
 transformers copies the logits to fp32 first, and torch keeps and passes over that copy several
-times more: for a vocabulary of 128,256 that is a third of a gigabyte and more per 1,024 tokens a
-copy. `artemis_kernels.cross_entropy` reads them once each way.
+times more: for a vocabulary of 128,256 each copy takes half a gigabyte per 1,024 tokens.
+`artemis_kernels.cross_entropy` reads them as they are, a pass each way.
 """
 
 import contextlib

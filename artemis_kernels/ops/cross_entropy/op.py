@@ -2,7 +2,7 @@
 
 import torch
 
-from ...core import call, checks, device
+from ...core import call, checks
 from ...core.registration import Operation, define, differentiate, once
 from ...core.types import Choice, Cost
 from . import eager, reference
@@ -106,7 +106,7 @@ def _forward(logits, target, ignored, impl) -> tuple[torch.Tensor, torch.Tensor]
         return eager.forward(logits, target, ignored)
     from . import kernels  # imports triton
 
-    return device.launches_on_first_argument(kernels.forward)(logits, target, ignored)
+    return kernels.forward(logits, target, ignored)
 
 
 def _check_classes(target: torch.Tensor, ignored: int, classes: int) -> None:
@@ -132,8 +132,7 @@ def _backward(d, logits, target, kept, ignored, impl) -> torch.Tensor:
         return eager.backward(d, logits, target, kept, ignored)
     from . import kernels  # imports triton
 
-    launched = device.launches_on_first_argument(kernels.backward)
-    return launched(d, logits, target, kept, ignored)
+    return kernels.backward(d, logits, target, kept, ignored)
 
 
 def _backward_fake(d, logits, target, kept, ignored, impl):

@@ -12,6 +12,7 @@ from artemis.benchmark.arms import ARMS, TrainingStep, hybrid
 from artemis.benchmark.flops import training_flops
 from artemis.benchmark.models import Cell, architecture, build, random_tokens
 from artemis.benchmark.steps import Step, check, prepare
+from artemis.training import loss
 
 CELL = Cell("64x2", 2, 96, 2, 16, whole=True)
 ADAPTERS = [name for name, arm in ARMS.items() if not arm.is_full]
@@ -48,6 +49,13 @@ def test_the_gate_refuses_a_step_that_drops_dx(tolerance):
     forget_input_gradients(wrong.model)
     assert verdict(right).passed
     assert not verdict(wrong).passed
+
+
+def test_the_gate_refuses_a_wrong_loss(monkeypatch):
+    right = loss.causal_loss
+    monkeypatch.setattr(loss, "causal_loss", lambda *args, **kwargs: 1.5 * right(*args, **kwargs))
+    step = Step("train", "hybrid", CELL)
+    assert not check(step, prepare(step)).passed
 
 
 def test_a_part_is_trained_down_to_its_input():
