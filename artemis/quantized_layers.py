@@ -27,6 +27,7 @@ class Packing:
     format: str
     group_size: int | None
     activation_bits: int | str
+    makes_logits: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +76,9 @@ class _Packed(FixedBuffers):
         if packing.format == "fp8":
             data = data.view(torch.float8_e4m3fn)
         return LayerWeight(
-            data, scale, offset, packing.format, packing.group_size, packing.activation_bits, dtype
-        )
+            data, scale, offset, packing.format, packing.group_size, packing.activation_bits,
+            packing.makes_logits, dtype,
+        )  # fmt: skip
 
 
 class QuantizedLinear(_Packed, nn.Linear):
@@ -130,7 +132,9 @@ def pack(
     `taken` is the `sample` of the weight that `weight` was made from. Interrupted at any line, the
     layer computes, as what it was or as what it becomes.
     """
-    module.packing = Packing(weight.format, weight.group_size, weight.activation_bits)
+    module.packing = Packing(
+        weight.format, weight.group_size, weight.activation_bits, weight.makes_logits
+    )
     # As bytes, since a tensor in fp8 does not pickle.
     data = weight.data.view(torch.uint8) if weight.format == "fp8" else weight.data
     tensors = (data, weight.scale, weight.offset)

@@ -110,7 +110,7 @@ def _model() -> nn.Module:
 
 
 def _blocks(documents: list[str]) -> torch.Tensor:
-    return torch.as_tensor(cut_blocks(documents, corpus.byte_tokenizer(), LENGTH).blocks).long()
+    return torch.as_tensor(cut_blocks(documents, corpus.byte_pairs(), LENGTH).blocks).long()
 
 
 def _train(

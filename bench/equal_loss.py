@@ -162,7 +162,7 @@ def train(
 def held_out_text(space: Workspace, plan: Plan, chooses: bool) -> TokenBlocks:
     """Held-out English: blocks that learning rates are chosen by, or others, to judge by."""
     length = space.recipe.sequence_length
-    blocks = cut_blocks(space.documents("new")[1], corpus.byte_tokenizer(), length).blocks
+    blocks = cut_blocks(space.documents("new")[1], corpus.byte_pairs(), length).blocks
     first, second = blocks[: plan.held_out_blocks], blocks[plan.held_out_blocks :]
     return TokenBlocks(second[: plan.held_out_blocks] if chooses else first)
 
@@ -176,7 +176,7 @@ def _model(space: Workspace, arm: str) -> nn.Module:
 
 
 def _sizes(recipe: Recipe) -> Architecture:
-    vocabulary = len(corpus.byte_tokenizer())
+    vocabulary = len(corpus.byte_pairs())
     return Architecture(
         recipe.hidden_size, recipe.intermediate_size, recipe.layers, vocabulary, recipe.heads
     )

@@ -3,12 +3,14 @@
 from statistics import mean
 from typing import Any
 
+from .logits_rounding import KIND as LOGITS
 from .quantized_quality import FORMS, KIND, SIZES, TRAINED_ON
 
 Record = dict[str, Any]
 Losses = dict[tuple[int, str | None, str], float]  # (seed, trained on, read over)
 #: (trained on, read over) -> the most that the loss may exceed that of bf16, as a share.
 _TARGETS = {("bf16", "int8"): 0.005, ("bf16", "int4"): 0.03, ("int8", "int8"): 0.005}
+_TARGETS |= {(trained, "int8 and head"): 0.005 for trained in ("bf16", "int8 and head")}
 _MOST_BYTES = {"int8": 0.51, "fp8": 0.51, "int4": 0.29}
 
 
@@ -74,7 +76,7 @@ def _setting(head: Record) -> str:
     return (
         f"{head['processor']['name']}, {head['threads']} thread, torch"
         f" {head['versions']['torch']}, {head['time'][:10]}; hidden {recipe['hidden_size']},"
-        f" {recipe['layers']} layers, {recipe['adapt_steps']} steps of {step:,} bytes."
+        f" {recipe['layers']} layers, {recipe['adapt_steps']} steps of {step:,} tokens."
     )
 
 
@@ -88,6 +90,24 @@ def _row(known: Losses, trained_on: str | None, form: str, found: list[float]) -
         "" if target is None else ("met" if max(found) <= target else "missed"),
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
+
+
+def rounding(records: list[Record]) -> str:
+    """How far each way to round the gradient of logits leads what a head passes on astray."""
+    last = {r["way"]: r for r in records if r.get("kind") == LOGITS}
+    if not last:
+        return ""
+    lines = [
+        "| products by the head | error of dX | of the last norm's gradient |",
+        "| --- | ---: | ---: |",
+        *(f"| {way} | {r['dx']:.2%} | {r['gain']:.2%} |" for way, r in last.items()),
+    ]
+    one = next(iter(last.values()))
+    setting = (
+        f"{one['tokens']:,} held-out tokens of a vocabulary of {one['words']:,}, at a loss of"
+        f" {one['loss']:.2f}; relative to fp64."
+    )
+    return "\n".join([*lines, "", setting, ""])
 
 
 def _last_run(records: list[Record]) -> str:

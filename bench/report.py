@@ -4,7 +4,8 @@
     python -m bench.report --check    # change nothing; exit status 1 where a document is behind
 
 NAME is `training-step`, `attention`, `training-step-ratios`, `training-step-profile`, `importance`,
-`importance-cases`, `quality`, `quality-trials`, `quantized-quality`, `quantized-sizes`,
+`importance-cases`, `quality`, `quality-trials`, `quantized-quality`, `quantized-rounding`,
+`quantized-sizes`,
 `predicted-packed`, `predicted-kernels`, `predicted-training` or `predicted-decode` (these four
 are reckoned, not measured), `adapters-PART` of its study, `equal-loss`, `tuned` or `demo`,
 or `bench-TABLE` for what `artemis bench TABLE --json` wrote (`bench-models`: training, in short).
@@ -288,6 +289,7 @@ SECTIONS: dict[str, Callable[[list[Record]], str]] = {
     "quality": quality_tables.summary,
     "quality-trials": quality_tables.trials,
     "quantized-quality": quantized_tables.quality,
+    "quantized-rounding": quantized_tables.rounding,
     "quantized-sizes": quantized_tables.sizes,
     "predicted-kernels": predictions.kernels,
     "predicted-training": predictions.training,

@@ -138,22 +138,17 @@ def _why_not(model: nn.Module, path: str, module: nn.Module, options: Options) -
     heads = architectures.classifier_heads(model) if bank is None else bank.heads
     if any(path == head or path.startswith(f"{head}.") for head in heads):
         return "a head that trains"
-    tied = _tied_to(model, path, module)
-    if module is architectures.output_head(model):
-        if not options.include_head:
-            return "the output head; include_head=True takes it too"
-        if tied:
-            raise AdapterError(
-                f"include_head: the weight of {path} is also {tied}, which stays: nothing would be"
-                " saved; allowed: False"
-            )
+    is_output = module is architectures.output_head(model)
+    if is_output and not options.include_head:
+        return "the output head; include_head=True takes it too"
     if type(module) not in PACKED:
         return f"a {type(module).__name__}, whose forward may differ"
     if "forward" in vars(module):
         return "it carries a forward of its own"
     if "weight" not in module._parameters:
         return "its weight is worked out at each forward (pruning, weight norm)"
-    if tied:
+    tied = _tied_to(model, path, module)
+    if tied and not is_output:
         return f"its weight is also {tied}"
     if not module.weight.is_floating_point():
         return f"its weight is {module.weight.dtype}"

@@ -50,9 +50,8 @@ def quantize_adapter_model(
             row (int8 weights). "auto": 8 where it is faster, else 16.
         data: with 4 bits, batches (or a dataset of examples) of the model's arguments, to weigh
             the error of a column by the mean square of what it multiplies.
-        include_head: take the output head too, unless it is tied to the embedding. Its products
-            read x and dY in 16 bits unless `activation_bits` is 8: the gradient of logits is one
-            number near 1 and thousands near 0 in each row, which 8 bits would round away.
+        include_head: take the output head too. One that is tied to the embedding becomes a matrix
+            of its own: products are faster, and memory grows by it, since the embedding stays.
         progress: show a progress bar where standard error is a terminal.
 
     Raises:
@@ -92,27 +91,24 @@ def _pack_all(
 ) -> None:
     bar = tqdm(layers.items(), "quantizing", unit="layer", disable=None if progress else True)
     for path, module in bar:
-        bits = state.options.activation_bits
-        if module is head and bits == "auto":
-            bits = 16
-        _pack_layer(path, module, state, bits, importance.get(path))
+        _pack_layer(path, module, state, module is head, importance.get(path))
 
 
 def _pack_layer(
     path: str,
     module: nn.Module,
     state: Begun,
-    activation_bits: int | str,
+    makes_logits: bool,
     importance: torch.Tensor | None,
 ) -> None:
     weight, options = weight_of(module).detach(), state.options
     packed = QuantizedWeight.quantize(
         weight, options.format, group_size=options.group_size,
-        activation_bits=activation_bits, importance=importance,
+        activation_bits=options.activation_bits, importance=importance, makes_logits=makes_logits,
     )  # fmt: skip
     state.reports[path] = LayerReport(
         path, *weight.shape, packed.format, packed.group_size, weight.nbytes, packed.nbytes,
-        _relative_error(weight, packed), packed.activation_bits,
+        _relative_error(weight, packed),
     )  # fmt: skip
     pack(module, PACKED[type(module)], packed, sample(module.weight))
 

@@ -1,17 +1,14 @@
 """What quantizing a model did: bytes, errors, and what was left as it was."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from math import log10
 from typing import Any
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One packed layer; `relative_error` is rms(packed − weight) / rms(weight).
-
-    `activation_bits` are the model's, but for an output head.
-    """
+    """One packed layer; `relative_error` is rms(packed − weight) / rms(weight)."""
 
     path: str
     out_features: int
@@ -21,7 +18,6 @@ class LayerReport:
     bytes_before: int
     bytes_after: int
     relative_error: float
-    activation_bits: int | str
 
     @property
     def snr_db(self) -> float | None:
@@ -71,11 +67,10 @@ class QuantizationReport:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "QuantizationReport":
-        """The reverse of `to_dict`; layers of earlier versions have the model's bits."""
-        usual = {"activation_bits": values["activation_bits"]}
+        """The reverse of `to_dict`."""
+        names = [field.name for field in fields(LayerReport)]
         layers = tuple(
-            LayerReport(**usual | {key: value for key, value in layer.items() if key != "snr_db"})
-            for layer in values["layers"]
+            LayerReport(**{name: layer[name] for name in names}) for layer in values["layers"]
         )
         rest = ("skipped", "activation_bits", "model_bytes_before", "model_bytes_after")
         return cls(layers, **{key: values[key] for key in rest})

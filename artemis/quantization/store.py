@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from transformers import PretrainedConfig
 
 from artemis_kernels import QuantizedWeight
 
+from ..architectures import output_head
 from ..atomic import replace_files
 from ..bank import BANK, find_bank
 from ..errors import AdapterError, listed
@@ -284,8 +285,10 @@ def _put(
     """Replace the model's tensors by the file's, which were compared with it."""
     device = torch.device("cpu") if _is_meta(model) else next(model.parameters()).device
     weights = {entry.path: _weight(stored, entry, tensors) for entry in stored.report.layers}
+    head = output_head(model)
     for path, weight in weights.items():
         module = layers[path]
+        weight = replace(weight, makes_logits=module is head)
         taken = tensors.pop(f"{path}.{SAMPLE}")
         pack(module, QUANTIZED[type(module)], weight.to(device), taken.to(device))
     placed = {name: tensor.to(device) for name, tensor in tensors.items()}
@@ -315,7 +318,7 @@ def _weight(
                 " torch.uint8"
             )
         data = data.view(torch.float8_e4m3fn)
-    form = (entry.format, entry.group_size, entry.activation_bits)
+    form = (entry.format, entry.group_size, stored.report.activation_bits)
     try:
         weight = QuantizedWeight(data, scale, offset, *form)
     except ValueError as error:

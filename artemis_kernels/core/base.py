@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from . import eight_bit, quantized
 from .device import multiplies_int8
-from .eight_bit import Rounded
+from .eight_bit_rows import Rounded
 from .products import LowRank
 from .quantized import QuantizedWeight
 from .types import Cost
@@ -24,6 +24,9 @@ _FEW_BF16_ROWS = {"int8": 16, "fp8": 16, "int4": 8}  # the same where they are m
 MOST_DIRECT_ROWS = 8  # rows that the compiled pass over a packed weight takes, but for bf16's
 _BY_BYTES = (torch.float32, torch.bfloat16)
 
+
+#: The end of a strategy whose dY is the gradient of logits, rounded with more care.
+LOGITS = "_int8_logits"
 
 #: The end of an operator's schema, for which `of` makes the base.
 SCHEMA = "Tensor? weight_scale=None, Tensor? weight_offset=None"
@@ -91,7 +94,10 @@ class PackedBase:
         Added to `into` in place where it is given.
         """
         if self.in_eight_bits:
-            return eight_bit.input_gradient(dy, self.weight.data, self.weight.scale, into, plus)
+            weight = self.weight
+            return eight_bit.input_gradient(
+                dy, weight.data, weight.scale, into, plus, weight.makes_logits
+            )
         return PlainBase(self.dense(dy.dtype)).input_gradient(dy, into, plus)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
@@ -133,9 +139,10 @@ def of(
     """The base that an operator's tensors and strategy stand for (see `packed_strategy`)."""
     if scale is None:
         return PlainBase(weight)
-    packed = QuantizedWeight.of_parts(weight, scale, offset)
+    logits = strategy.endswith(LOGITS)
+    packed = QuantizedWeight.of_parts(weight, scale, offset, makes_logits=logits)
     direct = {"direct": True, "copy": False}.get(strategy.rpartition("_")[2])
-    return PackedBase(packed, strategy.endswith(("_int8", "_fp8")), direct)
+    return PackedBase(packed, logits or strategy.endswith(("_int8", "_fp8")), direct)
 
 
 def packed_strategy(weight: object, rows: int) -> tuple[str, str]:
@@ -147,9 +154,10 @@ def packed_strategy(weight: object, rows: int) -> tuple[str, str]:
         return "_weight_only", f" and int32 may not hold sums over {max(weight.shape):,} products"
     if bits == 8 and weight.format == "fp8":
         return "_fp8", " and activation_bits is 8, in float32: no processor multiplies e4m3"
+    int8 = LOGITS if weight.makes_logits else "_int8"
     if bits == 8:
         how = "" if native_int8 else ", in float32: this processor has no int8 dot product"
-        return "_int8", f" and activation_bits is 8{how}"
+        return int8, f" and activation_bits is 8{how}"
     if bits == 16:
         return "_weight_only", " and activation_bits is 16"
     if weight.format != "int8":
@@ -158,7 +166,7 @@ def packed_strategy(weight: object, rows: int) -> tuple[str, str]:
         return "_weight_only", f" and no int8 dot product serves {weight.device.type!r} here"
     if rows < MANY_ROWS:
         return "_weight_only", f" and fewer than {MANY_ROWS} rows gain nothing from int8 products"
-    return "_int8", " and int8 products are twice as fast here"
+    return int8, " and int8 products are twice as fast here"
 
 
 def as_held(cost: Cost, weight: object, itemsize: int) -> Cost:

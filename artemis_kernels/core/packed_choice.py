@@ -29,6 +29,8 @@ def choose(weight: QuantizedWeight, shape: Shape, chip: Chip) -> tuple[str, bool
         return weight.format, _vendor(weight, shape, chip), "activation_bits is 8"
     if shape.m <= FEW_ROWS:
         return "weight_only", False, "with few rows the packed weight's bytes are all there is"
+    if bits == "auto" and weight.makes_logits:
+        refusal = refusal or "the gradient of logits would lose too much in 8 bits"
     if bits == "auto" and not refusal:
         vendor = _vendor(weight, shape, chip)
         return weight.format, vendor, "8-bit tensor cores are twice as fast with many rows"

@@ -32,6 +32,9 @@ class QuantizedWeight:
         activation_bits: what x and dY are multiplied in. 16: their own dtype (weight-only).
             8: the weight's own format, int8 or e4m3, rounded per row. "auto": 8 where there are
             many rows and the device multiplies that format (a CPU: int8 only), else 16.
+        makes_logits: whether x Wᵀ are the logits of a language model. Their gradient holds one
+            number near −1 and thousands near 0 in each row, which int8 products then round with
+            more care (docs/quantization.md); on a GPU "auto" means 16 for such a weight.
 
     Raises:
         ValueError, TypeError: parts that do not fit together.
@@ -43,6 +46,7 @@ class QuantizedWeight:
     format: str
     group_size: int | None
     activation_bits: int | str = "auto"
+    makes_logits: bool = False
 
     def __post_init__(self):
         _check_options(self.format, self.group_size, self.activation_bits)
@@ -77,6 +81,7 @@ class QuantizedWeight:
         group_size: int | None = None,
         activation_bits: int | str = "auto",
         importance: torch.Tensor | None = None,
+        makes_logits: bool = False,
     ) -> "QuantizedWeight":
         """Round `weight` [out, in], any floating dtype and strides, to `format`.
 
@@ -102,20 +107,27 @@ class QuantizedWeight:
             raise ValueError("QuantizedWeight: weight holds inf or nan")
         if format == "int4":
             size = _group_size(weight.shape[1], group_size)
-            return cls(*_int4(weight, size, importance), format, size, activation_bits)
+            return cls(
+                *_int4(weight, size, importance), format, size, activation_bits, makes_logits
+            )
         if group_size is not None or importance is not None:
             raise ValueError(f"QuantizedWeight: {format} takes no group_size and no importance")
-        return cls(*_per_row(weight, format), None, format, None, activation_bits)
+        return cls(*_per_row(weight, format), None, format, None, activation_bits, makes_logits)
 
     @classmethod
     def of_parts(
-        cls, data: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None
+        cls,
+        data: torch.Tensor,
+        scale: torch.Tensor,
+        offset: torch.Tensor | None,
+        *,
+        makes_logits: bool = False,
     ) -> "QuantizedWeight":
         """The weight that these tensors make up: their dtypes and shapes tell the format."""
         format = next((name for name, dtype in _DATA.items() if dtype == data.dtype), "int8")
         packed = format == "int4" and scale.dim() == 2 and scale.shape[1]
         group_size = 2 * data.shape[1] // scale.shape[1] if packed else None
-        return cls(data, scale, offset, format, group_size)
+        return cls(data, scale, offset, format, group_size, makes_logits=makes_logits)
 
     @property
     def shape(self) -> torch.Size:

@@ -25,6 +25,10 @@ _BITS = {"int8": ("auto", 8, 16), "fp8": ("auto", 8, 16), "int4": ("auto", 16)}
 WEIGHTS = (TENSOR, *(f"{format}:{bits}" for format in FORMATS for bits in _BITS[format]))
 
 
+#: The end of the word of a weight that makes logits, which no table has measured.
+LOGITS_OF = ":logits"
+
+
 class Case(NamedTuple):
     """What a choice may depend on. A bottleneck alone has no `in_features`, a product no width.
 
@@ -86,7 +90,8 @@ def weight_of(weight: torch.Tensor | QuantizedWeight | None) -> str:
     """The word of `Case.weight` for an operation's weight."""
     if not isinstance(weight, QuantizedWeight):
         return TENSOR
-    return f"{weight.format}:{weight.activation_bits}"
+    logits = LOGITS_OF if weight.makes_logits else ""
+    return f"{weight.format}:{weight.activation_bits}{logits}"
 
 
 def candidates(case: Case, chip: Chip | None) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..core.eight_bit import Rounded, round_rows
+from ..core.eight_bit_rows import Rounded, round_rows
 
 
 def rounded_once(x: torch.Tensor, strategies: Sequence[str]) -> Rounded | None:

@@ -13,7 +13,6 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
 
 import artemis
 from artemis import AdapterError, load_hybrid_adapter, quantize_adapter_model
@@ -376,27 +375,53 @@ def test_data_weighs_the_columns():
 def test_the_output_head_on_request():
     model = quantize_adapter_model(llama(), include_head=True, progress=False)
     assert type(model.lm_head) is QuantizedLinear
-    report = model.quantization_report
-    assert not report.skipped
-    assert [layer.activation_bits for layer in report.layers if layer.path == "lm_head"] == [16]
-    assert {layer.activation_bits for layer in report.layers if layer.path != "lm_head"} == {"auto"}
-    old = report.to_dict()
-    for layer in old["layers"]:
-        del layer["activation_bits"]
-    read = artemis.QuantizationReport.from_dict(old)
-    assert {layer.activation_bits for layer in read.layers} == {"auto"}
+    assert not model.quantization_report.skipped
+    logits = {path for path, module in packed_layers(model) if module.weight.makes_logits}
+    assert logits == {"lm_head"}
 
 
-def test_the_gradient_of_logits_passes_the_head_unrounded():
-    """In 8 bits a row of it is one number of 1 and thousands of 0."""
-    model = llama(vocab_size=3000)
-    quantize_adapter_model(model, include_head=True, progress=False)
-    x = torch.randn(64, model.config.hidden_size, requires_grad=True)
-    targets = torch.randint(3000, (64,))
-    dense = model.lm_head.weight.dequantize()
-    (got,) = torch.autograd.grad(functional.cross_entropy(model.lm_head(x), targets), x)
-    (wanted,) = torch.autograd.grad(functional.cross_entropy(x @ dense.t(), targets), x)
-    assert relative(got, wanted) < 1e-4
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_a_tied_head_becomes_a_matrix_of_its_own(build, tmp_path):
+    tied = dict(tie_word_embeddings=True) if build is llama else {}
+    model, ids = build(**tied), tokens()
+    embedding = model.get_input_embeddings().weight
+    assert model.get_output_embeddings().weight is embedding
+    before, expected = embedding.detach().clone(), model(ids).logits
+    quantize_adapter_model(model, include_head=True, progress=False, activation_bits=16)
+    assert model.get_input_embeddings().weight is embedding and torch.equal(embedding, before)
+    head = model.get_output_embeddings()
+    assert head.weight.format == "int8" and head.weight.makes_logits
+    report, copied = model.quantization_report, head.weight.nbytes
+    assert report.model_bytes_before - report.model_bytes_after < report.bytes_before - copied
+    got = model(ids).logits
+    assert relative(got, expected) < 0.05
+    artemis.save_quantized(model, tmp_path)
+    for target in (build(**tied), model.config):
+        loaded = artemis.load_quantized(target, tmp_path)
+        assert torch.equal(loaded(ids).logits, got)
+        assert loaded.get_output_embeddings().weight.makes_logits
+
+
+def test_gradients_through_a_head_in_eight_bits():
+    """Against the same adapter over the dequantized head, whose words have much in common."""
+    model = adapted(llama(vocab_size=3000, hidden_size=64))
+    with torch.no_grad():
+        model.lm_head.weight.add_(torch.randn(64) / 20)
+    ids = torch.randint(3000, (4, 64))
+    quantize_adapter_model(
+        model, include_head=True, activation_bits=8, adapter_bits=32, progress=False
+    )
+    head = model.lm_head
+    dense = head.weight.dequantize()
+    found = []
+    for forward in (head.forward, lambda x: x @ dense.t()):
+        head.forward = forward
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        found.append(gradients(model))
+    got, wanted = found
+    for name in wanted:
+        assert relative(got[name], wanted[name]) < 0.2, name
 
 
 def test_heads_that_train_and_tied_weights_stay():

@@ -8,6 +8,7 @@ import torch
 from artemis.benchmark.runner import read
 from artemis.cli.demo.recipe import QUICK, Workspace
 from artemis.quantized_layers import packed_layers
+from bench import logits_rounding
 from bench import quantized_quality as study
 from bench import quantized_tables as tables
 
@@ -27,6 +28,7 @@ def test_every_form_is_read_once(measured):
         *((None, form) for form in study.FORMS),
         *(("bf16", form) for form in study.FORMS),
         ("int8", "int8"),
+        ("int8 and head", "int8 and head"),
         ("int4", "int4"),
     }
     apart = {key: loss for key, loss in known.items() if "weight-only" not in key[2]}
@@ -35,6 +37,16 @@ def test_every_form_is_read_once(measured):
         plain = known[seed, trained_on and "bf16", "bf16"]
         assert loss == pytest.approx(plain, rel=1e-3)
         assert trained_on is None or loss < 0.995 * known[seed, None, form]
+
+
+def test_a_heads_gradients_err_as_their_rounding_lets_them(measured):
+    _, out = measured
+    found = {r["way"]: r for r in read(out) if r["kind"] == logits_rounding.KIND}
+    assert list(found) == list(logits_rounding.WAYS)
+    assert all(0 < r["dx"] < 0.1 and r["gain"] > 0 for r in found.values())
+    rows = tables.rounding(read(out)).splitlines()
+    assert rows[2].startswith("| bf16 | 0.") and "of a vocabulary of 257" in rows[-1]
+    assert tables.rounding([]) == ""
 
 
 def test_what_is_known_is_not_measured_again(measured):

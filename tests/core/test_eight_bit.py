@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from artemis_kernels import QuantizedWeight
-from artemis_kernels.core import eight_bit, native
+from artemis_kernels.core import eight_bit, eight_bit_rows, native
 from artemis_kernels.core.native import Native
 from artemis_kernels.core.products import LowRank
 
@@ -47,7 +47,7 @@ def test_sums_are_exact(m, k, n, way, plain):
 @pytest.mark.parametrize(("m", "k"), [(1, 1), (5, 33), (65, 1100), (129, 64)])
 def test_rows_are_rounded_to_the_nearest_of_255_levels(m, k, dtype, factor):
     x, by = torch.randn(m, k).to(dtype), torch.rand(k) + 0.5 if factor else None
-    q, scale, apart = eight_bit.round_rows(x, by)
+    q, scale, apart, _ = eight_bit_rows.round_rows(x, by)
     v = x.double() if by is None else x.double() * by.double()
     if apart is not None:
         v[:, apart] = 0
@@ -65,12 +65,12 @@ def test_compiled_and_plain_agree_to_the_bit(dtype, plain):
     narrow = QuantizedWeight.quantize(w.dequantize()[:64, :512])
 
     def everything():
-        rounded = eight_bit.round_rows(x, None)
+        rounded = eight_bit_rows.round_rows(x, None)
         acc = eight_bit.integer_product(rounded.q, w.data.t())
         assert 9 in rounded.apart
         return (
-            *rounded,
-            *eight_bit.round_rows(dy, w.scale)[:2],
+            *rounded[:3],
+            *eight_bit_rows.round_rows(dy, w.scale)[:2],
             eight_bit.linear(even, narrow.data, narrow.scale, bias[:64]),
             eight_bit.linear(even, narrow.data, narrow.scale, None),
             eight_bit.input_gradient(dy[:, :64], narrow.data, narrow.scale),
@@ -109,7 +109,7 @@ def test_everything_after_a_product(m, k, n, rank, outlying):
         through_y, through_x = (t.alpha * t.s.double() @ t.g.double().t() for t in (of_y, of_x))
 
     def values(x, factor):
-        rounded = eight_bit.round_rows(x, factor)
+        rounded = eight_bit_rows.round_rows(x, factor)
         v = rounded.q.double() * rounded.scale.double()[:, None]
         if rounded.apart is not None:
             v[:, rounded.apart] = (x if factor is None else x * factor)[:, rounded.apart].double()
@@ -179,7 +179,7 @@ def test_outlying_features(magnitude, dtype):
     weight_only = x.double() @ weight.dequantize(torch.float64).t()
     y = eight_bit.linear(x, weight.data, weight.scale, None)
     assert relative_error(y, truth) <= 1.5 * relative_error(weight_only, truth)
-    rounded = eight_bit.round_rows(x, None)
+    rounded = eight_bit_rows.round_rows(x, None)
     assert (rounded.apart is None) == (magnitude == 1)
     rest = x.double()
     rest[:, outlying if magnitude > 1 else []] = 0
@@ -204,7 +204,7 @@ def test_one_large_value_anywhere_sets_its_column_apart(rows, dtype):
     for row in {0, rows // 2, rows - 1}:
         x = torch.ones(rows, 70, dtype=dtype)
         x[row, 5] = -300
-        assert eight_bit.round_rows(x, None).apart.tolist() == [5]
+        assert eight_bit_rows.round_rows(x, None).apart.tolist() == [5]
 
 
 @pytest.mark.parametrize("way", ["compiled", "plain"])
@@ -213,16 +213,97 @@ def test_what_stands_out_is_told_by_the_lower_median(way, plain):
         plain()
     x = torch.full((20, 130), 3.0)
     x[:, :65], x[3, [70, 129]] = 1, -5
-    assert eight_bit.round_rows(x, None).apart.tolist() == [70, 129]
+    assert eight_bit_rows.round_rows(x, None).apart.tolist() == [70, 129]
     x[:, 0] = 3  # 66 of 130 columns now
-    assert eight_bit.round_rows(x, None).apart is None
+    assert eight_bit_rows.round_rows(x, None).apart is None
 
 
 def test_few_columns_are_kept_apart_however_many_stand_out():
     largest = torch.ones(640)
-    assert eight_bit.outliers(largest) is None
+    assert eight_bit_rows.outliers(largest) is None
     largest[:100] = torch.arange(100.0, 200.0)
-    assert sorted(eight_bit.outliers(largest).tolist()) == list(range(90, 100))
-    assert eight_bit.outliers(torch.tensor([1.0, 1.0, 9.0])).tolist() == [2]
-    assert eight_bit.outliers(torch.tensor([5.0])) is None
-    assert eight_bit.outliers(torch.empty(0)) is None
+    assert sorted(eight_bit_rows.outliers(largest).tolist()) == list(range(90, 100))
+    assert eight_bit_rows.outliers(torch.tensor([1.0, 1.0, 9.0])).tolist() == [2]
+    assert eight_bit_rows.outliers(torch.tensor([5.0])) is None
+    assert eight_bit_rows.outliers(torch.empty(0)) is None
+
+
+def logits_gradient(rows: int, words: int, spread: float, dtype=torch.float32) -> torch.Tensor:
+    """Of a mean cross entropy: p − 1 at a target drawn from p, and p elsewhere."""
+    p = torch.softmax(spread * torch.randn(rows, words), 1)
+    target = torch.multinomial(p, 1)
+    return (p.scatter_add(1, target, -torch.ones(rows, 1)) / rows).to(dtype)
+
+
+@pytest.mark.parametrize("way", ["compiled", "plain"])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize(("m", "k"), [(1, 1), (3, 2), (5, 63), (4, 64), (7, 65), (40, 1500)])
+def test_rounding_of_logits_loses_no_sum(m, k, dtype, way, plain):
+    """A peak exact, the rest within one step, and in each lane every partial sum within half."""
+    if way == "plain":
+        plain()
+    dy, factor = logits_gradient(m, k, 3.0, dtype), torch.rand(k) + 0.5
+    q, scale, apart, peaks = eight_bit_rows.round_logits(dy, factor)
+    v = dy.double() * factor.double()
+    assert apart is None and q.dtype == torch.int8 and q.is_contiguous()
+    torch.testing.assert_close(peaks.value.double().abs(), v.abs().amax(1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(peaks.value.double(), v.gather(1, peaks.at[:, None])[:, 0])
+    v.scatter_(1, peaks.at[:, None], 0.0)
+    torch.testing.assert_close(scale.double(), v.abs().amax(1) / 126, rtol=1e-6, atol=0)
+    step = scale.double()[:, None]
+    wrong = torch.nn.functional.pad(q * step - v, (0, -k % 64)).view(m, -1, 64)
+    assert (wrong.abs() <= 1.001 * step[..., None]).all()
+    assert (wrong.cumsum(1).abs() <= 0.501 * step[..., None] + 1e-30).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_logits_compiled_and_plain_agree_to_the_bit(dtype, plain):
+    dy, factor = logits_gradient(30, 1001, 2.0, dtype), torch.rand(1001) + 0.5
+    dy[3], dy[4, 7], dy[5, 8] = 0, torch.nan, -torch.inf
+    dy[6], dy[6, 900] = 0, 1.0  # a peak and nothing else
+    compiled = eight_bit_rows.round_logits(dy, factor)
+    plain()
+    other = eight_bit_rows.round_logits(dy, factor)
+    good = [i for i in range(30) if i not in (4, 5)]
+    assert torch.equal(compiled.q, other.q)
+    assert torch.equal(compiled.scale.nan_to_num(7.0), other.scale.nan_to_num(7.0))
+    assert torch.equal(compiled.peaks.value, other.peaks.value)
+    assert torch.equal(compiled.peaks.at[good], other.peaks.at[good])
+    assert compiled.scale[4:6].isnan().all() and compiled.peaks.at[6] == 900
+
+
+@pytest.mark.parametrize("way", ["compiled", "plain"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("added", [False, True], ids=["written", "added"])
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 8, 3), (9, 1500, 70), (17, 64, 32)], ids=str)
+def test_a_product_with_peaks(m, k, n, added, dtype, way, plain):
+    if way == "plain":
+        plain()
+    dy, data, scale = logits_gradient(m, k, 3.0, dtype), integers(k, n), torch.rand(k) + 0.5
+    plus = LowRank(torch.randn(m, 2), torch.randn(n, 2), 0.7)
+    into = torch.randn(m, n).to(dtype)
+    rounded = eight_bit_rows.round_logits(dy, scale)
+    v = rounded.q.double() * rounded.scale.double()[:, None]
+    v.scatter_add_(1, rounded.peaks.at[:, None], rounded.peaks.value.double()[:, None])
+    truth = v @ data.double() + 0.7 * (plus.s @ plus.g.t()).double() + (into.double() * added)
+    start = into.clone() if added else None
+    plus = plus._replace(s=plus.s.to(dtype), g=plus.g.to(dtype))
+    got = eight_bit.input_gradient(dy, data, scale, start, plus, logits=True)
+    assert got.dtype == dtype and (start is None or got is start)
+    limits = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
+    assert relative_error(got, truth) < limits[dtype]
+
+
+def test_sums_over_tokens_keep_what_small_probabilities_carry():
+    """What gains and biases feel. Without care it would be off by a large part."""
+    weight = QuantizedWeight.quantize(torch.randn(4000, 64) + torch.randn(64))
+    dy = logits_gradient(512, 4000, 3.0)
+    truth = dy.double() @ weight.dequantize(torch.float64)
+
+    def errors(logits):
+        dx = eight_bit.input_gradient(dy, weight.data, weight.scale, logits=logits)
+        return relative_error(dx, truth), relative_error(dx.sum(0), truth.sum(0))
+
+    careless, careful = errors(False), errors(True)
+    assert careful[0] < 0.03 and careful[1] < 0.03
+    assert careless[1] > 4 * careful[1]

@@ -157,12 +157,12 @@ def test_a_reader_that_passes_no_gradient_on(operation):
 
 
 def test_x_is_rounded_once(monkeypatch):
-    from artemis_kernels.core import eight_bit
+    from artemis_kernels.core import eight_bit_rows
 
     x, members = members_of(LORA, SINGLE)
     for member in members:
         member["weight"] = QuantizedWeight.quantize(member["weight"], activation_bits=8)
-    rounded, original = [], eight_bit.round_rows
+    rounded, original = [], eight_bit_rows.round_rows
     for module in ("core.eight_bit", "ops.rounding"):
         monkeypatch.setattr(
             f"artemis_kernels.{module}.round_rows",

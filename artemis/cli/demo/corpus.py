@@ -1,10 +1,11 @@
-"""The demo's texts, taken from the Python that runs it, and a tokenizer of single bytes."""
+"""The demo's texts, taken from the Python that runs it, and its tokenizer."""
 
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from artemis.errors import AdapterError
@@ -15,13 +16,22 @@ HELD_OUT_EVERY = 10  # one document in ten is never trained on
 PASSAGE = 3000  # characters
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """256 tokens for the 256 bytes, and one that ends a text: byte-level BPE without any merge."""
+def byte_pairs(documents: Iterable[str] = (), merges: int = 0) -> PreTrainedTokenizerFast:
+    """Byte-level BPE: 256 bytes, one token that ends a text, and so many merges of frequent pairs.
+
+    `documents`: texts that the merges are learnt from; without merges a token is a byte.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {symbol: index for index, symbol in enumerate([*alphabet, END_OF_TEXT])}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    if merges:
+        trainer = trainers.BpeTrainer(
+            vocab_size=len(vocabulary) + merges, initial_alphabet=alphabet,
+            special_tokens=[END_OF_TEXT], show_progress=False,
+        )  # fmt: skip
+        tokenizer.train_from_iterator(documents, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,

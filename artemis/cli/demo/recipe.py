@@ -5,7 +5,7 @@ import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from artemis.training import TokenBlocks, TrainingConfig, cut_blocks
 
@@ -18,7 +18,8 @@ ADAPTER_YAML = Path(__file__).with_name("hybrid_adapter.yaml")
 class Recipe:
     """Sizes, steps and learning rates; the defaults take four to five minutes on two CPU cores.
 
-    Both learning rates were chosen by hand on this data: an adapter wants a larger one.
+    Both learning rates were chosen by hand on this data: an adapter wants a larger one. Without
+    `merges` of byte pairs a token is a byte.
     """
 
     hidden_size: int = 512
@@ -28,6 +29,7 @@ class Recipe:
     sequence_length: int = 128
     batch_size: int = 8
     source_characters: int = 2_000_000
+    merges: int = 0
     base_steps: int = 400
     base_rate: float = 1e-3
     adapt_steps: int = 160
@@ -119,4 +121,9 @@ class Workspace:
         return TokenBlocks(blocks[: self.recipe.held_out_blocks])
 
     def _blocks(self, documents: list[str]) -> TokenBlocks:
-        return cut_blocks(documents, corpus.byte_tokenizer(), self.recipe.sequence_length)
+        return cut_blocks(documents, self.tokenizer(), self.recipe.sequence_length)
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """Its byte pairs are those of the old domain."""
+        merges = self.recipe.merges
+        return corpus.byte_pairs(self.documents("old")[0] if merges else (), merges)

@@ -34,7 +34,6 @@ from artemis.training import (
 )
 
 from ..generate import continue_text
-from .corpus import byte_tokenizer
 from .recipe import ADAPTER_YAML, QUICK, Recipe, Workspace
 
 SEED = 0
@@ -44,7 +43,7 @@ NEW_TOKENS = 300
 
 def base(space: Workspace) -> dict:
     """Train the base model on source code from nothing."""
-    recipe, tokenizer = space.recipe, byte_tokenizer()
+    recipe, tokenizer = space.recipe, space.tokenizer()
     train = space.training_data("old")
     set_seed(SEED)
     model = LlamaForCausalLM(recipe.model_config(len(tokenizer), tokenizer.eos_token_id))

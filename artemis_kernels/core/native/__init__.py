@@ -93,6 +93,7 @@ def _signatures(handle: ctypes.CDLL) -> Iterator[tuple[str, str]]:
             f"artemis_round_{dtype}",
             f"pointer pointer pointer size factor pointer size {'pointer ' * 4}size size threads",
         )
+        yield f"artemis_round_logits_{dtype}", f"{'pointer ' * 6}size size threads"
         yield (
             f"artemis_cross_entropy_forward_{dtype}",
             "pointer pointer pointer pointer size size size threads",
@@ -104,8 +105,8 @@ def _signatures(handle: ctypes.CDLL) -> Iterator[tuple[str, str]]:
         if has_int8_product(handle):
             yield (
                 f"artemis_int8_product_{dtype}",
-                f"{'pointer ' * 7}size pointer size pointer size size flag size factor pointer"
-                f" {sizes} flag flag threads",
+                f"{'pointer ' * 7}size {'pointer ' * 3}size pointer size size flag size factor"
+                f" pointer {sizes} flag flag threads",
             )
         yield (
             f"artemis_restore_{dtype}",

@@ -6,18 +6,6 @@
 
 #include "numbers.h"
 
-static inline int32_t magnitude(float value) { /* the bits of |value|: ordered as it is, nan last */
-    int32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits & 0x7fffffff;
-}
-
-static inline float from_bits(int32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
 static inline float one(const float *column, int64_t c) { return column ? column[c] : 1.0f; }
 
 /* Whether a column may exceed four medians: surely none does where a quarter of the largest is no

@@ -1,7 +1,7 @@
 /* An int8 product with everything after it: int32 sums never leave the registers' tile.
 
-       y[m, n] (+)= (row[m]·Σ_k q[m, k]·w[k, n] + Σ_p beside[m, p]·w[apart[p], n])·column[n]
-                    + bias[n] + alpha·Σ_r s[m, r]·g[n, r]
+       y[m, n] (+)= (row[m]·Σ_k q[m, k]·w[k, n] + Σ_p beside[m, p]·w[apart[p], n]
+                     + peak[m]·line[m, n])·column[n] + bias[n] + alpha·Σ_r s[m, r]·g[n, r]
 
    One copy of a weight serves both directions: stored [n, k] (forward), or [k, n] (dX). Either way
    a task packs the columns it owns into panels of 32, four k side by side as the dot product
@@ -35,6 +35,9 @@ typedef struct {
     const int64_t *apart;             /* [count], rows of w whose numbers of x are not in q */
     const float *beside;              /* [m, count], those numbers */
     int64_t count;
+    const float *peak;  /* [m] or NULL: of each row a number that is not in q, */
+    const int8_t *line; /* [m, n], and the row of w that it meets */
+    int64_t n;
     const void *g; /* [n, rank], bf16 or fp32, of these strides */
     int64_t g_n, g_r, rank;
     int g_in_bf16;
@@ -201,7 +204,14 @@ static inline void finish(const Epilogue *with, const int64_t *rows, const int32
         for (int i = 0; i < TILE_ROWS; ++i) {
             __m512i sum = _mm512_sub_epi32(tile->sums[i][h], _mm512_set1_epi32(shifts[i]));
             __m512 row = _mm512_set1_ps(with->row[rows[i]]);
-            tile->values[i][h] = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), row);
+            __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), row);
+            if (with->peak) {
+                const int8_t *line = with->line + rows[i] * with->n + from;
+                __m512 met = _mm512_cvtepi32_ps(
+                    _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(within[h], line)));
+                value = _mm512_fmadd_ps(_mm512_set1_ps(with->peak[rows[i]]), met, value);
+            }
+            tile->values[i][h] = value;
         }
         add_outer(with->beside, with->count, rows, lines, h, tile);
         for (int i = 0; i < TILE_ROWS; ++i) {
@@ -274,13 +284,14 @@ static inline void store_bf16(uint16_t *to, __mmask16 within, __m512 value) { /*
                                                                                                   \
     void PASS(const int8_t *q, const int8_t *data, const float *row, const float *column,         \
               const float *bias, const int64_t *apart, const float *beside, int64_t count,        \
+              const float *peak, const int8_t *line,                                              \
               const TYPE *s, int64_t s_pitch, const void *g, int64_t g_n, int64_t g_r,            \
               int g_in_bf16, int64_t rank, float alpha, TYPE *y, int64_t m, int64_t k, int64_t n, \
               int by_output, int accumulate, int threads) {                                       \
         Weight w = {data, k, n, by_output};                                                       \
         float *scaled = malloc(sizeof(float) * (size_t)(m * rank + 1));                           \
-        Epilogue with = {row, column, bias, apart, beside, count, g,                              \
-                         g_n, g_r, rank, g_in_bf16, scaled, accumulate};                          \
+        Epilogue with = {row, column, bias, apart, beside, count, peak, line, n,                  \
+                         g, g_n, g_r, rank, g_in_bf16, scaled, accumulate};                       \
         int64_t each = columns_of_a_task(k, n, threads);                                          \
         int32_t *sums = malloc(sizeof(int32_t) * (size_t)m);                                      \
         _Pragma("omp parallel num_threads(threads)")                                              \

@@ -29,4 +29,16 @@ static inline uint16_t to_bf16(float value) { /* round to nearest even, NaN stay
 
 static inline float same(float value) { return value; }
 
+static inline int32_t magnitude(float value) { /* the bits of |value|: ordered as it is, nan last */
+    int32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits & 0x7fffffff;
+}
+
+static inline float from_bits(int32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
 #endif

@@ -11,7 +11,7 @@ Two strategies, the same function (docs/adapter_linear.md):
 import torch
 
 from ...core.base import Base
-from ...core.eight_bit import Rounded
+from ...core.eight_bit_rows import Rounded
 from ...core.products import LowRank, accumulator, column_sum, outer_gradient
 from ..bottleneck_adapter.branch import Branch, BranchNeeds, preactivation
 

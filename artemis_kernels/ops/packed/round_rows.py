@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...core.eight_bit import APART, FEWEST_PER_COLUMN_APART
+from ...core.eight_bit_rows import APART, FEWEST_PER_COLUMN_APART
 from ...core.tiling import Config
 from .epilogue import MOST_APART
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from artemis.benchmark.memory import peak_memory
 from artemis.cli import demo as command
 from artemis.cli import main
-from artemis.cli.demo.corpus import byte_tokenizer, help_topics, passages, python_sources
+from artemis.cli.demo.corpus import byte_pairs, help_topics, passages, python_sources
 from artemis.cli.demo.recipe import QUICK, Workspace
 from artemis.cli.demo.report import render, share_of_improvement
 from artemis.errors import AdapterError
@@ -113,7 +113,7 @@ def test_passages_keep_the_text_and_drop_what_is_repeated():
 
 
 def test_every_byte_is_one_token():
-    tokenizer = byte_tokenizer()
+    tokenizer = byte_pairs()
     text = "".join(map(chr, range(256))) + "\u20ac\U0001f642"
     tokens = tokenizer(text)["input_ids"]
     assert len(tokens) == len(text.encode())

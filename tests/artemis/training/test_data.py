@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from artemis import AdapterError
-from artemis.cli.demo.corpus import byte_tokenizer
+from artemis.cli.demo.corpus import byte_pairs
 from artemis.training import load_blocks
 
-TOKENIZER = byte_tokenizer()
+TOKENIZER = byte_pairs()
 
 
 def decode(blocks) -> list[str]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from artemis.cli.demo.corpus import byte_tokenizer
+from artemis.cli.demo.corpus import byte_pairs
 from artemis.errors import AdapterError
 from artemis.training import attention_for, load_base, resolve_precision
 from tests.artemis.models import llama
@@ -28,7 +28,7 @@ def test_attention_for(dtype, device, length, wanted):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_loads_what_was_saved(tmp_path, attention):
-    saved, tokenizer = llama(), byte_tokenizer()
+    saved, tokenizer = llama(), byte_pairs()
     saved.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     model, loaded = load_base(str(tmp_path), torch.bfloat16, attention)
