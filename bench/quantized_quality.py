@@ -6,7 +6,8 @@ A small Llama over 4,096 byte pairs learns Python's sources; in each seed the de
 English over the base in bf16, int8 (with and without its output head) and int4, with the same
 start, data and steps. Each adapter is then read over the base it trained on, and the one from bf16
 also over every other form; what a head passes on is read in each way to round it. Bytes and errors
-of weights are those of one layer of Llama 2 7B's width, at random. What the file holds is not measured again.
+of weights are those of one layer of Llama 2 7B's width, at random. What the file holds is not
+measured again.
 """
 
 import argparse
