@@ -173,5 +173,5 @@ def _problems(module: nn.Module, options: Options) -> Iterator[str]:
         yield f"has {weight.shape[1]} inputs, allowed: a multiple of {size}, or bits=8"
     elif weight.is_meta:
         yield "is on the meta device, without values"
-    elif not torch.isfinite(weight.float()).all():
+    elif not all(torch.isfinite(end.float()) for end in torch.aminmax(weight)):
         yield "holds inf or nan, or numbers beyond float32"

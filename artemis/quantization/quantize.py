@@ -8,6 +8,7 @@ from torch import nn
 from tqdm import tqdm
 
 from artemis_kernels import QuantizedWeight
+from artemis_kernels.core.four_bits import CHUNK
 
 from ..architectures import output_head
 from ..bank import find_bank
@@ -115,8 +116,13 @@ def _pack_layer(
 
 def _relative_error(weight: torch.Tensor, packed: QuantizedWeight) -> float:
     """rms(packed − weight) / rms(weight); 0 for a weight that is zero."""
-    scale = weight.float().norm()
-    return ((packed.dequantize() - weight).norm() / scale).item() if scale else 0.0
+    error, size, rows = 0.0, 0.0, max(1, CHUNK // weight.shape[1])
+    for start in range(0, len(weight), rows):
+        part = weight[start : start + rows].float()
+        size += part.square().sum(dtype=torch.float64).item()
+        part = part - packed.rows(start, start + rows).dequantize()
+        error += part.square_().sum(dtype=torch.float64).item()
+    return (error / size) ** 0.5 if size else 0.0
 
 
 def _model_bytes(model: nn.Module) -> int:

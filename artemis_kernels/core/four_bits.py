@@ -11,7 +11,7 @@ import torch
 
 _RANGES = (1.0, 0.9, 0.8, 0.7)  # of a group's own, about its middle
 _ROUNDS = 2  # of least squares after each
-_CHUNK = 1 << 22  # weights at a time: bounds the scratch memory
+CHUNK = 1 << 22  # weights at a time: bounds the scratch memory
 LEVELS = 16
 
 
@@ -24,7 +24,7 @@ def fit(
         groups: [G, g], finite.
         importance: [G, g] fp32 or None: what a squared error of each weight counts.
     """
-    rows = max(1, _CHUNK // max(groups.shape[1], 1))
+    rows = max(1, CHUNK // max(groups.shape[1], 1))
     weights = (None,) * len(groups) if importance is None else importance.split(rows)
     parts = [_fit(part.float(), w) for part, w in zip(groups.split(rows), weights, strict=False)]
     return tuple(torch.cat(results) for results in zip(*parts, strict=True))

@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from . import four_bits, native
 from .device import has_fast_bf16
+from .four_bits import CHUNK
 from .products import accumulator
 from .registration import define
 
@@ -103,7 +104,7 @@ class QuantizedWeight:
                 "QuantizedWeight: weight must be a matrix of at least one number,"
                 f" got shape {tuple(weight.shape)}"
             )
-        if not torch.isfinite(weight).all():
+        if not all(map(torch.isfinite, torch.aminmax(weight))):
             raise ValueError("QuantizedWeight: weight holds inf or nan")
         if format == "int4":
             size = _group_size(weight.shape[1], group_size)
@@ -138,6 +139,12 @@ class QuantizedWeight:
     @property
     def device(self) -> torch.device:
         return self.data.device
+
+    def rows(self, start: int, stop: int) -> "QuantizedWeight":
+        """Rows of the weight, as `weight[start:stop]` of a tensor; no copy."""
+        parts = (self.data, self.scale, self.offset)
+        data, scale, offset = (None if part is None else part[start:stop] for part in parts)
+        return replace(self, data=data, scale=scale, offset=offset)
 
     @property
     def nbytes(self) -> int:
@@ -251,7 +258,16 @@ def _pointers(parts: tuple[torch.Tensor | None, ...]) -> tuple[int | None, ...]:
 
 def _per_row(weight: torch.Tensor, format: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Data and scale: the row's largest weight becomes the format's largest number."""
-    weight = weight.float()
+    data = torch.empty_like(weight, dtype=_DATA[format], memory_format=torch.contiguous_format)
+    scale = weight.new_empty(weight.shape[0], dtype=torch.float32)
+    rows = max(1, CHUNK // max(weight.shape[1], 1))
+    for start in range(0, len(weight), rows):
+        part = slice(start, start + rows)
+        data[part], scale[part] = _rounded(weight[part].float(), format)
+    return data, scale
+
+
+def _rounded(weight: torch.Tensor, format: str) -> tuple[torch.Tensor, torch.Tensor]:
     largest = weight.abs().amax(1) if weight.shape[1] else weight.new_zeros(weight.shape[0])
     scale = torch.where(largest > 0, largest / _LARGEST[format], 1.0)
     levels = weight / scale[:, None]
