@@ -9,7 +9,7 @@ from artemis.benchmark.tables import Column, piped
 Record = dict[str, Any]
 _TOKENS = 1024
 _HYBRIDS = ("hybrid", "hybrid-int8")
-_BEST = "hybrid-int8"
+_BEST, _WITH_HEAD = "hybrid-int8", "hybrid-int8-head"
 
 
 def table(rows: Sequence[Record]) -> str:
@@ -34,9 +34,9 @@ def _samples(arm: str) -> Callable[[Record], str]:
     return cell
 
 
-def _times(baseline: str) -> Callable[[Record], str]:
+def _times(baseline: str, arm: str = _BEST) -> Callable[[Record], str]:
     def cell(row: Record) -> str:
-        times = row["speedup"].get(baseline)
+        times = row["by"].get(arm, {}).get("speedup", {}).get(baseline)
         return f"{times:.2f}" if times else ""
 
     return cell
@@ -64,6 +64,7 @@ _COLUMNS = (
     Column("int8 base: speedup", _times(BASELINE)),
     Column("× fp32", _times("full-fp32")),
     Column("× all bf16", _times("full-bf16")),
+    Column("with its head in int8", _times(BASELINE, _WITH_HEAD)),
     Column("less memory", _saved(BASELINE)),
     Column("than all bf16", _saved("full-bf16")),
     Column("FLOPs", lambda row: f"{row['flops_relative']:.0%}"),

@@ -31,6 +31,7 @@ def test_a_model_a_line_of_its_last_rows():
         row("old", "64x2", "hybrid-int8", 3.0, 3.0),  # with nothing to compare it to
         {"kind": "run", "run": "new", "commit": "b" * 40, **MACHINE},
         row("new", "llama-2-7b", "hybrid-int8", 8.0, 25.0),
+        row("new", "llama-2-7b", "hybrid-int8-head", 9.0, 25.0),
     ]
     made = bench_table("train", records, render=table, short=True)
     header, _, *lines = [cells(line) for line in made.splitlines() if line.startswith("|")]
@@ -39,6 +40,7 @@ def test_a_model_a_line_of_its_last_rows():
     assert found["model"] == "llama-2-7b"
     assert (found["full, samples/s"], found["hybrid, int8 base, samples/s"]) == ("2", "8")
     assert (found["int8 base: speedup"], found["× all bf16"]) == ("4.00", "")
+    assert found["with its head in int8"] == "4.50"
     assert (found["less memory"], found["than all bf16"]) == ("75%", "")
     assert (found["FLOPs"], found["device-seconds"]) == ("70%", "25%")
     assert f"commits `{'a' * 12}`, `{'b' * 12}`" in made
