@@ -64,6 +64,7 @@ _COLUMNS = (
     Column("int8 base: speedup", _times(BASELINE)),
     Column("× fp32", _times("full-fp32")),
     Column("× all bf16", _times("full-bf16")),
+    Column("× torchao's int8", _times("full-int8")),
     Column("with its head in int8", _times(BASELINE, _WITH_HEAD)),
     Column("less memory", _saved(BASELINE)),
     Column("than all bf16", _saved("full-bf16")),

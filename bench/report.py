@@ -5,11 +5,11 @@
 
 NAME is `training-step`, `attention`, `training-step-ratios`, `training-step-profile`, `importance`,
 `importance-cases`, `quality`, `quality-trials`, `quantized-quality`, `quantized-rounding`,
-`quantized-sizes`,
-`predicted-packed`, `predicted-kernels`, `predicted-training` or `predicted-decode` (these four
-are reckoned, not measured), `adapters-PART` of its study, `equal-loss`, `tuned` or `demo`,
-or `bench-TABLE` for what `artemis bench TABLE --json` wrote (`bench-models`: training, in short).
-Of several runs of one size and precision on one machine, the last counts.
+`quantized-sizes`, `predicted-packed`, `predicted-kernels`, `predicted-training` or
+`predicted-decode` (these four are reckoned, not measured), `adapters-PART` of its study,
+`head-adaptation`, `equal-loss`, `tuned` or `demo`, or `bench-TABLE` for what
+`artemis bench TABLE --json` wrote (`bench-models`: training, in short). Of several runs of one size
+and precision on one machine, the last counts.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from . import (
     ROOT,
     adapters_tables,
     equal_loss_tables,
+    head_tables,
     importance_tables,
     kernel_tables,
     model_tables,
@@ -283,6 +284,7 @@ SECTIONS: dict[str, Callable[[list[Record]], str]] = {
     "training-step-profile": training_step_profile,
     "demo": demo,
     "equal-loss": equal_loss_tables.table,
+    "head-adaptation": head_tables.table,
     "tuned": tuned.table,
     "importance": importance_tables.summary,
     "importance-cases": importance_tables.all_cases,

@@ -4,6 +4,7 @@ An arm more is one entry of `ARMS`.
 """
 
 import contextlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..architectures import output_head
 from ..config import HybridAdapterConfig
 from ..errors import AdapterError
 from ..hybrid import add_hybrid_adapter_to_model
@@ -90,7 +92,8 @@ class Arm:
     `state_bytes` is what a weight of the base costs at the peak of a step, for planning. `trains`:
     it is measured in training too, not at inference only. `recomputes`: it trades time for memory,
     which `artemis bench memory` shows by default. `trainers_loss`: as Artemis' trainer computes it,
-    not as transformers does.
+    not as transformers does. `needs`: a package; without it the arm is none of the default ones.
+    `counted`: what stands for it where FLOPs are counted, of products that torch cannot count.
     """
 
     name: str
@@ -105,6 +108,13 @@ class Arm:
     trains: bool = True
     recomputes: bool = False
     trainers_loss: bool = False
+    needs: str | None = None
+    counted: Adapt | None = None
+
+    @property
+    def installed(self) -> bool:
+        """Whether what it needs is there."""
+        return self.needs is None or importlib.util.find_spec(self.needs) is not None
 
     @property
     def is_full(self) -> bool:
@@ -116,6 +126,26 @@ class Arm:
 
 def full(model: PreTrainedModel) -> nn.Module:
     """Full fine-tuning: every weight trains."""
+    return model
+
+
+def full_int8(model: PreTrainedModel) -> nn.Module:
+    """Full fine-tuning whose layers, but for the head, multiply in int8, all three products.
+
+    torchao's int8 mixed-precision training: weights stay in their dtype and are rounded, row by
+    row, at each step anew, like x and dY.
+    """
+    try:
+        from torchao.prototype.quantized_training import int8_mixed_precision_training
+        from torchao.quantization import quantize_
+    except ModuleNotFoundError as error:
+        raise AdapterError("the arm 'full-int8' needs torchao (the extra `torchao`)") from error
+    head = output_head(model)
+    quantize_(
+        model,
+        int8_mixed_precision_training(module_swap=True),
+        filter_fn=lambda module, path: isinstance(module, nn.Linear) and module is not head,
+    )
     return model
 
 
@@ -202,6 +232,10 @@ ARMS = {
             autocast=True, trainers_loss=True,
         ),
         Arm("full-bf16", "full fine-tuning, all bf16", _BF16, full, 8),
+        Arm(
+            "full-int8", "full fine-tuning, all bf16, int8 products (torchao)", _BF16, full_int8, 8,
+            needs="torchao", counted=full,
+        ),
         Arm(
             "peft", "PEFT LoRA, all linear, bf16", _BF16, peft_lora, 2,
             reference=partial(lora, dropout=0.0, impl="reference", adapter_dtype="model"),

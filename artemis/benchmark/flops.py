@@ -34,7 +34,7 @@ def _counted(arm_name: str, sizes: Architecture, batch: int, sequence: int) -> i
         model = AutoModelForCausalLM.from_config(
             sizes.config(sequence), dtype=torch.bfloat16, attn_implementation="eager"
         ).train()
-        model = (arm.reference or arm.adapt)(model)
+        model = (arm.counted or arm.reference or arm.adapt)(model)
         tokens = torch.zeros(batch, sequence, dtype=torch.int64)
         inputs = {  # both given, since transformers would look at values to make them
             "position_ids": torch.arange(sequence)[None],

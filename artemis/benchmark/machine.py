@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-_PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "numpy")
+_PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "numpy", "torchao")
 _DECISIVE_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
 
 

@@ -57,7 +57,8 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--arms", nargs="+", metavar="NAME",
-        help="default: all, but those with activation checkpointing in `memory` only",
+        help="default: all whose packages are installed; those with activation checkpointing in"
+        " `memory` only",
     )  # fmt: skip
     parser.add_argument(
         "--measure", choices=("auto", "whole", "parts"), default="auto",
@@ -186,7 +187,9 @@ def _training(args: argparse.Namespace, recomputing: bool, compiled: bool = Fals
     arms = tuple(
         name for name, arm in ARMS.items() if arm.trains and not (compiled and arm.recomputes)
     )
-    default = tuple(name for name in arms if recomputing or not ARMS[name].recomputes)
+    default = tuple(
+        name for name in arms if ARMS[name].installed and (recomputing or not ARMS[name].recomputes)
+    )
     return _settings(args, tokens, args.sequence, arms, default, compiled)
 
 

@@ -1,5 +1,6 @@
 """Steps: what they train, how they are counted, and what the gate refuses."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from artemis import AdapterError
 from artemis.benchmark import accuracy, steps
 from artemis.benchmark.arms import ARMS, TrainingStep, hybrid
 from artemis.benchmark.flops import training_flops
@@ -92,6 +94,29 @@ def test_flops_are_those_of_the_step_itself(arm):
     with FlopCounterMode(display=False) as counter:
         training.backward()
     assert training_flops(arm, sizes, 2, 16) == counter.get_total_flops()
+
+
+def test_full_fine_tuning_in_int8_multiplies_every_layer_but_the_head_so():
+    pytest.importorskip("torchao")
+    plain, rounded = (prepare(Step("train", arm, CELL)).step for arm in ("full-bf16", "full-int8"))
+    for training in (plain, rounded):
+        training.backward()
+    names = [name for name, _ in plain.model.named_parameters()]
+    pairs = zip(plain.trained, rounded.trained, strict=True)
+    errors = [((b.grad - a.grad).norm() / a.grad.norm()).item() for a, b in pairs]
+    assert all(0 < error < 0.15 for error in errors), dict(zip(names, errors, strict=True))
+    assert type(rounded.model.lm_head) is nn.Linear
+    kinds = {type(m) for n, m in rounded.model.named_modules() if n.endswith("_proj")}
+    assert len(kinds) == 1 and nn.Linear not in kinds
+
+
+def test_full_fine_tuning_in_int8_needs_torchao(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    assert not ARMS["full-int8"].installed
+    with pytest.raises(AdapterError, match="needs torchao"):
+        prepare(Step("train", "full-int8", CELL))
+    sizes = architecture("64x3")
+    assert training_flops("full-int8", sizes, 2, 16) == training_flops("full-bf16", sizes, 2, 16)
 
 
 @pytest.mark.parametrize("arm", ["full-bf16", "hybrid"])

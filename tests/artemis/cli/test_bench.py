@@ -226,6 +226,7 @@ def test_only_memory_checkpoints_by_itself(monkeypatch):
         name for name, arm in ARMS.items() if arm.recomputes
     }
     assert "hybrid-int8-checkpointed" in wanted["footprint"]
+    assert ("full-int8" in wanted["train"]) == ARMS["full-int8"].installed
 
 
 @pytest.fixture
