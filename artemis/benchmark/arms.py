@@ -8,6 +8,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 
 import torch
 from torch import nn
@@ -141,11 +142,19 @@ def full_int8(model: PreTrainedModel) -> nn.Module:
     except ModuleNotFoundError as error:
         raise AdapterError("the arm 'full-int8' needs torchao (the extra `torchao`)") from error
     head = output_head(model)
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    if not layers:
+        return model
+    probe = torch.randn(2, layers[0].in_features).to(layers[0].weight)
+    plain = layers[0](probe)
     quantize_(
-        model,
-        int8_mixed_precision_training(module_swap=True),
-        filter_fn=lambda module, path: isinstance(module, nn.Linear) and module is not head,
+        model, int8_mixed_precision_training(), filter_fn=lambda module, path: module in layers
     )
+    if torch.equal(layers[0](probe), plain):  # seen with 0.18: it says nothing
+        raise AdapterError(
+            f"the arm 'full-int8': torchao {version('torchao')} does not multiply in int8 here,"
+            " allowed: 0.14.1"
+        )
     return model
 
 
