@@ -12,6 +12,7 @@ from importlib.metadata import version
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from ..architectures import output_head
@@ -137,7 +138,7 @@ def full_int8(model: PreTrainedModel) -> nn.Module:
     row, at each step anew, like x and dY.
     """
     try:
-        from torchao.prototype.quantized_training import int8_mixed_precision_training
+        from torchao.prototype import quantized_training as torchao_training
         from torchao.quantization import quantize_
     except ModuleNotFoundError as error:
         raise AdapterError("the arm 'full-int8' needs torchao (the extra `torchao`)") from error
@@ -146,14 +147,18 @@ def full_int8(model: PreTrainedModel) -> nn.Module:
     if not layers:
         return model
     probe = torch.randn(2, layers[0].in_features).to(layers[0].weight)
-    plain = layers[0](probe)
+    plain, linear = layers[0](probe), functional.linear
     quantize_(
-        model, int8_mixed_precision_training(), filter_fn=lambda module, path: module in layers
-    )
-    if torch.equal(layers[0](probe), plain):  # seen with 0.18: it says nothing
+        model, torchao_training.int8_mixed_precision_training(),
+        filter_fn=lambda module, path: module in layers,
+    )  # fmt: skip
+    weight = torchao_training.Int8MixedPrecisionTrainingLinearWeight
+    # From 0.16 on it registers its product as an aten op, where no call of `linear` finds it.
+    weight.implements_torch_function(linear)(weight._ATEN_OP_TABLE[weight][linear])
+    if torch.equal(layers[0](probe), plain):
         raise AdapterError(
             f"the arm 'full-int8': torchao {version('torchao')} does not multiply in int8 here,"
-            " allowed: 0.14.1"
+            " allowed: 0.18.0"
         )
     return model
 

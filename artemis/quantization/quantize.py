@@ -8,7 +8,6 @@ from torch import nn
 from tqdm import tqdm
 
 from artemis_kernels import QuantizedWeight
-from artemis_kernels.core.four_bits import CHUNK
 
 from ..architectures import output_head
 from ..bank import find_bank
@@ -18,6 +17,8 @@ from . import adapters
 from .calibrate import column_importance
 from .choice import BEGUN, Begun, begun, checked_options, choose_layers
 from .report import LayerReport, QuantizationReport
+
+_CHUNK = 1 << 22  # weights whose error is worked out at a time
 
 
 @torch.no_grad()
@@ -116,7 +117,7 @@ def _pack_layer(
 
 def _relative_error(weight: torch.Tensor, packed: QuantizedWeight) -> float:
     """rms(packed − weight) / rms(weight); 0 for a weight that is zero."""
-    error, size, rows = 0.0, 0.0, max(1, CHUNK // weight.shape[1])
+    error, size, rows = 0.0, 0.0, max(1, _CHUNK // weight.shape[1])
     for start in range(0, len(weight), rows):
         part = weight[start : start + rows].float()
         size += part.square().sum(dtype=torch.float64).item()

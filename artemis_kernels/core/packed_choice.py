@@ -4,11 +4,13 @@
     dense         a dense copy, then the products of a tensor: many rows, nothing in 8 bits
     int8, fp8     x rounded row by row, products on 8-bit tensor cores: many rows
 
+The name of a strategy ends in one of these; in `int8_logits` where dY is the gradient of logits.
 docs/quantization.md works the costs out.
 """
 
 import torch
 
+from .base import LOGITS
 from .device import Chip
 from .device import chip as chip_of
 from .quantized import QuantizedWeight
@@ -29,8 +31,8 @@ def choose(weight: QuantizedWeight, shape: Shape, chip: Chip) -> tuple[str, bool
         return weight.format, _vendor(weight, shape, chip), "activation_bits is 8"
     if shape.m <= FEW_ROWS:
         return "weight_only", False, "with few rows the packed weight's bytes are all there is"
-    if bits == "auto" and weight.makes_logits:
-        refusal = refusal or "the gradient of logits would lose too much in 8 bits"
+    if bits == "auto" and weight.makes_logits and weight.format == "fp8":
+        refusal = refusal or "the gradient of logits would lose too much in e4m3"
     if bits == "auto" and not refusal:
         vendor = _vendor(weight, shape, chip)
         return weight.format, vendor, "8-bit tensor cores are twice as fast with many rows"
@@ -63,7 +65,15 @@ def product(
     how, vendor, why = choose(
         weight, Shape(rows, out_features, in_features, rank, dtype), chip_of(device)
     )
-    return ("_vendor_" if vendor else "_") + how, why
+    end = LOGITS if how == "int8" and weight.makes_logits else "_" + how
+    return "_vendor" * vendor + end, why
+
+
+def told_by(strategy: str) -> tuple[str, bool]:
+    """What `product` added: one of PRODUCTS, and whether dY is the gradient of logits."""
+    if strategy.endswith(LOGITS):
+        return "int8", True
+    return next(how for how in PRODUCTS if strategy.endswith(how)), False
 
 
 def lora_strategy(

@@ -35,7 +35,8 @@ class QuantizedWeight:
             many rows and the device multiplies that format (a CPU: int8 only), else 16.
         makes_logits: whether x Wᵀ are the logits of a language model. Their gradient holds one
             number near −1 and thousands near 0 in each row, which int8 products then round with
-            more care (docs/quantization.md); on a GPU "auto" means 16 for such a weight.
+            more care (docs/quantization.md); fp8 products do not, and on a GPU "auto" means 16
+            for such a weight in fp8.
 
     Raises:
         ValueError, TypeError: parts that do not fit together.

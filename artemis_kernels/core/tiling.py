@@ -260,6 +260,11 @@ def _round_rows_alone(shape: Shape, chip: Chip) -> Config:
     return Config(16, block_k=512, warps=8, stages=1)
 
 
+def _round_logits(shape: Shape, chip: Chip) -> Config:
+    """A program walks along one row, each thread with one wide load a step."""
+    return Config(0, block_k=2048, warps=8, stages=1)
+
+
 def _unpack(shape: Shape, chip: Chip) -> Config:
     return Config(0, 32, 256, stages=1)
 
@@ -281,6 +286,7 @@ HEURISTICS: dict[str, Callable[[Shape, Chip], Config]] = {
     "eight_bit_fp8": _eight_bit,
     "round_rows_int8": _round_rows,
     "round_rows_fp8": _round_rows_alone,
+    "round_logits_int8": _round_logits,
     "finish_product_int8": _update,
     "finish_product_fp8": _update,
     "unpack_int8": _unpack,

@@ -3,11 +3,13 @@
 import torch
 
 from artemis_kernels.core import tuning
+from artemis_kernels.core.eight_bit_rows import Peaks
 from artemis_kernels.core.quantized import QuantizedWeight
 from artemis_kernels.core.tiling import Shape
 from artemis_kernels.ops.low_rank.arguments import NO_DROPOUT
 from artemis_kernels.ops.packed.eight_bit import eight_bit
 from artemis_kernels.ops.packed.epilogue import Epilogue, finish
+from artemis_kernels.ops.packed.round_logits import round_logits
 from artemis_kernels.ops.packed.round_rows import round_rows
 from artemis_kernels.ops.packed.unpack import unpack
 from artemis_kernels.ops.packed.weight_only import weight_only
@@ -72,10 +74,39 @@ def _round_rows(m, k, dtype):
     return launch
 
 
-def _finish_product(m, n, r):
+def _peaks(m, n, k):
+    """What dX of a head has beside a layer's: peaks, and lines of the weight for them."""
+    peaks = Peaks(meta(m), meta(m, dtype=torch.int64))
+    return {"peaks": peaks, "lines": meta(k, n, dtype=torch.int8)}
+
+
+def _logits(m, n, k, r, dropout=NO_DROPOUT, adds=False):
+    def launch(chip):
+        shape = Shape(m, n, k, r, BF16, bool(dropout.p))
+        config = tuning.config("eight_bit_int8", shape, chip)
+        more = _peaks(m, n, k) | {"row": meta(m), "dropout": dropout}
+        if adds:
+            more["residual"] = meta(m, n, dtype=BF16)
+        eight_bit(
+            meta(m, k, dtype=torch.int8), meta(n, k, dtype=torch.int8), meta(m, n, dtype=BF16),
+            Epilogue(meta(m, r), meta(n, r), scale=scaled(), **more), config=config, precise=True,
+        )  # fmt: skip
+
+    return launch
+
+
+def _round_logits(m, k):
+    def launch(chip):
+        config = tuning.config("round_logits_int8", Shape(m, k, dtype=BF16), chip)
+        round_logits(meta(m, k, dtype=BF16), meta(k), config=config)
+
+    return launch
+
+
+def _finish_product(m, n, r, peaked=0):
     def launch(chip):
         config = tuning.config("finish_product_int8", Shape(m, n, r=r, dtype=BF16), chip)
-        more = {"row": meta(m), "column": meta(n)}
+        more = {"row": meta(m)} | (_peaks(m, n, peaked) if peaked else {"column": meta(n)})
         parts, y = meta(1, m, n, dtype=torch.int32), meta(m, n, dtype=BF16)
         finish(parts, y, _epilogue(m, n, r, **more), config=config)
 
@@ -118,8 +149,13 @@ CASES = (
         eight_bit=True,
     ),
     Case("eight_bit int8 added", _eight_bit(8192, 4096, 11008, 64, torch.int8, adds=True)),
+    Case("eight_bit int8 logits", _logits(8192, 2048, 32000, 16), training=True, eight_bit=True),
+    Case("eight_bit int8 logits dropout", _logits(8192, 2048, 32000, 64, drawn())),
+    Case("eight_bit int8 logits added", _logits(8192, 2048, 32000, 16, adds=True)),
     Case("eight_bit odd", _eight_bit(8192, 4097, 4097, 16, torch.int8)),
     Case("round_rows int8", _round_rows(8192, 4096, torch.int8)),
     Case("round_rows fp8", _round_rows(8192, 4096, FP8), chips=WITH_FP8),
+    Case("round_logits", _round_logits(8192, 32000)),
     Case("finish_product int32", _finish_product(8192, 4096, 16)),
+    Case("finish_product int32 logits", _finish_product(8192, 2048, 16, peaked=32000)),
 )

@@ -732,6 +732,8 @@ QUANTIZED = (
     ),
 )
 
+LOGITS = "tests/kernels/test_logits.py"
+
 PACKED_KERNELS = (
     Fault(
         "the high codes of a byte multiplied by the low ones' columns",
@@ -774,6 +776,27 @@ PACKED_KERNELS = (
         "half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7))",
         "half = tl.where(bits & 0x78, ((bits & 0x80) << 8) | ((bits & 0x7F) << 7), 0)",
         ("tests/kernels/test_packed.py", "-k", "e4m3"),
+    ),
+    Fault(
+        "what rounding leaves of a logit dropped between tiles, Triton",
+        f"{PACKED}/round_logits.py",
+        "left += tl.sum(steps - (q << _BITS), 0)",
+        "left += 0",
+        (LOGITS,),
+    ),
+    Fault(
+        "the second largest logit told from a lane's largest alone, Triton",
+        f"{PACKED}/round_logits.py",
+        "tl.where(lanes == top, second, first)",
+        "tl.where(lanes == top, 0.0, first)",
+        (LOGITS,),
+    ),
+    Fault(
+        "a head's gradient rounded like any other, Triton",
+        f"{PACKED}/steps.py",
+        "makes_logits=makes_logits",
+        "makes_logits=False",
+        ("tests/ops/test_packed_paths.py", "-k", "head"),
     ),
 )
 

@@ -5,6 +5,7 @@ import torch
 
 import artemis_kernels
 from tests import kit
+from tests.core.test_eight_bit import logits_gradient
 from tests.kit import Sizes
 from tests.ops.operations import BF16, HALF, OPERATIONS, SINGLE, Path, follow_reference
 
@@ -54,6 +55,21 @@ def test_cross_entropy(shape, dtype):
     torch.testing.assert_close(loss.double(), truth, rtol=4e-6, atol=4e-6)
     allowed = torch.finfo(dtype).eps / 2 * wanted.grad.abs() + 4e-6 / shape[0] + 2.0**-24
     assert ((got.grad.double() - wanted.grad).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("dtype", [BF16, HALF, SINGLE], ids=str)
+def test_dx_of_a_head(dtype):
+    """Small numbers that only count together; and a row whose fixed-point sums pass 32 bits."""
+    head = torch.randn(4000, 64) + torch.randn(64)
+    weight = artemis_kernels.QuantizedWeight.quantize(head, makes_logits=True).to(GPU)
+    x = torch.randn(512, 64, device=GPU, dtype=dtype, requires_grad=True)
+    dy = 512 * logits_gradient(512, 4000, 3.0).to(GPU, dtype)
+    dy[0] = 1
+    assert artemis_kernels.explain("quantized_linear", x, weight).strategy.endswith("int8_logits")
+    (dx,) = torch.autograd.grad(artemis_kernels.quantized_linear(x, weight), x, dy)
+    truth = dy.double() @ weight.dequantize(torch.float64)
+    pairs = ((dx, truth), (dx[0], truth[0]), (dx[1:].sum(0), truth[1:].sum(0)))
+    assert all((got - wanted).norm() < 0.03 * wanted.norm() for got, wanted in pairs)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=str)

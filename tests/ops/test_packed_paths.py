@@ -4,6 +4,8 @@ By weight only the accuracy rule holds against the dequantized base in fp64; in 
 rounds x and dY as docs/quantization.md says, as it does for the eager path.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from artemis_kernels.core import packed_choice
 from artemis_kernels.core.device import CHIPS, why_no_triton
 from artemis_kernels.core.tiling import Shape
 from tests import kit
+from tests.core.test_eight_bit import logits_gradient
 from tests.kit import Sizes
 from tests.ops.operations import ADAPTER, BF16, HALF, LORA, SINGLE
 from tests.ops.test_quantized_ops import forced, operands, trained, truth_in_eight_bits
@@ -99,6 +102,39 @@ def test_in_eight_bits(operation, strategy, meaning, format, sizes, dtype, limit
         assert error < allowed, f"{name}: {error:.2g}"
 
 
+@pytest.mark.parametrize(("operation", "strategy", "meaning"), IN_EIGHT_BITS)
+def test_dx_of_a_head_keeps_what_small_probabilities_carry(operation, strategy, meaning):
+    """Of rows whose small numbers only count together; against the base in fp64, unrounded."""
+    tensors = operation.operands(Sizes(32, 32, 1008, 4), SINGLE)
+    weight = tensors.pop("weight") + 0.5 * torch.randn(32)  # what rows have in common
+    packed, dy = QuantizedWeight.quantize(weight), logits_gradient(32, 1008, 3.0)
+    doubles = kit.in_dtype(tensors, torch.float64)
+    truth = kit.outcome(
+        lambda **a: operation.reference(weight=packed, **a), doubles, trained(operation), dy
+    )
+
+    def errors(end: str) -> list[float]:
+        run = forced(operation, f"{strategy}_{end}", packed, "triton")
+        dx = kit.outcome(run, tensors, ["x"], dy)["x"].double()
+        pairs = ((dx, truth["x"]), (dx.sum(0), truth["x"].sum(0)))
+        return [((got - wanted).norm() / wanted.norm()).item() for got, wanted in pairs]
+
+    careless, careful = errors("int8"), errors("int8_logits")
+    assert max(careful) < 0.03
+    assert all(2 * good < bad for good, bad in zip(careful, careless, strict=True))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 70])
+def test_the_bare_product_of_a_head(rows):
+    """What "auto" takes, through the public function; y is that of any other weight."""
+    weight = QuantizedWeight.quantize(torch.randn(200, 64) + torch.randn(64), makes_logits=True)
+    x, dy = torch.randn(rows, 64, requires_grad=True), logits_gradient(rows, 200, 3.0)
+    y, wanted = (quantized_linear(x, weight, impl=impl) for impl in ("triton", "reference"))
+    assert torch.equal(y, quantized_linear(x, replace(weight, makes_logits=False), impl="triton"))
+    dx, wanted_dx = (torch.autograd.grad(one, x, dy)[0].sum(0) for one in (y, wanted))
+    assert (dx - wanted_dx).norm() <= 0.05 * wanted_dx.norm()
+
+
 @pytest.mark.parametrize(
     "strategy", ["split_weight_only", "split_int8", "split_fp8", "split_dense"]
 )
@@ -158,8 +194,12 @@ def test_the_operators_are_whole_to_torch():
     torch.library.opcheck(torch.ops.artemis.quantized_linear.default, bare)
 
 
-def chosen(chip: str, rows: int, format: str, bits="auto", dtype=BF16, k=4096) -> tuple[str, bool]:
-    weight = QuantizedWeight.quantize(torch.ones(16, k), format, activation_bits=bits)
+def chosen(
+    chip: str, rows: int, format: str, bits="auto", dtype=BF16, k=4096, makes_logits=False
+) -> tuple[str, bool]:
+    weight = QuantizedWeight.quantize(
+        torch.ones(16, k), format, activation_bits=bits, makes_logits=makes_logits
+    )
     how, vendor, reason = packed_choice.choose(weight, Shape(rows, 16, k, 8, dtype), CHIPS[chip])
     assert reason and not reason.endswith(".") and "\n" not in reason
     return how, vendor
@@ -184,6 +224,14 @@ def test_choices():
     assert chosen("sm_90", 1, "fp8", bits=8)[0] == "fp8"
 
 
+def test_choices_for_a_head():
+    """int8 as for any other weight; e4m3 only where it is asked for, since it takes no care."""
+    assert chosen("sm_90", 4096, "int8", makes_logits=True) == ("int8", False)
+    assert chosen("sm_90", 64, "int8", makes_logits=True) == ("weight_only", False)
+    assert chosen("sm_90", 4096, "fp8", makes_logits=True) == ("dense", False)
+    assert chosen("sm_90", 4096, "fp8", bits=8, makes_logits=True) == ("fp8", False)
+
+
 def test_explain_says_how():
     x, a, b = torch.randn(70, 64), torch.randn(4, 64), torch.randn(48, 4)
     weight = QuantizedWeight.quantize(torch.randn(48, 64))
@@ -194,3 +242,8 @@ def test_explain_says_how():
     assert few.strategy == "plain_weight_only" and "few rows" in few.reason
     bare = explain("quantized_linear", x[:3], weight, impl="triton")
     assert bare.strategy == "product_weight_only"
+    head = replace(weight, makes_logits=True)
+    assert explain("lora_linear", x, head, a, b, 1.0, impl="triton").strategy == "split_int8_logits"
+    assert explain("quantized_linear", x, head, impl="triton").strategy == "product_int8_logits"
+    head = replace(head, activation_bits=16)
+    assert explain("quantized_linear", x, head, impl="triton").strategy == "product_dense"

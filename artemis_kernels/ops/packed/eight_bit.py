@@ -24,11 +24,11 @@ from .epilogue import Epilogue, finish_tile
 
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _eight_bit(
-    q_ptr, w_ptr, row_ptr, column_ptr, xa_ptr, wa_ptr, s_ptr, b_ptr, bias_ptr, bias_low_ptr,
-    residual_ptr, y_ptr, seed_ptr, scale_ptr,
+    q_ptr, w_ptr, row_ptr, column_ptr, xa_ptr, wa_ptr, peak_ptr, at_ptr, lines_ptr, s_ptr, b_ptr,
+    bias_ptr, bias_low_ptr, residual_ptr, y_ptr, seed_ptr, scale_ptr,
     M, N, R, A, K,
-    stride_qm, stride_qk, stride_wn, stride_wk, stride_wan, stride_waa, stride_sm, stride_bn,
-    stride_br,
+    stride_qm, stride_qk, stride_wn, stride_wk, stride_wan, stride_waa, stride_lk, stride_ln,
+    stride_sm, stride_bn, stride_br,
     scale, threshold, rescale,
     PRECISE: tl.constexpr, EVEN_K: tl.constexpr, PAIRED: tl.constexpr, RANK_BLOCKS: tl.constexpr,
     GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -62,10 +62,10 @@ def _eight_bit(
         w_ptrs += BLOCK_K * stride_wk
 
     finish_tile(
-        acc.to(tl.float32), row_ptr, column_ptr, xa_ptr, wa_ptr, s_ptr, b_ptr, bias_ptr,
-        bias_low_ptr, residual_ptr, y_ptr, seed_ptr, scale_ptr, offs_m, start_n, M, N, R, A,
-        stride_wan, stride_waa, stride_sm, stride_bn, stride_br, scale, threshold, rescale, PAIRED,
-        RANK_BLOCKS, BLOCK_M, BLOCK_N, BLOCK_R,
+        acc.to(tl.float32), row_ptr, column_ptr, xa_ptr, wa_ptr, peak_ptr, at_ptr, lines_ptr, s_ptr,
+        b_ptr, bias_ptr, bias_low_ptr, residual_ptr, y_ptr, seed_ptr, scale_ptr, offs_m, start_n, M,
+        N, R, A, stride_wan, stride_waa, stride_lk, stride_ln, stride_sm, stride_bn, stride_br,
+        scale, threshold, rescale, PAIRED, RANK_BLOCKS, BLOCK_M, BLOCK_N, BLOCK_R,
     )  # fmt: skip
 
 

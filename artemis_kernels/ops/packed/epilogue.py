@@ -1,6 +1,6 @@
-"""What follows a product with a packed weight: scales, columns apart, the low-rank term, biases.
+"""What follows a product with a packed weight: scales, what is apart, the low-rank term, biases.
 
-    y = acc·row·column + xa Waᵀ + s·(mask·(S Bᵀ) + bias_low) + bias + residual
+    y = acc·row·column + xa Waᵀ + s·(mask·(S Bᵀ) + bias_low) + peak·lines[at] + bias + residual
 
 | name           | shape     | dtype                      | strides    |
 | acc or parts   | [P, M, N] | fp32 or int32, P sums      | contiguous |
@@ -10,6 +10,8 @@
 | wa             | [N, A]    | y's                        | any        |
 | s              | [M, R]    | any float, cast to y's     | rows in a wider matrix |
 | b              | [N, R]    | any float, cast to y's     | any        |
+| peak, at       | [M]       | fp32, int64                | contiguous |
+| lines          | [K, N]    | int8                       | any        |
 | bias, bias_low | [N]       | any float                  | contiguous |
 | residual       | [M, N]    | y's; may be y              | contiguous |
 | y              | [M, N]    | fp16, bf16, fp32           | contiguous |
@@ -24,6 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ...core.eight_bit_rows import Peaks
 from ...core.tiles import effective_scale, keep_mask
 from ...core.tiling import Config
 from ..low_rank.arguments import NO_DROPOUT, UNSCALED, Dropout, Scale
@@ -33,9 +36,10 @@ MOST_APART = 16  # columns: one step of a dot
 
 @triton.jit
 def finish_tile(
-    acc, row_ptr, column_ptr, xa_ptr, wa_ptr, s_ptr, b_ptr, bias_ptr, bias_low_ptr,
-    residual_ptr, y_ptr, seed_ptr, scale_ptr, offs_m, start_n, M, N, R, A,
-    stride_wan, stride_waa, stride_sm, stride_bn, stride_br, scale, threshold, rescale,
+    acc, row_ptr, column_ptr, xa_ptr, wa_ptr, peak_ptr, at_ptr, lines_ptr, s_ptr, b_ptr, bias_ptr,
+    bias_low_ptr, residual_ptr, y_ptr, seed_ptr, scale_ptr, offs_m, start_n, M, N, R, A,
+    stride_wan, stride_waa, stride_lk, stride_ln, stride_sm, stride_bn, stride_br, scale,
+    threshold, rescale,
     PAIRED: tl.constexpr, RANK_BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -74,6 +78,12 @@ def finish_tile(
         if bias_low_ptr is not None:
             bias_low = tl.load(bias_low_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
             acc += (bias_low * sigma)[None, :]
+    if peak_ptr is not None:  # after the mask, beside whose numbers it would spill
+        peak = tl.load(peak_ptr + offs_m, mask=mask_m, other=0.0)
+        at = tl.load(at_ptr + offs_m, mask=mask_m, other=0)
+        lines_ptrs = lines_ptr + at[:, None] * stride_lk + offs_n[None, :] * stride_ln
+        lines = tl.load(lines_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
+        acc += peak[:, None] * lines.to(tl.float32)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     mask = mask_m[:, None] & mask_n[None, :]
@@ -104,10 +114,10 @@ def _add_low_rank(
 
 @triton.jit(do_not_specialize=["M", "parts", "threshold"])
 def _finish_product(
-    part_ptr, row_ptr, column_ptr, xa_ptr, wa_ptr, s_ptr, b_ptr, bias_ptr, bias_low_ptr,
-    residual_ptr, y_ptr, seed_ptr, scale_ptr,
+    part_ptr, row_ptr, column_ptr, xa_ptr, wa_ptr, peak_ptr, at_ptr, lines_ptr, s_ptr, b_ptr,
+    bias_ptr, bias_low_ptr, residual_ptr, y_ptr, seed_ptr, scale_ptr,
     M, N, R, A, parts,
-    stride_wan, stride_waa, stride_sm, stride_bn, stride_br,
+    stride_wan, stride_waa, stride_lk, stride_ln, stride_sm, stride_bn, stride_br,
     scale, threshold, rescale,
     PAIRED: tl.constexpr, RANK_BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -125,10 +135,10 @@ def _finish_product(
         part_ptrs += tl.cast(M, tl.int64) * N
 
     finish_tile(
-        acc, row_ptr, column_ptr, xa_ptr, wa_ptr, s_ptr, b_ptr, bias_ptr, bias_low_ptr,
-        residual_ptr, y_ptr, seed_ptr, scale_ptr, offs_m, start_n, M, N, R, A, stride_wan,
-        stride_waa, stride_sm, stride_bn, stride_br, scale, threshold, rescale, PAIRED,
-        RANK_BLOCKS, BLOCK_M, BLOCK_N, BLOCK_R,
+        acc, row_ptr, column_ptr, xa_ptr, wa_ptr, peak_ptr, at_ptr, lines_ptr, s_ptr, b_ptr,
+        bias_ptr, bias_low_ptr, residual_ptr, y_ptr, seed_ptr, scale_ptr, offs_m, start_n, M, N, R,
+        A, stride_wan, stride_waa, stride_lk, stride_ln, stride_sm, stride_bn, stride_br, scale,
+        threshold, rescale, PAIRED, RANK_BLOCKS, BLOCK_M, BLOCK_N, BLOCK_R,
     )  # fmt: skip
 
 
@@ -145,6 +155,8 @@ class Epilogue(NamedTuple):
     column: torch.Tensor | None = None
     xa: torch.Tensor | None = None
     wa: torch.Tensor | None = None
+    peaks: Peaks | None = None
+    lines: torch.Tensor | None = None
     residual: torch.Tensor | None = None
 
     @property
@@ -154,15 +166,19 @@ class Epilogue(NamedTuple):
     def arguments(self, y: torch.Tensor, config: Config) -> dict:
         """Kernel arguments, y [M, N], its sizes and the tiles among them."""
         (M, N), R = y.shape, self.rank
-        b, wa = self.b, self.wa
+        b, wa, lines = self.b, self.wa, self.lines
+        peak, at = self.peaks or (None, None)
         return {
             "row_ptr": self.row, "column_ptr": _contiguous(self.column), "xa_ptr": self.xa,
-            "wa_ptr": wa, "s_ptr": self.s, "b_ptr": b, "bias_ptr": _contiguous(self.bias),
+            "wa_ptr": wa, "peak_ptr": peak, "at_ptr": at, "lines_ptr": lines, "s_ptr": self.s,
+            "b_ptr": b, "bias_ptr": _contiguous(self.bias),
             "bias_low_ptr": _contiguous(self.bias_low), "residual_ptr": self.residual, "y_ptr": y,
             "scale_ptr": self.scale.tensor,
             "M": M, "N": N, "R": R, "A": 0 if wa is None else wa.shape[1],
             "stride_wan": 0 if wa is None else wa.stride(0),
             "stride_waa": 0 if wa is None else wa.stride(1),
+            "stride_lk": 0 if lines is None else lines.stride(0),
+            "stride_ln": 0 if lines is None else lines.stride(1),
             "stride_sm": 0 if self.s is None else self.s.stride(0),
             "stride_bn": 0 if b is None else b.stride(0),
             "stride_br": 0 if b is None else b.stride(1),

@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...core.eight_bit_rows import APART, FEWEST_PER_COLUMN_APART
+from ...core.eight_bit_rows import APART, FEWEST_PER_COLUMN_APART, Peaks
 from ...core.tiling import Config
 from .epilogue import MOST_APART
 
@@ -38,12 +38,16 @@ _SUBNORMAL_ROUNDER = tl.constexpr(24576.0)  # the same in steps of 2⁻⁹
 
 
 class Rounded(NamedTuple):
-    """`v ≈ q·scale` outside `columns`, whose x stands in `apart` (0 where one does not count)."""
+    """`v ≈ q·scale` outside `columns`, whose x stands in `apart` (0 where one does not count).
+
+    And outside the `peaks`, one number of each row, where dY is the gradient of logits.
+    """
 
     q: torch.Tensor  # int8 or e4m3 [M, K]
     scale: torch.Tensor  # fp32 [M]
     apart: torch.Tensor | None = None  # [M, A], x's dtype
     columns: torch.Tensor | None = None  # int64 [A]
+    peaks: Peaks | None = None
 
 
 @triton.jit

@@ -5,6 +5,7 @@ A strategy's last word says how a packed weight is multiplied (`core.packed_choi
     weight_only   the packed tiles, dequantized on their way into the product (forward only)
     dense         a dense copy in x's dtype, made by one pass, then what a tensor would get
     int8, fp8     rows of x (or of dY ⊙ row scale) rounded to 8 bits, 8-bit tensor cores
+    int8_logits   the same, dY rounded as the gradient of logits is (`round_logits`)
 
 For dX tensor cores want the weight's 8-bit numbers along `out`. They are transposed at the call
 (2·N·K bytes of traffic, in time 1/40 of the product at 8,192 rows) into a buffer that is freed
@@ -26,6 +27,7 @@ from ..low_rank import steps
 from ..low_rank.arguments import NO_DROPOUT, UNSCALED, Dropout, Scale
 from .eight_bit import eight_bit
 from .epilogue import Epilogue, finish
+from .round_logits import round_logits
 from .round_rows import Rounded, round_rows
 from .unpack import unpack
 from .weight_only import weight_only
@@ -55,8 +57,9 @@ def of(
     """The base that an operator's tensors and strategy stand for."""
     if scale is None:
         return weight
-    how = next(how for how in packed_choice.PRODUCTS if strategy.endswith(how))
-    return Packed(QuantizedWeight.of_parts(weight, scale, offset), how, "vendor" in strategy)
+    how, makes_logits = packed_choice.told_by(strategy)
+    packed = QuantizedWeight.of_parts(weight, scale, offset, makes_logits=makes_logits)
+    return Packed(packed, how, "vendor" in strategy)
 
 
 def dense(weight: torch.Tensor | Packed, dtype: torch.dtype, chip: Chip) -> torch.Tensor:
@@ -74,8 +77,8 @@ def rounded_once(
 ) -> dict[str, Rounded]:
     """x in the 8 bits that products by these weights take, by their names."""
     packed = (weight for weight in weights if isinstance(weight, Packed) and x.numel())
-    dtypes = {weight.how: weight.weight.data.dtype for weight in packed if weight.how in EIGHT_BIT}
-    return {how: _rounded(x, how, dtype, None, chip) for how, dtype in dtypes.items()}
+    each = {weight.how: weight for weight in packed if weight.how in EIGHT_BIT}
+    return {how: _rounded(x, weight, chip) for how, weight in each.items()}
 
 
 def product(
@@ -134,11 +137,15 @@ def _becomes_dense(weight: Packed) -> bool:
     return weight.how == "dense" or (weight.how == "weight_only" and weight.transposed)
 
 
-def _rounded(
-    x: torch.Tensor, how: str, dtype: torch.dtype, factor: torch.Tensor | None, chip: Chip
-) -> Rounded:
-    config = tuning.config(f"round_rows_{how}", Shape(*x.shape, dtype=x.dtype), chip)
-    return round_rows(x, dtype, factor, config=config)
+def _rounded(x: torch.Tensor, weight: Packed, chip: Chip) -> Rounded:
+    """x as the product by this weight takes it: dY ⊙ its row scales, if it is transposed."""
+    packed, shape = weight.weight, Shape(*x.shape, dtype=x.dtype)
+    if weight.transposed and packed.makes_logits:
+        config = tuning.config(f"round_logits_{weight.how}", shape, chip)
+        return round_logits(x, packed.scale, config=config)
+    factor = packed.scale if weight.transposed else None
+    config = tuning.config(f"round_rows_{weight.how}", shape, chip)
+    return round_rows(x, packed.data.dtype, factor, config=config)
 
 
 def _packed(
@@ -159,8 +166,7 @@ def _packed(
         return y
     rounded = (rounded_rows or {}).get(weight.how)
     if rounded is None:
-        factor = packed.scale if weight.transposed else None
-        rounded = _rounded(x, weight.how, packed.data.dtype, factor, chip)
+        rounded = _rounded(x, weight, chip)
     epilogue = epilogue._replace(row=rounded.scale, xa=rounded.apart)
     if weight.transposed:
         data = packed.data.t()
@@ -170,6 +176,8 @@ def _packed(
         epilogue = epilogue._replace(column=packed.scale)
     if rounded.apart is not None:
         epilogue = epilogue._replace(wa=_columns_apart(weight, rounded.columns, x.dtype))
+    if rounded.peaks is not None:
+        epilogue = epilogue._replace(peaks=rounded.peaks, lines=packed.data)
     if weight.vendor:
         return _by_torch(rounded.q, data, y, epilogue, chip)
     precise = weight.transposed or x.shape[1] > _LONG_SUM

@@ -37,10 +37,11 @@ def _columns_of_x(x_ptr, offs_m, offs_k, M, K, stride_xm, stride_xk):
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _weight_only(
     x_ptr, w_ptr, group_scale_ptr, group_offset_ptr, part_ptr,
-    row_ptr, column_ptr, xa_ptr, wa_ptr, s_ptr, b_ptr, bias_ptr, bias_low_ptr, residual_ptr,
-    y_ptr, seed_ptr, scale_ptr,
+    row_ptr, column_ptr, xa_ptr, wa_ptr, peak_ptr, at_ptr, lines_ptr, s_ptr, b_ptr, bias_ptr,
+    bias_low_ptr, residual_ptr, y_ptr, seed_ptr, scale_ptr,
     M, N, R, A, K, columns,
-    stride_xm, stride_xk, stride_wan, stride_waa, stride_sm, stride_bn, stride_br,
+    stride_xm, stride_xk, stride_wan, stride_waa, stride_lk, stride_ln, stride_sm, stride_bn,
+    stride_br,
     scale, threshold, rescale,
     FORMAT: tl.constexpr, HALF: tl.constexpr, SPLIT_K: tl.constexpr, PAIRED: tl.constexpr,
     RANK_BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr,
@@ -85,10 +86,10 @@ def _weight_only(
     tile = tl.trans(acc)
     if SPLIT_K == 1:
         finish_tile(
-            tile, row_ptr, column_ptr, xa_ptr, wa_ptr, s_ptr, b_ptr, bias_ptr, bias_low_ptr,
-            residual_ptr, y_ptr, seed_ptr, scale_ptr, offs_m, start_n, M, N, R, A, stride_wan,
-            stride_waa, stride_sm, stride_bn, stride_br, scale, threshold, rescale, PAIRED,
-            RANK_BLOCKS, BLOCK_M, BLOCK_N, BLOCK_R,
+            tile, row_ptr, column_ptr, xa_ptr, wa_ptr, peak_ptr, at_ptr, lines_ptr, s_ptr, b_ptr,
+            bias_ptr, bias_low_ptr, residual_ptr, y_ptr, seed_ptr, scale_ptr, offs_m, start_n, M, N,
+            R, A, stride_wan, stride_waa, stride_lk, stride_ln, stride_sm, stride_bn, stride_br,
+            scale, threshold, rescale, PAIRED, RANK_BLOCKS, BLOCK_M, BLOCK_N, BLOCK_R,
         )  # fmt: skip
     else:
         parts = part_ptr + pid_k.to(tl.int64) * M * N

@@ -111,7 +111,8 @@ def test_full_fine_tuning_in_int8_multiplies_every_layer_but_the_head_so():
 
 
 def test_full_fine_tuning_in_int8_needs_torchao(monkeypatch):
-    for name in ("torchao", "torchao.prototype.quantized_training"):
+    loaded = [name for name in sys.modules if name.startswith("torchao.")]
+    for name in ("torchao", *loaded):
         monkeypatch.setitem(sys.modules, name, None)
     assert not ARMS["full-int8"].installed
     with pytest.raises(AdapterError, match="needs torchao"):
