@@ -92,9 +92,10 @@ def run(directory: Path, out: Path, recipe: Recipe = SIZES) -> None:
             stages.base(space)
         for record in losses(space, tokens, done):
             if head is None:
-                head = {"kind": "run", **machine.facts(), "recipe": asdict(recipe)}
+                facts = machine.facts()
+                head = {"kind": "run", "run": facts["time"], **facts, "recipe": asdict(recipe)}
                 append(out, [head])
-            append(out, [{"run": head["time"], **record}])
+            append(out, [{"run": head["run"], **record}])
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -33,7 +33,8 @@ def table(records: list[Record]) -> str:
                 f" | {mean(runs):.4f} | {mean(shares):.0%} | {min(shares):.0%} to"
                 f" {max(shares):.0%} |"
             )
-    head = [r for r in records if r.get("kind") == "run"][-1]
+    last = [r["run"] for r in records if r.get("kind") == KIND][-1]
+    head = next(r for r in records if r.get("kind") == "run" and r["run"] == last)
     recipe = head["recipe"]
     setting = (
         f"Hidden {recipe['hidden_size']}, {recipe['layers']} layers, {recipe['adapt_steps']} steps"

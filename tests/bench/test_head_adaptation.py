@@ -39,15 +39,15 @@ def test_what_is_known_is_not_measured_again(measured):
 def test_shares_are_of_full_fine_tunings_improvement_in_the_same_seed():
     def record(tokens, arm, seed, loss):
         return {
-            "kind": study.KIND, "tokens": tokens, "arm": arm, "seed": seed, "loss": loss,
-            "parameters": 1000,
+            "kind": study.KIND, "run": "mine", "tokens": tokens, "arm": arm, "seed": seed,
+            "loss": loss, "parameters": 1000,
         }  # fmt: skip
 
     head = {
-        "kind": "run", "recipe": QUICK.__dict__, "versions": {"torch": "2"},
+        "kind": "run", "run": "mine", "recipe": QUICK.__dict__, "versions": {"torch": "2"},
         "time": "2026-01-01T00",
     }  # fmt: skip
-    records = [head]
+    records = [head, {"kind": "run", "run": "another study's"}]
     for tokens in study.TOKENS:
         records.append(record(tokens, None, None, 4.0))
         for seed, full in enumerate((2.0, 3.0)):
