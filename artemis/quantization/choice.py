@@ -171,6 +171,8 @@ def _problems(module: nn.Module, options: Options) -> Iterator[str]:
         yield "has no weights"
     elif options.format == "int4" and weight.shape[1] % size:
         yield f"has {weight.shape[1]} inputs, allowed: a multiple of {size}, or bits=8"
+    elif weight.dtype.itemsize < 2:
+        yield f"is held in {weight.dtype}, allowed: 16 bits and more"
     elif weight.is_meta:
         yield "is on the meta device, without values"
     elif not all(torch.isfinite(end.float()) for end in torch.aminmax(weight)):

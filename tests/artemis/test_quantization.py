@@ -391,8 +391,10 @@ def test_a_tied_head_becomes_a_matrix_of_its_own(build, tmp_path):
     assert model.get_input_embeddings().weight is embedding and torch.equal(embedding, before)
     head = model.get_output_embeddings()
     assert head.weight.format == "int8" and head.weight.makes_logits
-    report, copied = model.quantization_report, head.weight.nbytes
-    assert report.model_bytes_before - report.model_bytes_after < report.bytes_before - copied
+    report = model.quantization_report
+    replaced = report.bytes_before - before.nbytes  # the embedding stays
+    saved = report.model_bytes_before - report.model_bytes_after
+    assert abs(replaced - report.bytes_after - saved) <= 64 * len(report.layers)  # of samples
     got = model(ids).logits
     assert relative(got, expected) < 0.05
     artemis.save_quantized(model, tmp_path)

@@ -51,6 +51,12 @@ def test_bad_models_are_refused_and_left():
     with pytest.raises(AdapterError, match=r"layers\.1\.mlp\.up_proj holds inf or nan"):
         quantize_adapter_model(broken)
     assert not any(packed_layers(broken))
+    packed = llama()
+    layer = packed.model.layers[1].mlp.up_proj
+    layer.weight = nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(AdapterError, match=r"up_proj is held in torch\.float8_e4m3fn"):
+        quantize_adapter_model(packed)
+    assert not any(packed_layers(packed))
     with pytest.raises(AdapterError, match="no linear layer to quantize"):
         quantize_adapter_model(nn.Sequential(nn.Embedding(3, 4)))
     with pytest.raises(AdapterError, match="got a int, allowed: a torch.nn.Module"):

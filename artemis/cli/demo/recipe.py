@@ -1,5 +1,6 @@
 """What the demo trains, and where it keeps things."""
 
+import functools
 import json
 import platform
 from dataclasses import asdict, dataclass
@@ -125,5 +126,10 @@ class Workspace:
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Its byte pairs are those of the old domain."""
-        merges = self.recipe.merges
-        return corpus.byte_pairs(self.documents("old")[0] if merges else (), merges)
+        return _tokenizer(self.recipe.source_characters, self.recipe.merges)
+
+
+@functools.cache
+def _tokenizer(source_characters: int, merges: int) -> PreTrainedTokenizerFast:
+    texts = corpus.python_sources(source_characters)[0] if merges else ()
+    return corpus.byte_pairs(texts, merges)
