@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from . import eight_bit, quantized
+from . import eight_bit, quantized, thin_products
 from .device import multiplies_int8
 from .eight_bit_rows import Rounded
 from .products import LowRank
@@ -54,9 +54,20 @@ class PlainBase(NamedTuple):
         dx = torch.mm(dy, self.weight) if into is None else into.addmm_(dy, self.weight)
         return LowRank.added_to(dx, plus)
 
-    def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight as a tensor, for the thin products `D W` and `g Wᵀ` of a folded bottleneck."""
-        return self.weight
+    def folded(self, down: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """`D W` [width, in] of a folded bottleneck, in `dtype`, the weight's; D [width, out]."""
+        f = down.new_empty(down.shape[0], self.weight.shape[1], dtype=dtype)
+        if dtype == torch.bfloat16 and thin_products.multiply(down, self.weight, f):
+            return f
+        return torch.mm(down.to(dtype), self.weight, out=f)
+
+    def unfolded(self, gradient: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """`dF Wᵀ` [width, out], what the gradient of `F = D W` [width, in] is of D."""
+        out = gradient.new_empty(gradient.shape[0], self.weight.shape[0], dtype=torch.float32)
+        in_bf16 = dtype == torch.bfloat16
+        if in_bf16 and thin_products.multiply(self.weight, gradient.t(), out.t()):
+            return out
+        return torch.mm(gradient.to(dtype), self.weight.t())
 
 
 class PackedBase:
@@ -99,6 +110,27 @@ class PackedBase:
                 dy, weight.data, weight.scale, into, plus, weight.makes_logits
             )
         return PlainBase(self.dense(dy.dtype)).input_gradient(dy, into, plus)
+
+    def folded(self, down: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """`D W` [width, in] of a folded bottleneck, in `dtype`; D [width, out].
+
+        An int8 weight is multiplied as it is, where there is such a pass: `(D ⊙ scale) Wq`.
+        """
+        data, scale = self.weight.data, self.weight.scale
+        if dtype == torch.bfloat16 and self.weight.format == "int8":
+            f = data.new_empty(down.shape[0], data.shape[1], dtype=dtype)
+            if thin_products.multiply(down.float() * scale, data, f):
+                return f
+        return PlainBase(self.dense(dtype)).folded(down, dtype)
+
+    def unfolded(self, gradient: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """`dF Wᵀ` [width, out], what the gradient of `F = D W` [width, in] is of D; of `dtype`."""
+        data, scale = self.weight.data, self.weight.scale
+        if dtype == torch.bfloat16 and self.weight.format == "int8":
+            out = gradient.new_empty(gradient.shape[0], data.shape[0], dtype=torch.float32)
+            if thin_products.multiply(data, gradient.t(), out.t()):
+                return out.mul_(scale)
+        return PlainBase(self.dense(dtype)).unfolded(gradient, dtype)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight [out, in] in `dtype`: a copy, made once a call."""

@@ -155,6 +155,14 @@ multiplies_int8._dynamo_marked_constant = True  # as above
 
 
 @functools.cache
+def has_bf16_dots() -> bool:
+    """Whether 512-bit bf16 dot products are the fastest that this processor has."""
+    if torch.cpu._is_amx_tile_supported():  # whose tiles are BLAS's matter
+        return False
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+@functools.cache
 def has_int8_tiles(device: torch.device) -> bool:
     """Whether products of our own, by 512-bit int8 dot products, are the fastest there."""
     if device.type != "cpu" or torch.cpu._is_amx_tile_supported():  # whose tiles are BLAS's matter

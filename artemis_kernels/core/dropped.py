@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from . import native, rng
-from .products import outer_gradient, project
+from .products import LowRank, outer_gradient, project
 
 _MOST_ROWS = 32  # of the thin factor; beyond, BLAS on a stored x̃ is faster
 
@@ -84,9 +84,10 @@ def add_dropped_product_(
     """`dx += dropped(ds a)` in place, for dx [M, K] row-major, ds [M, R] and a [R, K]."""
     library = _passes(dx, ds.shape[1], mask, (torch.float32,))
     if library is None:
+        term = LowRank(ds, a.t())
         if mask is None:
-            return dx.addmm_(ds, a)
-        return add_dropped_(dx, torch.mm(ds, a), mask)
+            return LowRank.added_to(dx, term)
+        return add_dropped_(dx, term.product(dx.dtype), mask)
     ds, a = ds.to(torch.float32).contiguous(), a.to(torch.float32).contiguous()
     _product(library, "expand", dx.dtype, (ds, a, dx), (*dx.shape, ds.shape[1]), mask)
     return dx

@@ -110,7 +110,7 @@ def _in_one_pass(
     handle = native.library().handle if has_int8_tiles(q.device) else None
     if handle is None or dtype not in native.NAMES or k % 4 or 0 in (m, k, n):
         return None
-    if not native.has_int8_product(handle):
+    if not native.has(handle, "int8_product"):
         return None
     y = q.new_empty(m, n, dtype=dtype) if into is None else into
     column, bias, beside = _floats(column), _floats(bias), _floats(apart)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from artemis_kernels.core import products
+from artemis_kernels.core import native, products
+from tests import kit
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -14,8 +15,35 @@ def test_equal_plain_products(rank, dtype):
     close = {"rtol": 1e-2, "atol": 1e-1} if dtype == torch.bfloat16 else {}
     torch.testing.assert_close(products.project(x, f), x @ f.T, **close)
     torch.testing.assert_close(products.project(x, f.mT.contiguous().mT), x @ f.T, **close)
-    torch.testing.assert_close(products.outer_gradient(left, right), left.T @ right, **close)
-    torch.testing.assert_close(products.outer_gradient(right, left), right.T @ left, **close)
+    wide = torch.float32 if dtype == torch.bfloat16 else dtype
+    for first, second in ((left, right), (right, left)):
+        wanted = (first.T @ second).to(wide)
+        torch.testing.assert_close(products.outer_gradient(first, second), wanted, **close)
+        scaled = products.outer_gradient(first, second, 0.5)
+        torch.testing.assert_close(scaled, wanted * 0.5, **close)
+    bias = torch.randn(rank).to(dtype)
+    biased = products.project(x, f, bias, alpha=0.5)
+    torch.testing.assert_close(biased, 0.5 * (x @ f.T) + bias, **close)
+
+
+@pytest.mark.parametrize("way", ["compiled", "plain"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_low_rank_term_alone_added_and_in_place(dtype, way, monkeypatch):
+    if way == "plain":
+        monkeypatch.setattr(native, "library", lambda: native.Native(None, "switched off"))
+    y = torch.randn(21, 33).to(dtype)
+    for layout in (torch.Tensor.clone, *kit.LAYOUTS):
+        s, g = torch.randn(21, 5).to(dtype), torch.randn(33, 5)
+        term = products.LowRank(layout(s), layout(g), 0.5)
+        wanted = 0.5 * s.double() @ g.to(dtype).double().T
+        room = {"rtol": 1e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+        for found, start in (
+            (term.product(dtype), None),
+            (term.plus(layout(y)), y),
+            (products.LowRank.added_to(y.clone(), term), y),
+        ):
+            total = wanted if start is None else wanted + start.double()
+            torch.testing.assert_close(found, total.to(dtype), **room)
 
 
 def test_sums_are_formed_in_fp32_at_least():

@@ -70,9 +70,9 @@ _TYPES = {
 _MASK = "seed threshold factor"
 
 
-def has_int8_product(handle: ctypes.CDLL) -> bool:
-    """Whether the compiler knew this processor's int8 dot products."""
-    return bool(ctypes.c_int.in_dll(handle, "artemis_has_int8_product").value)
+def has(handle: ctypes.CDLL, product: str) -> bool:
+    """Whether the compiler knew the processor's instructions for `int8_product`, `thin_product`."""
+    return bool(ctypes.c_int.in_dll(handle, f"artemis_has_{product}").value)
 
 
 def _signatures(handle: ctypes.CDLL) -> Iterator[tuple[str, str]]:
@@ -102,7 +102,7 @@ def _signatures(handle: ctypes.CDLL) -> Iterator[tuple[str, str]]:
             f"artemis_cross_entropy_backward_{dtype}",
             "pointer pointer pointer pointer pointer size size size threads",
         )
-        if has_int8_product(handle):
+        if has(handle, "int8_product"):
             yield (
                 f"artemis_int8_product_{dtype}",
                 f"{'pointer ' * 7}size {'pointer ' * 3}size pointer size size flag size factor"
@@ -116,6 +116,12 @@ def _signatures(handle: ctypes.CDLL) -> Iterator[tuple[str, str]]:
         yield f"artemis_unpack_{dtype}", f"pointer pointer pointer pointer {sizes} flag threads"
     for product in ("outer", "expand"):
         yield f"artemis_{product}_f32", f"pointer pointer pointer {sizes} {_MASK} threads"
+    if has(handle, "thin_product"):
+        yield (
+            "artemis_thin_product",
+            f"{'pointer size size flag ' * 2}pointer size pointer factor pointer size flag"
+            f" {sizes} threads",
+        )
     yield (
         "artemis_few_rows",
         f"pointer pointer pointer pointer pointer {sizes} size flag threads",

@@ -12,7 +12,7 @@
 
 #include <stdlib.h>
 
-#include "numbers.h"
+#include "vectors.h"
 
 #define PANEL 32
 #define TILE_ROWS 8
@@ -20,7 +20,6 @@
 #define TASKS_PER_THREAD 2
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#include <immintrin.h>
 
 const int artemis_has_int8_product = 1;
 
@@ -221,28 +220,6 @@ static inline void finish(const Epilogue *with, const int64_t *rows, const int32
         }
         add_outer(with->s, with->rank, rows, lines + with->count * PANEL, h, tile);
     }
-}
-
-static inline __m512 load_f32(__mmask16 within, const float *from) {
-    return _mm512_maskz_loadu_ps(within, from);
-}
-
-static inline void store_f32(float *to, __mmask16 within, __m512 value) {
-    _mm512_mask_storeu_ps(to, within, value);
-}
-
-static inline __m512 load_bf16(__mmask16 within, const uint16_t *from) {
-    __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(within, from));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
-}
-
-static inline void store_bf16(uint16_t *to, __mmask16 within, __m512 value) { /* as to_bf16 */
-    __m512i bits = _mm512_castps_si512(value);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    bits = _mm512_mask_mov_epi32(_mm512_srli_epi32(bits, 16), nan, _mm512_set1_epi32(0x7fc0));
-    _mm256_mask_storeu_epi16(to, within, _mm512_cvtepi32_epi16(bits));
 }
 
 #define PRODUCT(PASS, TYPE, LOAD, LOAD_16, STORE_16)                                              \

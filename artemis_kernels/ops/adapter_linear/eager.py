@@ -12,8 +12,8 @@ import torch
 
 from ...core.base import Base
 from ...core.eight_bit_rows import Rounded
-from ...core.products import LowRank, accumulator, column_sum, outer_gradient
-from ..bottleneck_adapter.branch import Branch, BranchNeeds, preactivation
+from ...core.products import LowRank, accumulator, column_sum, outer_gradient, project
+from ..bottleneck_adapter.branch import Branch, BranchNeeds
 
 
 def forward(
@@ -36,11 +36,11 @@ def forward(
     branch = Branch(up, bias_up, scale, scale_tensor, activation, dropout_p, seed)
     y0 = base.product(x, bias, rounded)
     if strategy.startswith("plain"):
-        z = preactivation(y0, down, bias_down)
+        z = project(y0, down, bias_down)
         return branch.added(y0, z), z, y0
-    folded = torch.mm(down.to(x.dtype), base.dense(x.dtype))
-    z = preactivation(x, folded, folded_bias(down, bias, bias_down))
-    return branch.add_(y0, z), z, folded
+    f = base.folded(down, x.dtype)
+    z = project(x, f, folded_bias(down, bias, bias_down))
+    return branch.add_(y0, z), z, f
 
 
 def backward(
@@ -72,18 +72,18 @@ def backward(
     branch = Branch(up, bias_up, scale, scale_tensor, activation, dropout_p, seed).backward(
         dy, z, BranchNeeds(needs_dz, needs_up, needs_scale, needs_bias_up)
     )
-    dz, dz_sum, d = branch.dz, branch.dz_sum, down.to(dy.dtype)
+    dz, dz_sum = branch.dz, branch.dz_sum
     dx = ddown = dbias = dbias_down = None
     if strategy.startswith("plain"):
         if needs_x:
-            dx = base.input_gradient(torch.addmm(dy, dz, d), into)
+            dx = base.input_gradient(LowRank(dz, down.t()).plus(dy), into)
         if needs_down:
             ddown = outer_gradient(dz, kept).to(down.dtype)
     else:
         if needs_x:
             dx = base.input_gradient(dy, into, LowRank(dz, kept.t()))
         if needs_down:
-            ddown = torch.mm(outer_gradient(dz, x), base.dense(dy.dtype).t())
+            ddown = base.unfolded(outer_gradient(dz, x), dy.dtype)
             if bias is not None:
                 ddown.addr_(dz_sum.to(bias.dtype), bias)
             ddown = ddown.to(down.dtype)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ...core.dropped import Dropout
-from ...core.products import accumulator, column_sum, inner, outer_gradient, project
+from ...core.products import LowRank, accumulator, column_sum, inner, outer_gradient, project
 from ...core.units import Units
 
 
@@ -48,11 +48,11 @@ class Branch(NamedTuple):
 
     def added(self, start: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """`start` [M, out] plus the branch, as a new tensor, for z [M, width]."""
-        return torch.addmm(start, *self._factors(z), alpha=self.scale)
+        return self._term(z).plus(start)
 
     def add_(self, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """Add the branch to y [M, out] in place, for z [M, width]."""
-        return y.addmm_(*self._factors(z), alpha=self.scale)
+        return LowRank.added_to(y, self._term(z))
 
     def backward(self, dy: torch.Tensor, z: torch.Tensor, needs: BranchNeeds) -> BranchGradients:
         """Gradients for dy [M, out]."""
@@ -62,11 +62,11 @@ class Branch(NamedTuple):
         through_bias = self.bias_up is not None and (needs.scale or needs.bias_up)
         column = through_bias and not wide
         needs_h = needs.up or column
-        dh = project(dy, self.up.to(dy.dtype).t())
+        dh = project(dy, self.up.t())
         units = self._units.backward(z, dh, self.scale, column, needs_h)
         dup = dscale = dbias_up = summed = None
         if needs_h:
-            joint = outer_gradient(dy, units.h).mul_(self.scale)
+            joint = outer_gradient(dy, units.h, self.scale)
             dup = joint[:, :width].to(self.up.dtype, memory_format=torch.contiguous_format)
         if through_bias:
             # A product adds row by row: in fp32 that loses digits which a sum by halves keeps.
@@ -86,21 +86,12 @@ class Branch(NamedTuple):
         mask = Dropout(self.dropout_p, self.seed) if self.dropout_p else None
         return Units(self.activation, self.scale_tensor, mask)
 
-    def _factors(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """h and Uᵀ, with a unit of ones and the bias as its row of Uᵀ where there is a bias."""
-        up, biased = self.up.to(z.dtype), self.bias_up is not None
+    def _term(self, z: torch.Tensor) -> LowRank:
+        """h and U, with a unit of ones and the bias as its column of U where there is a bias."""
+        up, biased = self.up, self.bias_up is not None
         if biased:
             bias = self.bias_up.to(accumulator(self.bias_up.dtype))
             if self.scale_tensor is not None:
                 bias = bias * self.scale_tensor
-            up = torch.cat((up, bias.to(z.dtype).unsqueeze(1)), 1)
-        return self._units.forward(z, biased), up.t()
-
-
-def preactivation(
-    x: torch.Tensor, down: torch.Tensor, bias_down: torch.Tensor | None
-) -> torch.Tensor:
-    """`z = x Dᵀ + b_d`, in x's dtype."""
-    if bias_down is None:
-        return project(x, down.to(x.dtype))
-    return torch.addmm(bias_down.to(x.dtype), x, down.to(x.dtype).t())
+            up = torch.cat((up.to(bias.dtype), bias.unsqueeze(1)), 1)
+        return LowRank(self._units.forward(z, biased), up, self.scale)

@@ -8,8 +8,8 @@ Only x and the pre-activation z [M, width] are kept:
 
 import torch
 
-from ...core.products import outer_gradient
-from .branch import Branch, BranchNeeds, preactivation
+from ...core.products import LowRank, outer_gradient, project
+from .branch import Branch, BranchNeeds
 
 
 def forward(
@@ -27,7 +27,7 @@ def forward(
     strategy: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return y [M, hidden] and z [M, width], both of x's dtype."""
-    z = preactivation(x, down, bias_down)
+    z = project(x, down, bias_down)
     branch = Branch(up, bias_up, scale, scale_tensor, activation, dropout_p, seed)
     return branch.added(x if residual is None else residual, z), z
 
@@ -57,8 +57,8 @@ def backward(
     )
     dx = ddown = dbias_down = None
     if needs_x:
-        d = down.to(dy.dtype)
-        dx = torch.addmm(dy, branch.dz, d) if residual_is_x else torch.mm(branch.dz, d)
+        through = LowRank(branch.dz, down.t())
+        dx = through.plus(dy) if residual_is_x else through.product(dy.dtype)
     if needs_down:
         ddown = outer_gradient(branch.dz, x).to(down.dtype)
     if needs_bias_down:

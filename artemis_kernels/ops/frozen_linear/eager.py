@@ -22,10 +22,7 @@ def forward(
 
 def _term(source: torch.Tensor, adapter: FrozenAdapter) -> LowRank:
     """What the adapter adds, from the tensor [M, ...] it reads."""
-    if adapter.bias_down is None:
-        z = project(source, adapter.down)
-    else:
-        z = torch.addmm(adapter.bias_down, source, adapter.down.t())
+    z = project(source, adapter.down, adapter.bias_down)
     h = ACTIVATIONS[adapter.activation].forward(z)
     if isinstance(adapter.scale, torch.Tensor):
         return LowRank(h * adapter.scale, adapter.up)

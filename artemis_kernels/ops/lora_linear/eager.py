@@ -28,7 +28,7 @@ def forward(
     strategy: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return y [M, out] and s [M, rank], both of x's dtype."""
-    s = project_dropped(x, lora_a.to(x.dtype), Dropout(dropout_p, seed) if dropout_p else None)
+    s = project_dropped(x, lora_a, Dropout(dropout_p, seed) if dropout_p else None)
     return base.product(x, bias, plus=expanded(s, lora_b, scale, scale_tensor)), s
 
 
@@ -59,7 +59,7 @@ def backward(
         if mask is None:
             dx = base.input_gradient(dy, plus=LowRank(ds, lora_a.t()))
         else:
-            dx = add_dropped_product_(base.input_gradient(dy), ds, lora_a.to(dy.dtype), mask)
+            dx = add_dropped_product_(base.input_gradient(dy), ds, lora_a, mask)
     return dx, da, db, dscale, dbias
 
 
@@ -82,12 +82,12 @@ def expand_gradients(
     needs_s, needs_b, needs_scale, needs_bias = needs
     ds = db = dscale = dbias = None
     if needs_b:
-        db = outer_gradient(dy, _scaled(s, scale_tensor)).mul_(scale).to(lora_b.dtype)
+        db = outer_gradient(dy, _scaled(s, scale_tensor), scale).to(lora_b.dtype)
     if needs_s or needs_scale:
-        unscaled = project(dy, lora_b.to(dy.dtype).t())
+        unlearned = project(dy, lora_b.t(), alpha=scale)
         if needs_scale:
-            dscale = inner(unscaled, s).mul_(scale).to(scale_tensor.dtype)
-        ds = _scaled(unscaled, scale_tensor) * scale
+            dscale = inner(unlearned, s).to(scale_tensor.dtype)
+        ds = _scaled(unlearned, scale_tensor)
     if needs_bias:
         dbias = column_sum(dy).to(dy.dtype)
     return ds, db, dscale, dbias

@@ -21,7 +21,7 @@ def forward(
     common: Common,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Return every y [M, out] and, in a list, all s [M, Σ ranks]; of x's dtype."""
-    a = torch.cat([member.lora_a.to(x.dtype) for member in members])
+    a = torch.cat([member.lora_a for member in members])
     s = project_dropped(x, a, _mask(common)).contiguous()
     rounded, ys = rounded_once(x, common.strategies), []
     parts = s.split([member.lora_a.shape[0] for member in members], 1)
@@ -68,7 +68,7 @@ def _through_a(dx, x, members, reached, ds_parts, gradients, mask, needs) -> Non
     """Add the low-rank term to dx, where there is one, and dA to the gradients of the reached."""
     ds = torch.cat(ds_parts, 1)
     if dx is not None:
-        a = torch.cat([members[index].lora_a.to(dx.dtype) for index in reached])
+        a = torch.cat([members[index].lora_a for index in reached])
         add_dropped_product_(dx, ds, a, mask)
     if any(needs[index].lora_a for index in reached):
         da = outer_dropped(ds, x, mask).split([part.shape[1] for part in ds_parts])

@@ -1,0 +1,330 @@
+/* Products of bf16 matrices of which one is thin (a rank, a bottleneck's width), sums in fp32.
+
+       y[m, n] = start[m, n] + bias[n] + alpha·Σ_k a[m, k]·b[k, n]
+
+   Any of m, k and n may be the thin side. Numbers of b are packed into panels of 32 columns, two k
+   side by side as the dot product instruction takes them; those of a are broadcast in pairs. What is
+   held in fp32 (parameters) or int8 (a base) becomes bf16 on the way, and needs no copy. */
+
+#include <stdlib.h>
+
+#include "vectors.h"
+
+#define PANEL 32
+#define TILE_ROWS 8
+#define CACHED (32 << 10) /* bytes of panels that stay in the first-level cache */
+#define AHEAD 16          /* rows that lie far apart are asked for before they are read */
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+
+const int artemis_has_thin_product = 1;
+
+enum { BF16, F32, INT8 }; /* as numbered in core/thin_products.py */
+
+typedef struct {
+    const void *data;
+    int64_t row, column; /* strides, in numbers */
+    int held;
+} Matrix;
+
+typedef struct { /* pairs of k of each row: a matrix [m, k] as the tiles read it */
+    const uint8_t *data;
+    int64_t row, pair; /* strides, in bytes */
+    int64_t pairs;
+    int odd; /* whether half a pair follows, whose other half is not ours to read */
+} Rows;
+
+enum { ADDED, ROUNDED, WIDE, TRANSPOSED }; /* likewise */
+
+typedef struct {
+    int kind;
+    const uint16_t *start; /* [m, n], bf16; only ADDED */
+    int64_t start_row;
+    const float *bias; /* [n] or NULL */
+    float alpha;
+    void *y; /* [m, n] in bf16, or in fp32 where WIDE or TRANSPOSED ([n, m]) */
+    int64_t y_row;
+} Output;
+
+static inline uint16_t number(const Matrix *of, int64_t row, int64_t column) {
+    int64_t at = row * of->row + column * of->column;
+    if (of->held == F32) return to_bf16(((const float *)of->data)[at]);
+    if (of->held == INT8) return to_bf16(((const int8_t *)of->data)[at]);
+    return ((const uint16_t *)of->data)[at];
+}
+
+/* Sixteen numbers of a row in the low halves; their columns lie side by side. */
+static inline __m512i numbers_of(const Matrix *of, __mmask16 within, int64_t row, int64_t column) {
+    int64_t at = row * of->row + column;
+    if (of->held == F32) return bf16_bits(load_f32(within, (const float *)of->data + at));
+    if (of->held == INT8) { /* eight bits fit bf16's eight */
+        __m128i bytes = _mm_maskz_loadu_epi8(within, (const int8_t *)of->data + at);
+        __m512 exact = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+        return _mm512_srli_epi32(_mm512_castps_si512(exact), 16);
+    }
+    return _mm512_cvtepu16_epi32(
+        _mm256_maskz_loadu_epi16(within, (const uint16_t *)of->data + at));
+}
+
+static inline void prefetch(const Matrix *of, int64_t row, int64_t column) {
+    static const int64_t sizes[] = {2, 4, 1};
+    __builtin_prefetch((const char *)of->data + (row * of->row + column) * sizes[of->held],
+                       0, 2); /* into the second level: rows 4 KiB apart share a set of the first */
+}
+
+static inline __m512i paired(__m512i first, __m512i second) {
+    return _mm512_or_si512(first, _mm512_slli_epi32(second, 16));
+}
+
+/* panel[k / 2][32][2] of the columns from `first`, pairs `from` to `until`; zeros beyond n and k. */
+static void pack(const Matrix *b, int64_t k, int64_t n, int64_t first, int64_t from, int64_t until,
+                 uint32_t *panel) {
+    int64_t left = n - first < PANEL ? n - first : PANEL;
+    uint32_t columns = left < PANEL ? (1u << left) - 1 : ~0u;
+    if (b->column == 1) {
+        for (int64_t p = from; p < until; ++p) {
+            if (2 * p + 1 + AHEAD < k) {
+                prefetch(b, 2 * p + AHEAD, first);
+                prefetch(b, 2 * p + 1 + AHEAD, first);
+            }
+            for (int h = 0; h < 2; ++h) {
+                __mmask16 within = (__mmask16)(columns >> 16 * h);
+                __m512i even = numbers_of(b, within, 2 * p, first + 16 * h), odd = {0};
+                if (2 * p + 1 < k) odd = numbers_of(b, within, 2 * p + 1, first + 16 * h);
+                _mm512_store_si512(panel + p * PANEL + 16 * h, paired(even, odd));
+            }
+        }
+        return;
+    }
+    for (int64_t j = 0; j < PANEL; ++j)
+        for (int64_t p = from; p < until; ++p) {
+            uint32_t even = j < left ? number(b, 2 * p, first + j) : 0;
+            uint32_t odd = j < left && 2 * p + 1 < k ? number(b, 2 * p + 1, first + j) : 0;
+            panel[p * PANEL + j] = even | odd << 16;
+        }
+}
+
+/* line[k] = a row whose numbers lie side by side; one zero more where k is odd. */
+static void copy_row(const Matrix *a, int64_t row, int64_t k, uint16_t *line) {
+    for (int64_t c = 0; c < k; c += 16) {
+        __mmask16 within = k - c < 16 ? (__mmask16)((1u << (k - c)) - 1) : 0xffff;
+        _mm256_mask_storeu_epi16(line + c, within,
+                                 _mm512_cvtepi32_epi16(numbers_of(a, within, row, c)));
+    }
+    if (k % 2) line[k] = 0;
+}
+
+/* copy[pair][m] of a matrix whose columns lie side by side; by all threads of a team. */
+static void copy_columns(const Matrix *a, int64_t m, int64_t k, uint32_t *copy) {
+    Matrix across = {a->data, a->column, a->row, a->held};
+    _Pragma("omp for schedule(static)")
+    for (int64_t p = 0; p < (k + 1) / 2; ++p)
+        for (int64_t i = 0; i < m; i += 16) {
+            __mmask16 within = m - i < 16 ? (__mmask16)((1u << (m - i)) - 1) : 0xffff;
+            __m512i even = numbers_of(&across, within, 2 * p, i), odd = {0};
+            if (2 * p + 1 < k) odd = numbers_of(&across, within, 2 * p + 1, i);
+            _mm512_mask_storeu_epi32(copy + p * m + i, within, paired(even, odd));
+        }
+}
+
+typedef struct {
+    __m512 sums[TILE_ROWS][2];
+} Tile;
+
+#define EACH_ROW(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7)
+
+#define START(i)                                                                                  \
+    const uint8_t *row##i = rows[i];                                                              \
+    __m512 left##i = _mm512_setzero_ps(), right##i = left##i;
+#define ADD_LEFT(i)                                                                               \
+    memcpy(&pair, row##i + p * a->pair, size);                                                    \
+    values = (__m512bh)_mm512_set1_epi32((int)pair);                                              \
+    left##i = _mm512_dpbf16_ps(left##i, values, left);
+#define ADD_BOTH(i) ADD_LEFT(i) right##i = _mm512_dpbf16_ps(right##i, values, right);
+#define STORE(i) tile->sums[i][0] = left##i, tile->sums[i][1] = right##i;
+
+/* Sums of TILE_ROWS rows by one panel. They have names, and a function of their own, so that
+   compilers keep all of them in registers. */
+#define MULTIPLY(NAME, ADD)                                                                       \
+    __attribute__((noinline)) static void NAME(const Rows *a, const uint8_t *const *rows,         \
+                                               const uint32_t *panel, Tile *tile) {               \
+        EACH_ROW(START)                                                                           \
+        __m512bh values, left, right;                                                             \
+        uint32_t pair = 0;                                                                        \
+        int64_t p = 0;                                                                            \
+        for (; p < a->pairs; ++p) {                                                               \
+            enum { size = 4 };                                                                    \
+            left = (__m512bh)_mm512_load_si512(panel + p * PANEL);                                \
+            right = (__m512bh)_mm512_load_si512(panel + p * PANEL + 16);                          \
+            EACH_ROW(ADD)                                                                         \
+        }                                                                                         \
+        if (a->odd) {                                                                             \
+            enum { size = 2 };                                                                    \
+            pair = 0;                                                                             \
+            left = (__m512bh)_mm512_load_si512(panel + p * PANEL);                                \
+            right = (__m512bh)_mm512_load_si512(panel + p * PANEL + 16);                          \
+            EACH_ROW(ADD)                                                                         \
+        }                                                                                         \
+        (void)right;                                                                              \
+        EACH_ROW(STORE)                                                                           \
+    }
+
+MULTIPLY(multiply, ADD_BOTH)
+MULTIPLY(multiply_left, ADD_LEFT) /* at most 16 columns */
+
+/* What follows the sums of `count` rows from `top` on and `width` columns from `first` on; `kind` and
+   `whole` (all PANEL columns) are constants, for which the compiler makes a loop of its own. */
+static inline __attribute__((always_inline)) void write_tile(const Output *to, const Tile *tile,
+                                                             int64_t top, int64_t count,
+                                                             int64_t first, int64_t width,
+                                                             const int kind, const int whole) {
+    float values[TILE_ROWS][PANEL];
+    __m512 alpha = _mm512_set1_ps(to->alpha);
+    for (int h = 0; h < 2 && 16 * h < width; ++h) {
+        int64_t from = first + 16 * h, left = width - 16 * h;
+        __mmask16 within = whole || left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
+        __m512 bias = _mm512_setzero_ps();
+        if (to->bias) bias = load_f32(within, to->bias + from);
+        for (int64_t i = 0; i < count; ++i) {
+            __m512 value = _mm512_fmadd_ps(tile->sums[i][h], alpha, bias);
+            int64_t at = (top + i) * to->y_row + from;
+            if (kind == ADDED) {
+                const uint16_t *start = to->start + (top + i) * to->start_row + from;
+                value = _mm512_add_ps(load_bf16(within, start), value);
+            }
+            if (kind == TRANSPOSED)
+                _mm512_storeu_ps(values[i] + 16 * h, value);
+            else if (kind == WIDE)
+                store_f32((float *)to->y + at, within, value);
+            else
+                _mm256_mask_storeu_epi16((uint16_t *)to->y + at, within,
+                                         (__m256i)_mm512_cvtneps_pbh(value));
+        }
+    }
+    if (kind != TRANSPOSED) return;
+    for (int64_t j = 0; j < width; ++j) {
+        float *line = (float *)to->y + (first + j) * to->y_row + top;
+        for (int64_t i = 0; i < count; ++i) line[i] = values[i][j];
+    }
+}
+
+static void finish(const Output *to, const Tile *tile, int64_t top, int64_t count, int64_t first,
+                   int64_t width) {
+    if (to->kind == ADDED && width == PANEL && count == TILE_ROWS)
+        write_tile(to, tile, top, TILE_ROWS, first, PANEL, ADDED, 1);
+    else if (to->kind == ADDED)
+        write_tile(to, tile, top, count, first, width, ADDED, 0);
+    else if (to->kind == ROUNDED)
+        write_tile(to, tile, top, count, first, width, ROUNDED, 0);
+    else if (to->kind == WIDE)
+        write_tile(to, tile, top, count, first, width, WIDE, 0);
+    else
+        write_tile(to, tile, top, count, first, width, TRANSPOSED, 0);
+}
+
+/* Rows `from` to `until` by columns `first` to `last`, whose panels are packed. */
+static void block(const Rows *a, const uint32_t *panels, int64_t k, int64_t from, int64_t until,
+                  int64_t first, int64_t last, const Output *to) {
+    for (int64_t top = from; top < until; top += TILE_ROWS) {
+        int64_t count = until - top < TILE_ROWS ? until - top : TILE_ROWS;
+        const uint8_t *rows[TILE_ROWS];
+        for (int64_t i = 0; i < TILE_ROWS; ++i) /* beyond the last row, that one again */
+            rows[i] = a->data + (top + (i < count ? i : count - 1)) * a->row;
+        const uint32_t *panel = panels;
+        for (int64_t c = first; c < last; c += PANEL, panel += (k + 1) / 2 * PANEL) {
+            Tile tile;
+            int64_t width = last - c < PANEL ? last - c : PANEL;
+            (width > 16 ? multiply : multiply_left)(a, rows, panel, &tile);
+            finish(to, &tile, top, count, c, width);
+        }
+    }
+}
+
+/* The same for rows that become bf16 a tile at a time. */
+static void block_of_others(const Matrix *a, const uint32_t *panels, int64_t k, int64_t from,
+                            int64_t until, int64_t n, const Output *to) {
+    int64_t pairs = (k + 1) / 2;
+    uint16_t *lines = malloc(sizeof(uint32_t) * (size_t)(TILE_ROWS * pairs));
+    for (int64_t top = from; top < until; top += TILE_ROWS) {
+        int64_t stop = until - top < TILE_ROWS ? until : top + TILE_ROWS;
+        for (int64_t i = top; i < stop; ++i) copy_row(a, i, k, lines + (i - top) * 2 * pairs);
+        Rows rows = {(const uint8_t *)lines - top * 4 * pairs, 4 * pairs, 4, pairs, 0};
+        block(&rows, panels, k, top, stop, 0, n, to);
+    }
+    free(lines);
+}
+
+static uint32_t *room_for(int64_t panels, int64_t pairs) {
+    return aligned_alloc(64, sizeof(uint32_t) * (size_t)(panels * pairs * PANEL));
+}
+
+/* Where a is the thin one, threads share out the columns, each packing what it multiplies next;
+   else b is packed first, and they share out the rows. Every sum is one thread's, in one order. */
+void artemis_thin_product(const void *a, int64_t a_row, int64_t a_column, int a_held,
+                          const void *b, int64_t b_row, int64_t b_column, int b_held,
+                          const uint16_t *start, int64_t start_row, const float *bias, float alpha,
+                          void *y, int64_t y_row, int kind, int64_t m, int64_t k, int64_t n,
+                          int threads) {
+    Matrix left = {a, a_row, a_column, a_held}, right = {b, b_row, b_column, b_held};
+    Output to = {kind, start, start_row, bias, alpha, y, y_row};
+    int64_t pairs = (k + 1) / 2, panels = (n + PANEL - 1) / PANEL;
+    int thin = m < k && m < n, by_rows = a_column == 1, as_it_is = by_rows && a_held == BF16;
+    uint32_t *copy = NULL;
+    if (!by_rows || (thin && !as_it_is)) copy = malloc(sizeof(uint32_t) * (size_t)(m * pairs));
+    Rows rows = {a, 2 * a_row, 4, k / 2, k % 2};
+    if (copy && by_rows) rows = (Rows){(const uint8_t *)copy, 4 * pairs, 4, pairs, 0};
+    if (copy && !by_rows) rows = (Rows){(const uint8_t *)copy, 4, 4 * m, pairs, 0};
+    if (thin) {
+        int64_t most = CACHED / (4 * PANEL * pairs), tasks;
+        tasks = most > 1 ? (panels + most - 1) / most : panels;
+        tasks = (tasks + threads - 1) / threads * threads;
+        _Pragma("omp parallel num_threads(threads)")
+        {
+            uint32_t *packed = room_for(panels / tasks + 1, pairs);
+            if (!by_rows)
+                copy_columns(&left, m, k, copy);
+            else if (copy)
+                _Pragma("omp for schedule(static)")
+                for (int64_t i = 0; i < m; ++i)
+                    copy_row(&left, i, k, (uint16_t *)(copy + i * pairs));
+            _Pragma("omp for schedule(static)")
+            for (int64_t task = 0; task < tasks; ++task) {
+                int64_t first = task * panels / tasks, last = (task + 1) * panels / tasks;
+                for (int64_t p = first; p < last; ++p)
+                    pack(&right, k, n, p * PANEL, 0, pairs, packed + (p - first) * pairs * PANEL);
+                block(&rows, packed, k, 0, m, first * PANEL,
+                      last * PANEL < n ? last * PANEL : n, &to);
+            }
+            free(packed);
+        }
+    } else {
+        uint32_t *packed = room_for(panels, pairs);
+        int64_t blocks = (m + TILE_ROWS - 1) / TILE_ROWS, parts = panels < threads ? threads : 1;
+        _Pragma("omp parallel num_threads(threads)")
+        {
+            if (!by_rows) copy_columns(&left, m, k, copy);
+            _Pragma("omp for schedule(static)")
+            for (int64_t p = 0; p < panels * parts; ++p) {
+                int64_t panel = p / parts, part = p % parts;
+                pack(&right, k, n, panel * PANEL, part * pairs / parts, (part + 1) * pairs / parts,
+                     packed + panel * pairs * PANEL);
+            }
+            _Pragma("omp for schedule(static)")
+            for (int64_t t = 0; t < threads; ++t) {
+                int64_t from = t * blocks / threads * TILE_ROWS;
+                int64_t until = (t + 1) * blocks / threads * TILE_ROWS;
+                until = until < m ? until : m;
+                if (by_rows && !as_it_is)
+                    block_of_others(&left, packed, k, from, until, n, &to);
+                else
+                    block(&rows, packed, k, from, until, 0, n, &to);
+            }
+        }
+        free(packed);
+    }
+    free(copy);
+}
+
+#else
+const int artemis_has_thin_product = 0;
+#endif
