@@ -84,7 +84,7 @@ _NAMES = "a list of module names or one regular expression for whole paths"
 
 @dataclass
 class HybridAdapterConfig:
-    """LoRA on some modules, bottlenecks on the others; every field has the user's default.
+    """LoRA on some modules, bottlenecks on the others; every field has a default.
 
     A name in a list matches a module whose path is that name or ends in it; a string is a regular
     expression that must match the whole path. Raises `AdapterError` naming the field, what was

@@ -242,8 +242,12 @@ def bench_table(
     render: Callable[[list[Record]], str] | None = None,
     short: bool = False,
 ) -> str:
-    """What `artemis bench` wrote, a table a machine; of rows about the same, the last counts."""
+    """What `artemis bench` wrote, a table a machine; of rows about the same, the last counts.
+
+    A model measured with an allocator that keeps memory is not shown without it once more.
+    """
     heads = {record["run"]: record for record in records if record.get("kind") == "run"}
+    records = _with_best_allocator(records, heads)
     last: dict[tuple, dict[str, Record]] = {}
     for record in records:
         if record.get("kind") == "row" and record.get("table") == table:
@@ -251,13 +255,28 @@ def bench_table(
             key = str([record.get(name) for name in _BENCH_KEYS])
             last.setdefault(machine_of, {})[key] = record
     parts = []
-    for rows in last.values():
+    for rows in sorted(last.values(), key=lambda rows: _as_it_comes(rows, heads)):
         order = sorted(rows.values(), key=lambda row: _place(row, list(rows.values())))
         runs = dict.fromkeys(row["run"] for row in order)
         made = render(order) if render else markdown(table, order)
         each = "\n\n".join(dict.fromkeys(origin(heads[run]) for run in runs))
         parts.append(f"{made}\n\n{origins([heads[run] for run in runs]) if short else each}\n")
     return "\n".join(parts)
+
+
+def _with_best_allocator(records: list[Record], heads: dict[str, Record]) -> list[Record]:
+    def about(row: Record) -> tuple:
+        return row.get("table"), row.get("model"), row.get("tokens"), row.get("sequence")
+
+    keeps = {run for run, head in heads.items() if "allocator" in head}
+    rows = [record for record in records if record.get("kind") == "row"]
+    better = {about(row) for row in rows if row["run"] in keeps}
+    return [row for row in rows if row["run"] in keeps or about(row) not in better]
+
+
+def _as_it_comes(rows: dict[str, Record], heads: dict[str, Record]) -> bool:
+    """Whether the allocator of these rows was: such tables come last."""
+    return all("allocator" not in heads[row["run"]] for row in rows.values())
 
 
 def _place(row: Record, rows: list[Record]) -> tuple[int, ...]:

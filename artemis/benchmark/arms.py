@@ -92,10 +92,11 @@ class Arm:
     nothing is adapted, nothing to check); `masks` says that it draws the same dropout masks.
     `tolerance` replaces the rule of equal rounding where the arm itself rounds the base.
     `state_bytes` is what a weight of the base costs at the peak of a step, for planning. `trains`:
-    it is measured in training too, not at inference only. `recomputes`: it trades time for memory,
-    which `artemis bench memory` shows by default. `trainers_loss`: as Artemis' trainer computes it,
-    not as transformers does. `needs`: a package; without it the arm is none of the default ones.
-    `counted`: what stands for it where FLOPs are counted, of products that torch cannot count.
+    it is measured in training too, not at inference only; `infers`: the other way round.
+    `recomputes`: it trades time for memory, which `artemis bench memory` shows by default.
+    `trainers_loss`: as Artemis' trainer computes it, not as transformers does. `needs`: a package;
+    without it the arm is none of the default ones. `counted`: what stands for it where FLOPs are
+    counted, of products that torch cannot count.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Arm:
     masks: bool = True
     tolerance: float | None = None
     trains: bool = True
+    infers: bool = True
     recomputes: bool = False
     trainers_loss: bool = False
     needs: str | None = None
@@ -240,20 +242,23 @@ ARMS = {
     arm.name: arm
     for arm in (
         Arm("full-fp32", "full fine-tuning, fp32", _FP32, full, 16),
-        Arm("full-autocast", "full fine-tuning, bf16 autocast", _FP32, full, 18, autocast=True),
+        Arm(
+            "full-autocast", "full fine-tuning, bf16 autocast", _FP32, full, 18, autocast=True,
+            infers=False,
+        ),
         Arm(
             "full-autocast-lean", "full fine-tuning, bf16 autocast, Artemis' loss", _FP32, full, 18,
-            autocast=True, trainers_loss=True,
+            autocast=True, infers=False, trainers_loss=True,
         ),
         Arm("full-bf16", "full fine-tuning, all bf16", _BF16, full, 8),
         Arm(
             "full-int8", "full fine-tuning, all bf16, int8 products (torchao)", _BF16, full_int8, 8,
-            needs="torchao", counted=full,
+            infers=False, needs="torchao", counted=full,
         ),
         Arm(
             "peft", "PEFT LoRA, all linear, bf16", _BF16, peft_lora, 2,
             reference=partial(lora, dropout=0.0, impl="reference", adapter_dtype="model"),
-            masks=False,
+            masks=False, needs="peft",
         ),
         Arm(
             "hybrid", "hybrid, bf16 base", _BF16, hybrid, 2, reference=_REFERENCE,

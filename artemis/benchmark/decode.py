@@ -7,7 +7,7 @@ from .session import Record, Session
 from .settings import Setting, checked_among, time_of
 
 #: The others are about training.
-ARM_NAMES = tuple(name for name, arm in ARMS.items() if not arm.autocast and not arm.recomputes)
+ARM_NAMES = tuple(name for name, arm in ARMS.items() if arm.infers and not arm.recomputes)
 BASELINE = "full-bf16"
 
 

@@ -15,6 +15,8 @@ from typing import NoReturn
 import torch
 from transformers.utils import logging
 
+from artemis_kernels import Unavailable
+
 from ..errors import AdapterError
 from . import bench, demo, generate, info, train, tune
 
@@ -42,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("artemis: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except (AdapterError, OSError, torch.OutOfMemoryError) as error:
+    except (AdapterError, Unavailable, OSError, torch.OutOfMemoryError) as error:
         print(f"artemis {args.command}: {_one_line(error)}", file=sys.stderr)
         return 1
     return 0

@@ -160,10 +160,10 @@ def _settings(
     tokens: list[int],
     sequence: int,
     arms: tuple[str, ...],
-    default: tuple[str, ...] | None = None,
+    default: tuple[str, ...],
     compiled: bool = False,
 ):
-    """`arms` are allowed; what is not asked for is `default`, or all of them."""
+    """`arms` are allowed, `default` is what is measured where none is asked for."""
     from ..benchmark.models import MODELS, SMALL
     from ..benchmark.settings import settings
 
@@ -171,7 +171,7 @@ def _settings(
     for arm in args.arms or ():
         if arm not in arms:
             raise AdapterError(f"--arms: got {arm!r}, allowed: {', '.join(arms)}")
-    return settings(models, tokens, sequence, args.arms or default or arms, args.measure, compiled)
+    return settings(models, tokens, sequence, args.arms or default, args.measure, compiled)
 
 
 def _training(args: argparse.Namespace, recomputing: bool, compiled: bool = False):
@@ -212,6 +212,7 @@ def _memory(args: argparse.Namespace):
 
 def _decode(args: argparse.Namespace):
     from ..benchmark import decode
+    from ..benchmark.arms import ARMS
 
     prompts = args.prompt or ([128, 1024] if args.full else [128])
     if args.batch < 1:
@@ -219,10 +220,11 @@ def _decode(args: argparse.Namespace):
     for prompt in prompts:
         if prompt < 2:
             raise AdapterError(f"--prompt: got {prompt}, allowed: integers from 2")
+    default = tuple(name for name in decode.ARM_NAMES if ARMS[name].installed)
     wanted = [
         setting
         for prompt in prompts
-        for setting in _settings(args, [args.batch * prompt], prompt, decode.ARM_NAMES)
+        for setting in _settings(args, [args.batch * prompt], prompt, decode.ARM_NAMES, default)
     ]
     return lambda session: decode.run(session, wanted, args.rounds)
 

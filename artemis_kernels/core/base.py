@@ -56,18 +56,23 @@ class PlainBase(NamedTuple):
 
     def folded(self, down: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """`D W` [width, in] of a folded bottleneck, in `dtype`, the weight's; D [width, out]."""
-        f = down.new_empty(down.shape[0], self.weight.shape[1], dtype=dtype)
-        if dtype == torch.bfloat16 and thin_products.multiply(down, self.weight, f):
-            return f
-        return torch.mm(down.to(dtype), self.weight, out=f)
+        f = thin_products.multiply(down, self.weight) if dtype == torch.bfloat16 else None
+        return torch.mm(down.to(dtype), self.weight) if f is None else f
 
     def unfolded(self, gradient: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """`dF Wᵀ` [width, out], what the gradient of `F = D W` [width, in] is of D."""
-        out = gradient.new_empty(gradient.shape[0], self.weight.shape[0], dtype=torch.float32)
-        in_bf16 = dtype == torch.bfloat16
-        if in_bf16 and thin_products.multiply(self.weight, gradient.t(), out.t()):
-            return out
-        return torch.mm(gradient.to(dtype), self.weight.t())
+        """`dF Wᵀ` [width, out], what the gradient of `F = D W` [width, in] is of D.
+
+        In fp32 from a pass of our own over bf16, else in `dtype`, the weight's.
+        """
+        weight, out = self.weight, None
+        if dtype == torch.bfloat16:
+            wide = {"dtype": torch.float32}
+            if weight.stride(0) == 1:
+                out = thin_products.multiply(gradient, weight.t(), **wide)
+            else:
+                out = thin_products.multiply(weight, gradient.t(), by_columns=True, **wide)
+                out = None if out is None else out.t()
+        return torch.mm(gradient.to(dtype), weight.t()) if out is None else out
 
 
 class PackedBase:
@@ -116,21 +121,25 @@ class PackedBase:
 
         An int8 weight is multiplied as it is, where there is such a pass: `(D ⊙ scale) Wq`.
         """
-        data, scale = self.weight.data, self.weight.scale
-        if dtype == torch.bfloat16 and self.weight.format == "int8":
-            f = data.new_empty(down.shape[0], data.shape[1], dtype=dtype)
-            if thin_products.multiply(down.float() * scale, data, f):
-                return f
-        return PlainBase(self.dense(dtype)).folded(down, dtype)
+        f = None
+        if self._folds_as_held(dtype):
+            f = thin_products.multiply(down.float() * self.weight.scale, self.weight.data)
+        return PlainBase(self.dense(dtype)).folded(down, dtype) if f is None else f
 
     def unfolded(self, gradient: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """`dF Wᵀ` [width, out], what the gradient of `F = D W` [width, in] is of D; of `dtype`."""
-        data, scale = self.weight.data, self.weight.scale
-        if dtype == torch.bfloat16 and self.weight.format == "int8":
-            out = gradient.new_empty(gradient.shape[0], data.shape[0], dtype=torch.float32)
-            if thin_products.multiply(data, gradient.t(), out.t()):
-                return out.mul_(scale)
-        return PlainBase(self.dense(dtype)).unfolded(gradient, dtype)
+        """As `PlainBase.unfolded`, for a weight that is dequantized to `dtype` if it has to be."""
+        out = None
+        if self._folds_as_held(dtype):
+            out = thin_products.multiply(
+                self.weight.data, gradient.t(), dtype=torch.float32, by_columns=True
+            )
+        if out is None:
+            return PlainBase(self.dense(dtype)).unfolded(gradient, dtype)
+        return out.t().mul_(self.weight.scale)
+
+    def _folds_as_held(self, dtype: torch.dtype) -> bool:
+        in_bf16 = dtype == torch.bfloat16 and self.weight.format == "int8"
+        return in_bf16 and thin_products.available()
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight [out, in] in `dtype`: a copy, made once a call."""

@@ -60,14 +60,14 @@ def project_dropped(x: torch.Tensor, f: torch.Tensor, mask: Dropout | None) -> t
     library = _passes(x, f.shape[0], mask, (torch.float32, torch.bfloat16))
     if library is None:
         return project(x if mask is None else dropped(x, mask), f)
-    x, f = x.contiguous(), f.to(torch.float32).contiguous()
+    x, f = x.contiguous(), f.to(x.dtype).to(torch.float32).contiguous()
     s = x.new_empty(x.shape[0], f.shape[0])
     _product(library, "shrink", x.dtype, (x, f, s), (*x.shape, f.shape[0]), mask)
     return s
 
 
 def outer_dropped(ds: torch.Tensor, x: torch.Tensor, mask: Dropout | None) -> torch.Tensor:
-    """`dsᵀ dropped(x)` for ds [M, R] and x [M, K]: fp32 from the compiled pass, else x's dtype."""
+    """`dsᵀ dropped(x)` for ds [M, R] and x [M, K]: fp32, or x's dtype without a pass."""
     library = _passes(x, ds.shape[1], mask, (torch.float32,))
     if library is None:
         return outer_gradient(ds, x if mask is None else dropped(x, mask))

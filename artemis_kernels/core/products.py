@@ -23,30 +23,31 @@ class LowRank(NamedTuple):
     @staticmethod
     def added_to(y: torch.Tensor, term: "LowRank | None") -> torch.Tensor:
         """`y + term`, in place."""
-        if term is None or term._into(y, y):
+        if term is None or term._product(y.dtype, y, y) is not None:
             return y
         return y.addmm_(term.s.to(y.dtype), term.g.to(y.dtype).t(), alpha=term.alpha)
 
     def product(self, dtype: torch.dtype) -> torch.Tensor:
         """The term alone, in `dtype`."""
-        y = self.s.new_empty(self.s.shape[0], self.g.shape[0], dtype=dtype)
-        if self._into(y):
+        y = self._product(dtype)
+        if y is not None:
             return y
-        y = torch.mm(self.s.to(dtype), self.g.to(dtype).t(), out=y)
+        y = torch.mm(self.s.to(dtype), self.g.to(dtype).t())
         return y if self.alpha == 1 else y.mul_(self.alpha)
 
     def plus(self, start: torch.Tensor) -> torch.Tensor:
         """`start + term` as a new tensor."""
-        y = start.new_empty(start.shape)
-        if self._into(y, start):
+        y = self._product(start.dtype, None, start)
+        if y is not None:
             return y
-        g = self.g.to(start.dtype).t()
-        return torch.addmm(start, self.s.to(start.dtype), g, alpha=self.alpha, out=y)
+        s, g = self.s.to(start.dtype), self.g.to(start.dtype)
+        return torch.addmm(start, s, g.t(), alpha=self.alpha)
 
-    def _into(self, y: torch.Tensor, start: torch.Tensor | None = None) -> bool:
-        """`y = start + term` in one pass; False where there is none."""
-        in_bf16 = y.dtype == torch.bfloat16
-        return in_bf16 and multiply(self.s, self.g.t(), y, start=start, alpha=self.alpha)
+    def _product(self, dtype: torch.dtype, out=None, start=None) -> torch.Tensor | None:
+        """`start + term` by a pass of our own, or None."""
+        if dtype != torch.bfloat16:
+            return None
+        return multiply(self.s, self.g.t(), out, start=start, alpha=self.alpha)
 
 
 def project(
@@ -57,9 +58,8 @@ def project(
     With few rows in f, MKL's fp32 product is up to 2.5 times faster as `(f xᵀ)ᵀ`.
     """
     if x.dtype == torch.bfloat16:
-        z = x.new_empty(x.shape[0], f.shape[0])
-        wide = None if bias is None else bias.float()
-        if multiply(x, f.t(), z, bias=wide, alpha=alpha):
+        z = multiply(x, f.t(), bias=bias, alpha=alpha)
+        if z is not None:
             return z
     f = f.to(x.dtype)
     if bias is not None:
@@ -77,10 +77,12 @@ def outer_gradient(left: torch.Tensor, right: torch.Tensor, alpha: float = 1.0) 
     """
     p, q, in_bf16 = left.shape[1], right.shape[1], left.dtype == torch.bfloat16
     if in_bf16:
-        out = left.new_empty(p, q, dtype=torch.float32)
-        thin, wide, to = (right, left, out.t()) if q < p else (left, right, out)
-        if multiply(_with_lines(thin).t(), wide, to, alpha=alpha):
-            return out
+        thin, wide = (right, left) if q < p else (left, right)
+        out = multiply(
+            _with_lines(thin).t(), wide, dtype=torch.float32, by_columns=q < p, alpha=alpha
+        )
+        if out is not None:
+            return out.t() if q < p else out
     turned = q < p and (q <= _THIN or left.dtype != torch.float32)
     out = torch.mm(right.t(), left).t() if turned else torch.mm(left.t(), right)
     out = out.float() if in_bf16 else out

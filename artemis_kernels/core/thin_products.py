@@ -12,40 +12,66 @@ from .device import has_bf16_dots
 
 _HELD = (torch.bfloat16, torch.float32, torch.int8)  # as numbered in native/thin_product.c
 _ADDED, _ROUNDED, _WIDE, _TRANSPOSED = range(4)  # likewise: what becomes of the sums
-THINNEST_SIDE = 128  # up to here; beyond, BLAS blocks for the caches better
+_WIDEST = 128  # of a thin side; beyond, BLAS blocks for the caches better
+_FEW_ROWS = 16  # up to here packing the other factor column by column costs more than it gains
+
+
+def available() -> bool:
+    """Whether this processor and compiler have the pass."""
+    handle = native.library().handle if has_bf16_dots() else None
+    return handle is not None and native.has(handle, "thin_product")
 
 
 def multiply(
     a: torch.Tensor,
     b: torch.Tensor,
-    out: torch.Tensor,
+    out: torch.Tensor | None = None,
     *,
+    dtype: torch.dtype = torch.bfloat16,
+    by_columns: bool = False,
     start: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     alpha: float = 1.0,
-) -> bool:
-    """`out = start + bias + alpha·a b` for a [M, K] and b [K, N]; False where nothing is done.
+) -> torch.Tensor | None:
+    """`start + bias + alpha·a b` for a [M, K] and b [K, N]; None where the pass does not serve.
 
-    a and b in bf16, int8, or rounded to bf16 from fp32, b of any strides and a with either of
-    stride 1. out [M, N]: bf16 with rows of stride 1, or fp32 with either. start [M, N]: bf16, with
-    rows of stride 1, only for an out in bf16, which it may be. bias: fp32 [N] or None.
+    a and b in bf16, in int8, or rounded to bf16 from fp32. The thin one has any strides, of which
+    one is 1 for a; the other has rows of stride 1.
+
+    Args:
+        out: [M, N], bf16 with rows of stride 1, or fp32 with rows or columns of stride 1; None
+            makes one, of `dtype`, with columns of stride 1 where `by_columns` (fp32 only).
+        start: [M, N], bf16 with rows of stride 1; only for a result in bf16; it may be `out`.
+        bias: [N] or None.
     """
-    (m, k), n, kind = a.shape, b.shape[1], _kind(out, start)
-    if kind is None or not 0 < min(m, k, n) <= THINNEST_SIDE or 1 not in _strides(a):
-        return False
-    if out.device.type != "cpu" or not {a.dtype, b.dtype}.issubset(_HELD):
-        return False
-    handle = native.library().handle if has_bf16_dots() else None
-    if handle is None or not native.has(handle, "thin_product"):
-        return False
-    handle.artemis_thin_product(
+    (m, k), n = a.shape, b.shape[1]
+    if a.device.type != "cpu" or not {a.dtype, b.dtype}.issubset(_HELD) or not available():
+        return None
+    if not 0 < min(m, k, n) <= _WIDEST or not _read_fast(a, b):
+        return None
+    if out is None:
+        out = a.new_empty((n, m) if by_columns else (m, n), dtype=dtype)
+        out = out.t() if by_columns else out
+    kind = _kind(out, start)
+    if kind is None:
+        return None
+    bias = None if bias is None else bias.float().contiguous()
+    native.library().handle.artemis_thin_product(
         a.data_ptr(), *_strides(a), _HELD.index(a.dtype),
-        b.data_ptr(), *b.stride(), _HELD.index(b.dtype),
+        b.data_ptr(), *_strides(b), _HELD.index(b.dtype),
         None if start is None else start.data_ptr(), 0 if start is None else start.stride(0),
         None if bias is None else bias.data_ptr(), alpha,
         out.data_ptr(), _strides(out)[kind == _TRANSPOSED], kind, m, k, n, torch.get_num_threads(),
     )  # fmt: skip
-    return True
+    return out
+
+
+def _read_fast(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether neither factor takes a copy, or a packing number by number, as large as a weight."""
+    (m, k), n, of_a, of_b = a.shape, b.shape[1], _strides(a), _strides(b)
+    if of_a[1] != 1 and (of_a[0] != 1 or m > _WIDEST):
+        return False
+    return of_b[1] == 1 or (m > _FEW_ROWS and min(k, n) <= _WIDEST)
 
 
 def _kind(out: torch.Tensor, start: torch.Tensor | None) -> int | None:
@@ -61,7 +87,7 @@ def _kind(out: torch.Tensor, start: torch.Tensor | None) -> int | None:
 
 
 def _strides(matrix: torch.Tensor) -> tuple[int, int]:
-    """Its strides, those that are never taken 1."""
+    """Its strides; 1 for a dimension of size 1, along which nothing steps."""
     rows, columns = (
         1 if size == 1 else stride
         for size, stride in zip(matrix.shape, matrix.stride(), strict=True)

@@ -22,6 +22,23 @@ def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
+def test_what_an_allocator_that_keeps_memory_supersedes_is_not_shown():
+    kept = {"allocator": "keeps freed memory"}
+    records = [
+        {"kind": "run", "run": "plain", "commit": "a" * 40, **MACHINE},
+        {"kind": "run", "run": "kept", "commit": "b" * 40, **MACHINE, **kept},
+        *(row(run, "64x2", "full-autocast", 2.0, 9.0) for run in ("kept", "plain")),
+        row("kept", "64x2", "hybrid-int8", 5.0, 9.0),
+        row("plain", "64x2", "hybrid-int8", 6.0, 9.0),
+        row("plain", "llama-2-7b", "full-autocast", 2.0, 9.0),
+        row("plain", "llama-2-7b", "hybrid-int8", 7.0, 9.0),
+    ]
+    made = bench_table("train", records, render=table, short=True)
+    lines = [cells(line) for line in made.splitlines() if line.startswith("| ")]
+    found = [(line[0], line[3]) for line in lines if line[0] not in ("model", "---")]
+    assert sorted(found) == [("64x2", "5"), ("llama-2-7b", "7")]
+
+
 def test_a_model_a_line_of_its_last_rows():
     records = [
         {"kind": "run", "run": "old", "commit": "a" * 40, **MACHINE},

@@ -58,6 +58,14 @@ def test_absent_biases(path, absent):
     follow_reference(BOTTLENECK, path, tensors, scale=-2.5)
 
 
+def test_an_fp32_bias_takes_no_digits_of_fp64():
+    tensors = BOTTLENECK.operands(SIZES, torch.float64)
+    tensors["bias_up"] = tensors["bias_up"].float()
+    wanted = BOTTLENECK.reference(**tensors)
+    found = BOTTLENECK.along(Path("eager", "addmm", torch.float64))(**tensors)
+    torch.testing.assert_close(found, wanted, rtol=1e-13, atol=1e-13)
+
+
 @pytest.mark.parametrize("silent", ["residual", "up"])
 @pytest.mark.parametrize("path", BOTTLENECK.paths())
 def test_each_term_alone(path, silent):

@@ -214,6 +214,26 @@ def test_parameters_of_another_dtype(operation, strategy, dtypes):
     assert_mixed(operation, Path("eager", strategy, dtypes[0]), *dtypes)
 
 
+@pytest.mark.parametrize("layout", kit.LAYOUTS)
+@EVERY_EAGER_PATH
+def test_fp32_parameters_on_bf16_in_any_layout(operation, strategy, layout):
+    path = Path("eager", strategy, BF16)
+    tensors = {
+        name: t.to(BF16 if name in IN_DTYPE_OF_X else SINGLE)
+        for name, t in operation.operands(Sizes(65, 40, 36, 8), DOUBLE).items()
+    }
+    laid = {
+        name: t if t.dtype == BF16 or not t.dim() else layout(t) if t.dim() == 2 else kit.sliced(t)
+        for name, t in tensors.items()
+    }
+    run = operation.along(path)
+    truth = kit.outcome(run, tensors, operation.trained)
+    found = kit.outcome(run, laid, operation.trained)
+    for name, wanted in truth.items():  # by another product, perhaps, but the same numbers
+        error = (found[name].double() - wanted.double()).norm()
+        assert error <= 0.02 * wanted.double().norm(), name
+
+
 @pytest.mark.parametrize(("operation", "path"), every_path(HALF))
 def test_fp32_parameters_on_fp16(operation, path):
     assert_mixed(operation, path, HALF, SINGLE)

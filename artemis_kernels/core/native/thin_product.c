@@ -4,7 +4,7 @@
 
    Any of m, k and n may be the thin side. Numbers of b are packed into panels of 32 columns, two k
    side by side as the dot product instruction takes them; those of a are broadcast in pairs. What is
-   held in fp32 (parameters) or int8 (a base) becomes bf16 on the way, and needs no copy. */
+   held in fp32 (parameters) or int8 (a base) becomes bf16 on the way; only a thin a may be copied. */
 
 #include <stdlib.h>
 
@@ -12,10 +12,12 @@
 
 #define PANEL 32
 #define TILE_ROWS 8
+#define SUBNORMAL 0x20    /* a class of fp32 numbers, to the processor */
 #define CACHED (32 << 10) /* bytes of panels that stay in the first-level cache */
-#define AHEAD 16          /* rows that lie far apart are asked for before they are read */
+#define AHEAD 16          /* a panel's numbers lie a row of b apart: asked for so many rows before */
 
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && \
+    defined(__AVX512DQ__)
 
 const int artemis_has_thin_product = 1;
 
@@ -196,6 +198,8 @@ static inline __attribute__((always_inline)) void write_tile(const Output *to, c
                 _mm512_storeu_ps(values[i] + 16 * h, value);
             else if (kind == WIDE)
                 store_f32((float *)to->y + at, within, value);
+            else if (_mm512_fpclass_ps_mask(value, SUBNORMAL)) /* which the next would take for 0 */
+                store_bf16((uint16_t *)to->y + at, within, value);
             else
                 _mm256_mask_storeu_epi16((uint16_t *)to->y + at, within,
                                          (__m256i)_mm512_cvtneps_pbh(value));
@@ -241,8 +245,8 @@ static void block(const Rows *a, const uint32_t *panels, int64_t k, int64_t from
 }
 
 /* The same for rows that become bf16 a tile at a time. */
-static void block_of_others(const Matrix *a, const uint32_t *panels, int64_t k, int64_t from,
-                            int64_t until, int64_t n, const Output *to) {
+static void block_of_converted(const Matrix *a, const uint32_t *panels, int64_t k, int64_t from,
+                               int64_t until, int64_t n, const Output *to) {
     int64_t pairs = (k + 1) / 2;
     uint16_t *lines = malloc(sizeof(uint32_t) * (size_t)(TILE_ROWS * pairs));
     for (int64_t top = from; top < until; top += TILE_ROWS) {
@@ -258,71 +262,91 @@ static uint32_t *room_for(int64_t panels, int64_t pairs) {
     return aligned_alloc(64, sizeof(uint32_t) * (size_t)(panels * pairs * PANEL));
 }
 
-/* Where a is the thin one, threads share out the columns, each packing what it multiplies next;
-   else b is packed first, and they share out the rows. Every sum is one thread's, in one order. */
+typedef struct {
+    Matrix a, b;
+    Output to;
+    int64_t m, k, n, pairs, panels;
+    int by_rows; /* whether the numbers of a row of a lie side by side, */
+    Rows rows;   /* and a as the tiles read it: itself, or */
+    uint32_t *copy;
+    int threads;
+} Product;
+
+/* Threads share out the columns, each packing what it multiplies next. */
+static void share_columns(const Product *of) {
+    int64_t most = CACHED / (4 * PANEL * of->pairs), tasks, step = of->pairs * PANEL;
+    tasks = most > 1 ? (of->panels + most - 1) / most : of->panels;
+    tasks = (tasks + of->threads - 1) / of->threads * of->threads;
+    _Pragma("omp parallel num_threads(of->threads)")
+    {
+        uint32_t *packed = room_for(of->panels / tasks + 1, of->pairs);
+        if (!of->by_rows)
+            copy_columns(&of->a, of->m, of->k, of->copy);
+        else if (of->copy)
+            _Pragma("omp for schedule(static)")
+            for (int64_t i = 0; i < of->m; ++i)
+                copy_row(&of->a, i, of->k, (uint16_t *)(of->copy + i * of->pairs));
+        _Pragma("omp for schedule(static)")
+        for (int64_t task = 0; task < tasks; ++task) {
+            int64_t first = task * of->panels / tasks, last = (task + 1) * of->panels / tasks;
+            for (int64_t p = first; p < last; ++p)
+                pack(&of->b, of->k, of->n, p * PANEL, 0, of->pairs, packed + (p - first) * step);
+            block(&of->rows, packed, of->k, 0, of->m, first * PANEL,
+                  last * PANEL < of->n ? last * PANEL : of->n, &of->to);
+        }
+        free(packed);
+    }
+}
+
+/* All of b is packed first; then threads share out the rows. */
+static void share_rows(const Product *of) {
+    uint32_t *packed = room_for(of->panels, of->pairs);
+    int64_t blocks = (of->m + TILE_ROWS - 1) / TILE_ROWS;
+    int64_t parts = of->panels < of->threads ? of->threads : 1; /* of a panel */
+    int converts = of->by_rows && of->a.held != BF16;
+    _Pragma("omp parallel num_threads(of->threads)")
+    {
+        if (!of->by_rows) copy_columns(&of->a, of->m, of->k, of->copy);
+        _Pragma("omp for schedule(static)")
+        for (int64_t p = 0; p < of->panels * parts; ++p) {
+            int64_t panel = p / parts, part = p % parts;
+            pack(&of->b, of->k, of->n, panel * PANEL, part * of->pairs / parts,
+                 (part + 1) * of->pairs / parts, packed + panel * of->pairs * PANEL);
+        }
+        _Pragma("omp for schedule(static)")
+        for (int64_t t = 0; t < of->threads; ++t) {
+            int64_t from = t * blocks / of->threads * TILE_ROWS;
+            int64_t until = (t + 1) * blocks / of->threads * TILE_ROWS;
+            until = until < of->m ? until : of->m;
+            if (converts)
+                block_of_converted(&of->a, packed, of->k, from, until, of->n, &of->to);
+            else
+                block(&of->rows, packed, of->k, from, until, 0, of->n, &of->to);
+        }
+    }
+    free(packed);
+}
+
+/* Every sum is one thread's, in one order. */
 void artemis_thin_product(const void *a, int64_t a_row, int64_t a_column, int a_held,
                           const void *b, int64_t b_row, int64_t b_column, int b_held,
                           const uint16_t *start, int64_t start_row, const float *bias, float alpha,
                           void *y, int64_t y_row, int kind, int64_t m, int64_t k, int64_t n,
                           int threads) {
-    Matrix left = {a, a_row, a_column, a_held}, right = {b, b_row, b_column, b_held};
-    Output to = {kind, start, start_row, bias, alpha, y, y_row};
-    int64_t pairs = (k + 1) / 2, panels = (n + PANEL - 1) / PANEL;
-    int thin = m < k && m < n, by_rows = a_column == 1, as_it_is = by_rows && a_held == BF16;
-    uint32_t *copy = NULL;
-    if (!by_rows || (thin && !as_it_is)) copy = malloc(sizeof(uint32_t) * (size_t)(m * pairs));
-    Rows rows = {a, 2 * a_row, 4, k / 2, k % 2};
-    if (copy && by_rows) rows = (Rows){(const uint8_t *)copy, 4 * pairs, 4, pairs, 0};
-    if (copy && !by_rows) rows = (Rows){(const uint8_t *)copy, 4, 4 * m, pairs, 0};
-    if (thin) {
-        int64_t most = CACHED / (4 * PANEL * pairs), tasks;
-        tasks = most > 1 ? (panels + most - 1) / most : panels;
-        tasks = (tasks + threads - 1) / threads * threads;
-        _Pragma("omp parallel num_threads(threads)")
-        {
-            uint32_t *packed = room_for(panels / tasks + 1, pairs);
-            if (!by_rows)
-                copy_columns(&left, m, k, copy);
-            else if (copy)
-                _Pragma("omp for schedule(static)")
-                for (int64_t i = 0; i < m; ++i)
-                    copy_row(&left, i, k, (uint16_t *)(copy + i * pairs));
-            _Pragma("omp for schedule(static)")
-            for (int64_t task = 0; task < tasks; ++task) {
-                int64_t first = task * panels / tasks, last = (task + 1) * panels / tasks;
-                for (int64_t p = first; p < last; ++p)
-                    pack(&right, k, n, p * PANEL, 0, pairs, packed + (p - first) * pairs * PANEL);
-                block(&rows, packed, k, 0, m, first * PANEL,
-                      last * PANEL < n ? last * PANEL : n, &to);
-            }
-            free(packed);
-        }
-    } else {
-        uint32_t *packed = room_for(panels, pairs);
-        int64_t blocks = (m + TILE_ROWS - 1) / TILE_ROWS, parts = panels < threads ? threads : 1;
-        _Pragma("omp parallel num_threads(threads)")
-        {
-            if (!by_rows) copy_columns(&left, m, k, copy);
-            _Pragma("omp for schedule(static)")
-            for (int64_t p = 0; p < panels * parts; ++p) {
-                int64_t panel = p / parts, part = p % parts;
-                pack(&right, k, n, panel * PANEL, part * pairs / parts, (part + 1) * pairs / parts,
-                     packed + panel * pairs * PANEL);
-            }
-            _Pragma("omp for schedule(static)")
-            for (int64_t t = 0; t < threads; ++t) {
-                int64_t from = t * blocks / threads * TILE_ROWS;
-                int64_t until = (t + 1) * blocks / threads * TILE_ROWS;
-                until = until < m ? until : m;
-                if (by_rows && !as_it_is)
-                    block_of_others(&left, packed, k, from, until, n, &to);
-                else
-                    block(&rows, packed, k, from, until, 0, n, &to);
-            }
-        }
-        free(packed);
+    Product of = {.a = {a, a_row, a_column, a_held},
+                  .b = {b, b_row, b_column, b_held},
+                  .to = {kind, start, start_row, bias, alpha, y, y_row},
+                  .m = m, .k = k, .n = n, .pairs = (k + 1) / 2, .panels = (n + PANEL - 1) / PANEL,
+                  .by_rows = a_column == 1, .threads = threads};
+    int thin = m < k && m < n;
+    of.rows = (Rows){a, 2 * a_row, 4, k / 2, k % 2};
+    if (!of.by_rows || (thin && a_held != BF16)) {
+        of.copy = malloc(sizeof(uint32_t) * (size_t)(m * of.pairs));
+        of.rows = of.by_rows ? (Rows){(const uint8_t *)of.copy, 4 * of.pairs, 4, of.pairs, 0}
+                             : (Rows){(const uint8_t *)of.copy, 4, 4 * m, of.pairs, 0};
     }
-    free(copy);
+    (thin ? share_columns : share_rows)(&of);
+    free(of.copy);
 }
 
 #else

@@ -85,7 +85,7 @@ def backward(
         if needs_down:
             ddown = base.unfolded(outer_gradient(dz, x), dy.dtype)
             if bias is not None:
-                ddown.addr_(dz_sum.to(bias.dtype), bias)
+                ddown.addr_(dz_sum.to(ddown.dtype), bias.to(ddown.dtype))
             ddown = ddown.to(down.dtype)
     if needs_bias_down:
         dbias_down = dz_sum.to(bias_down.dtype)

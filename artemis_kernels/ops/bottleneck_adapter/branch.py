@@ -90,8 +90,9 @@ class Branch(NamedTuple):
         """h and U, with a unit of ones and the bias as its column of U where there is a bias."""
         up, biased = self.up, self.bias_up is not None
         if biased:
-            bias = self.bias_up.to(accumulator(self.bias_up.dtype))
+            wide = accumulator(z.dtype)
+            bias = self.bias_up.to(wide)
             if self.scale_tensor is not None:
-                bias = bias * self.scale_tensor
-            up = torch.cat((up.to(bias.dtype), bias.unsqueeze(1)), 1)
+                bias = bias * self.scale_tensor.to(wide)
+            up = torch.cat((up.to(wide), bias.unsqueeze(1)), 1)
         return LowRank(self._units.forward(z, biased), up, self.scale)

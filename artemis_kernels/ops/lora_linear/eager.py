@@ -84,10 +84,10 @@ def expand_gradients(
     if needs_b:
         db = outer_gradient(dy, _scaled(s, scale_tensor), scale).to(lora_b.dtype)
     if needs_s or needs_scale:
-        unlearned = project(dy, lora_b.t(), alpha=scale)
+        before_gain = project(dy, lora_b.t(), alpha=scale)
         if needs_scale:
-            dscale = inner(unlearned, s).to(scale_tensor.dtype)
-        ds = _scaled(unlearned, scale_tensor)
+            dscale = inner(before_gain, s).to(scale_tensor.dtype)
+        ds = _scaled(before_gain, scale_tensor)
     if needs_bias:
         dbias = column_sum(dy).to(dy.dtype)
     return ds, db, dscale, dbias

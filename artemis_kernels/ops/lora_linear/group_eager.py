@@ -74,7 +74,7 @@ def _through_a(dx, x, members, reached, ds_parts, gradients, mask, needs) -> Non
         da = outer_dropped(ds, x, mask).split([part.shape[1] for part in ds_parts])
         for index, part in zip(reached, da, strict=True):
             if needs[index].lora_a:
-                da_i = part.to(members[index].lora_a.dtype)
+                da_i = part.to(members[index].lora_a.dtype, copy=True)  # its storage is its own
                 gradients[index] = gradients[index]._replace(lora_a=da_i)
 
 

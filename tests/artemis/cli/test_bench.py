@@ -229,6 +229,19 @@ def test_only_memory_checkpoints_by_itself(monkeypatch):
     assert ("full-int8" in wanted["train"]) == ARMS["full-int8"].installed
 
 
+@pytest.mark.parametrize("kind", ["train", "decode"])
+def test_arms_whose_package_is_missing_are_left_out(kind, monkeypatch):
+    wanted = []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(
+        f"artemis.benchmark.{kind}.run",
+        lambda session, settings, rounds: wanted.extend(settings) or [],
+    )
+    assert main(["bench", kind, "--models", "64x1"]) == 0
+    arms = wanted[0].arms
+    assert "hybrid" in arms and "full-bf16" in arms and not {"peft", "full-int8"} & set(arms)
+
+
 @pytest.fixture
 def uncompiled():
     """`torch.compile` does nothing: it would take longer than all the rest."""
@@ -270,6 +283,7 @@ def test_kernels_and_their_roofline(tmp_path, capsys):
         (["train", "--rounds", "1"], "--rounds: got 1, allowed: an integer from 2"),
         (["train", "--compile", "--arms", "hybrid-checkpointed"], "got 'hybrid-checkpointed', all"),
         (["decode", "--arms", "full-autocast"], "--arms: got 'full-autocast', allowed:"),
+        (["decode", "--arms", "full-int8"], "--arms: got 'full-int8', allowed:"),
         (["decode", "--prompt", "1"], "--prompt: got 1, allowed: integers from 2"),
         (["memory", "--models", "64x1", "--measure", "parts"], "allowed: from 2 layers"),
         (["kernels", "--layers", "w"], "--layers: got 'w', allowed: q, k, v"),
