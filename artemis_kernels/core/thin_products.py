@@ -13,7 +13,7 @@ from .device import has_bf16_dots
 _HELD = (torch.bfloat16, torch.float32, torch.int8)  # as numbered in native/thin_product.c
 _ADDED, _ROUNDED, _WIDE, _TRANSPOSED = range(4)  # likewise: what becomes of the sums
 _WIDEST = 128  # of a thin side; beyond, BLAS blocks for the caches better
-_FEW_ROWS = 16  # up to here packing the other factor column by column costs more than it gains
+_FEW_ROWS = 16  # below, packing a factor that lies the other way round costs more than it gains
 
 
 def available() -> bool:
@@ -67,11 +67,11 @@ def multiply(
 
 
 def _read_fast(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether neither factor takes a copy, or a packing number by number, as large as a weight."""
+    """Whether neither factor takes a copy, or a packing across its rows, as large as a weight."""
     (m, k), n, of_a, of_b = a.shape, b.shape[1], _strides(a), _strides(b)
     if of_a[1] != 1 and (of_a[0] != 1 or m > _WIDEST):
         return False
-    return of_b[1] == 1 or (m > _FEW_ROWS and min(k, n) <= _WIDEST)
+    return of_b[1] == 1 or (m >= _FEW_ROWS and min(k, n) <= _WIDEST)
 
 
 def _kind(out: torch.Tensor, start: torch.Tensor | None) -> int | None:

@@ -654,6 +654,13 @@ QUANTIZED = (
         ("tests/core/test_thin_products.py",),
     ),
     Fault(
+        "half of a thin factor packed twice where it lies the other way round",
+        f"{CORE}/native/thin_product.c",
+        "int64_t at = from + 16 * i, left",
+        "int64_t at = from, left",
+        ("tests/core/test_thin_products.py",),
+    ),
+    Fault(
         "a thin product's bias taken from the panel's first columns",
         f"{CORE}/native/thin_product.c",
         "load_f32(within, to->bias + from)",

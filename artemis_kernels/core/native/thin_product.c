@@ -14,6 +14,7 @@
 #define TILE_ROWS 8
 #define SUBNORMAL 0x20    /* a class of fp32 numbers, to the processor */
 #define CACHED (32 << 10) /* bytes of panels that stay in the first-level cache */
+#define FEW_ROWS 128      /* up to here they stay in the caches while columns pass by */
 #define AHEAD 16          /* a panel's numbers lie a row of b apart: asked for so many rows before */
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && \
@@ -78,6 +79,18 @@ static inline __m512i paired(__m512i first, __m512i second) {
     return _mm512_or_si512(first, _mm512_slli_epi32(second, 16));
 }
 
+/* Up to sixteen pairs of k of a column whose numbers lie side by side; zeros beyond k. */
+static inline __m512i pairs_of(const Matrix *b, int64_t k, int64_t from, int64_t column) {
+    Matrix across = {b->data, b->column, b->row, b->held};
+    __m256i halves[2];
+    for (int i = 0; i < 2; ++i) {
+        int64_t at = from + 16 * i, left = k - at;
+        __mmask16 within = left >= 16 ? 0xffff : left > 0 ? (__mmask16)((1u << left) - 1) : 0;
+        halves[i] = _mm512_cvtepi32_epi16(numbers_of(&across, within, column, at));
+    }
+    return _mm512_inserti64x4(_mm512_castsi256_si512(halves[0]), halves[1], 1);
+}
+
 /* panel[k / 2][32][2] of the columns from `first`, pairs `from` to `until`; zeros beyond n and k. */
 static void pack(const Matrix *b, int64_t k, int64_t n, int64_t first, int64_t from, int64_t until,
                  uint32_t *panel) {
@@ -96,6 +109,19 @@ static void pack(const Matrix *b, int64_t k, int64_t n, int64_t first, int64_t f
                 _mm512_store_si512(panel + p * PANEL + 16 * h, paired(even, odd));
             }
         }
+        return;
+    }
+    if (b->row == 1) {
+        for (int h = 0; h < 2; ++h)
+            for (int64_t p = from; p < until; p += 16) {
+                __m512i lines[16];
+                for (int64_t j = 0; j < 16; ++j)
+                    lines[j] = 16 * h + j < left ? pairs_of(b, k, 2 * p, first + 16 * h + j)
+                                                 : _mm512_setzero_si512();
+                transpose(lines);
+                for (int64_t i = 0; i < 16 && p + i < until; ++i)
+                    _mm512_store_si512(panel + (p + i) * PANEL + 16 * h, lines[i]);
+            }
         return;
     }
     for (int64_t j = 0; j < PANEL; ++j)
@@ -338,14 +364,14 @@ void artemis_thin_product(const void *a, int64_t a_row, int64_t a_column, int a_
                   .to = {kind, start, start_row, bias, alpha, y, y_row},
                   .m = m, .k = k, .n = n, .pairs = (k + 1) / 2, .panels = (n + PANEL - 1) / PANEL,
                   .by_rows = a_column == 1, .threads = threads};
-    int thin = m < k && m < n;
+    int few = (m < k && m < n) || (m <= FEW_ROWS && of.panels >= threads);
     of.rows = (Rows){a, 2 * a_row, 4, k / 2, k % 2};
-    if (!of.by_rows || (thin && a_held != BF16)) {
+    if (!of.by_rows || (few && a_held != BF16)) {
         of.copy = malloc(sizeof(uint32_t) * (size_t)(m * of.pairs));
         of.rows = of.by_rows ? (Rows){(const uint8_t *)of.copy, 4 * of.pairs, 4, of.pairs, 0}
                              : (Rows){(const uint8_t *)of.copy, 4, 4 * m, of.pairs, 0};
     }
-    (thin ? share_columns : share_rows)(&of);
+    (few ? share_columns : share_rows)(&of);
     free(of.copy);
 }
 

@@ -1,4 +1,5 @@
-/* Sixteen numbers of a row as fp32, read and rounded back; those not `within` are zero, and kept. */
+/* Sixteen numbers of a row as fp32, read and rounded back; those not `within` are zero, and kept.
+   And sixteen rows of sixteen, transposed. */
 
 #ifndef ARTEMIS_VECTORS_H
 #define ARTEMIS_VECTORS_H
@@ -31,6 +32,32 @@ static inline __m512i bf16_bits(__m512 value) { /* as to_bf16, in the low halves
 
 static inline void store_bf16(uint16_t *to, __mmask16 within, __m512 value) {
     _mm256_mask_storeu_epi16(to, within, _mm512_cvtepi32_epi16(bf16_bits(value)));
+}
+
+/* 16 rows of 16 ints, transposed. */
+static inline void transpose(__m512i r[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 8; ++i) {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; ++i)
+        for (int j = 0; j < 2; ++j) {
+            r[4 * i + 2 * j] = _mm512_unpacklo_epi64(t[4 * i + j], t[4 * i + 2 + j]);
+            r[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(t[4 * i + j], t[4 * i + 2 + j]);
+        }
+    for (int i = 0; i < 4; ++i) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+        t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+        t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+        t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+    }
+    for (int i = 0; i < 4; ++i) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+        r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+        r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
+        r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
+    }
 }
 #endif
 
