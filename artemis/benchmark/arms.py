@@ -91,8 +91,8 @@ class Arm:
     `reference` trains the same parameters through the operations' references, for the gate (None:
     nothing is adapted, nothing to check); `masks` says that it draws the same dropout masks.
     `tolerance` replaces the rule of equal rounding where the arm itself rounds the base.
-    `state_bytes` is what a weight of the base costs at the peak of a step, for planning. `trains`:
-    it is measured in training too, not at inference only; `infers`: the other way round.
+    `state_bytes` is what a weight of the base costs at the peak of a step, for planning. `trains`,
+    `infers`: it is measured in training, at inference.
     `recomputes`: it trades time for memory, which `artemis bench memory` shows by default.
     `trainers_loss`: as Artemis' trainer computes it, not as transformers does. `needs`: a package;
     without it the arm is none of the default ones. `counted`: what stands for it where FLOPs are

@@ -5,13 +5,12 @@ floor. Weights and tokens are random; memory is each arm's own.
 """
 
 import gc
-import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from artemis.benchmark.arms import TrainingStep
+from artemis.benchmark.arms import ARMS, TrainingStep
 from artemis.benchmark.models import Cell, build, random_tokens
 from artemis.benchmark.runner import Spread
 from artemis.benchmark.steps import NEW_TOKENS, Prepared, Step, prepare
@@ -56,7 +55,7 @@ def _decoding(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
 def _measured(
     workload: str, arm: str, cell: Cell, device: torch.device, tiny: bool
 ) -> Iterator[dict[str, Any]]:
-    if arm == "peft" and importlib.util.find_spec("peft") is None:
+    if arm in ARMS and not ARMS[arm].installed:
         return
     timer = Timer(device, rounds=1 if tiny else 10)
     if timer.on_gpu:

@@ -654,6 +654,27 @@ QUANTIZED = (
         ("tests/core/test_thin_products.py",),
     ),
     Fault(
+        "a bias in fp32 read without its stride",
+        f"{CORE}/thin_products.py",
+        "bias.float().contiguous()",
+        "bias.float()",
+        ("tests/core/test_thin_products.py",),
+    ),
+    Fault(
+        "numbers too small to be normal taken for zero",
+        f"{CORE}/native/thin_product.c",
+        "_mm512_fpclass_ps_mask(value, SUBNORMAL)",
+        "0",
+        ("tests/core/test_thin_products.py",),
+    ),
+    Fault(
+        "U rounded to its bias's precision",
+        f"{BOTTLENECK}/branch.py",
+        "wide = accumulator(z.dtype)",
+        "wide = accumulator(self.bias_up.dtype)",
+        ("tests/ops/test_bottleneck_adapter.py", "-k", "digits_of_fp64"),
+    ),
+    Fault(
         "half of a thin factor packed twice where it lies the other way round",
         f"{CORE}/native/thin_product.c",
         "int64_t at = from + 16 * i, left",
