@@ -114,7 +114,7 @@ class InputGroup:
 def _conditions(module: nn.Module, x: torch.Tensor) -> tuple:
     """What an output depends on beside the tensors."""
     kind = x.device.type
-    can_cast = torch.amp.is_autocast_available(kind)  # the meta device cannot
+    can_cast = kind in ("cpu", "cuda")  # the meta device cannot
     cast = can_cast and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
     changes = None if torch.compiler.is_compiling() or x.is_inference() else x._version
     return torch.is_grad_enabled(), module.training, module.adapter.active, cast, changes

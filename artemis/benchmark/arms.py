@@ -182,6 +182,13 @@ def hybrid_quantized(model: PreTrainedModel, bits: int, include_head: bool = Fal
     )
 
 
+def plain_int8(model: PreTrainedModel) -> nn.Module:
+    """The model without any adapter over the same base in 8 bits: what no adapter can go below."""
+    if not model.config.num_hidden_layers:
+        return model
+    return quantize_adapter_model(model, bits=8, progress=False)
+
+
 def lora(model: PreTrainedModel, dropout: float, **settings) -> nn.Module:
     """Artemis' LoRA on all seven projections, nothing shared between layers."""
     return hybrid(
@@ -254,6 +261,10 @@ ARMS = {
         Arm(
             "full-int8", "full fine-tuning, all bf16, int8 products (torchao)", _BF16, full_int8, 8,
             infers=False, needs="torchao", counted=full,
+        ),
+        Arm(
+            "plain-int8", "plain model, int8", _BF16, plain_int8, 2, reference=full,
+            tolerance=_INT8_TOLERANCE, trains=False,
         ),
         Arm(
             "peft", "PEFT LoRA, all linear, bf16", _BF16, peft_lora, 2,

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from . import rng
-from .device import why_no_triton
+from .device import has_autocast, why_no_triton
 from .quantized import QuantizedWeight
 from .types import Unavailable
 
@@ -49,8 +49,8 @@ def autocasts(x: torch.Tensor) -> bool:
 
 
 def _autocast_is_on(kind: str) -> bool:
-    """Whether it is for a type of device; the meta device has none."""
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    """Whether it is for a type of device."""
+    return has_autocast(kind) and torch.is_autocast_enabled(kind)
 
 
 def outside_autocast(x: torch.Tensor):

@@ -122,6 +122,14 @@ def why_no_triton(device: torch.device) -> str | None:
 why_no_triton._dynamo_marked_constant = True
 
 
+def has_autocast(kind: str) -> bool:
+    """Whether torch has autocast for a type of device; the meta device has none."""
+    return torch.amp.is_autocast_available(kind)
+
+
+has_autocast._dynamo_marked_constant = True  # as above; torch 2.11 cannot trace it
+
+
 def launches_on_first_argument(function: Callable) -> Callable:
     """Make the first tensor's device current during the call: Triton launches on that one."""
 

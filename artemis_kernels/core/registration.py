@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import torch
 
+from .device import has_autocast
+
 _LIBRARY = torch.library.Library("artemis", "DEF")
 _DEVICES = ("CPU", "CUDA")
 
@@ -51,7 +53,7 @@ def once(backward: Callable) -> Callable:
         if reached is None:
             return (None,) * len(ctx.needs_input_grad)
         kind = reached.device.type
-        if not torch.amp.is_autocast_available(kind):  # the meta device has none
+        if not has_autocast(kind):
             return backward(ctx, *grads)
         with torch.autocast(kind, enabled=False):
             return backward(ctx, *grads)

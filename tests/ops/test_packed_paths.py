@@ -4,6 +4,7 @@ By weight only the accuracy rule holds against the dequantized base in fp64; in 
 rounds x and dY as docs/quantization.md says, as it does for the eager path.
 """
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -32,6 +33,17 @@ IN_EIGHT_BITS = [
     (ADAPTER, "folded_vendor", "folded"),
 ]  # fmt: skip
 SIZES = [Sizes(1, 24, 17, 1), Sizes(17, 64, 48, 8), Sizes(33, 136, 41, 12)]
+
+
+@functools.cache
+def scales_rows() -> bool:
+    """Whether torch multiplies e4m3 with scales by row on a CPU; 2.11 does not."""
+    q, scale = torch.zeros(16, 16, dtype=torch.float8_e4m3fn), torch.ones(16, 1)
+    try:
+        torch._scaled_mm(q, q.t(), scale, scale.t().contiguous(), out_dtype=torch.bfloat16)
+    except RuntimeError:
+        return False
+    return True
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +100,8 @@ def test_in_eight_bits(operation, strategy, meaning, format, sizes, dtype, limit
     """Codes on the edge between two levels may fall either way; e4m3's steps are wider."""
     if "vendor" in strategy and (sizes.k % 16 or sizes.n % 16):
         pytest.skip("torch's 8-bit products want sides that 16 divides")
+    if "vendor" in strategy and format == "fp8" and not scales_rows():
+        pytest.skip("this torch has no product of e4m3 with scales by row on a CPU")
     tensors, packed = operands(operation, sizes, dtype, format)
     dy = torch.randn(sizes.m, sizes.n).to(dtype)
     if sizes.k > 200:

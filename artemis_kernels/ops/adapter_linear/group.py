@@ -83,8 +83,9 @@ def _operands(calls: list[tuple], dtype: torch.dtype) -> tuple[list, list[float]
         bias, scale = options["bias"], call.Scale.of(options["scale"])
         data, quantizers = call.weight_tensors(weight, dtype)
         bias = None if bias is None else bias.to(dtype)
-        parts += Member(data, down, up, bias, options["bias_down"], options["bias_up"],
+        member = Member(data, down, up, bias, options["bias_down"], options["bias_up"],
                         scale.tensor, *quantizers)  # fmt: skip
+        parts += list(member)  # torch 2.11 compiles no `+=` of a named tuple
         numbers.append(scale.number)
     return parts, numbers
 

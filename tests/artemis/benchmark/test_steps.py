@@ -147,7 +147,10 @@ def test_checkpointing_runs_every_layer_once_more_and_changes_no_gradient(arm):
     # What a layer's last product gives, no gradient needs.
     forward = counter.get_total_flops() - 3 * 2 * 32 * sizes.intermediate * sizes.hidden
     more = again - plain
-    assert more == forward if arm == "full-bf16" else more > forward  # its products, and adapters
+    if arm == "full-bf16":  # older transformers multiply for the rotary angles, once a model
+        assert more == pytest.approx(forward, rel=2e-4)
+    else:
+        assert more > forward  # adapters
 
 
 def test_decoding_starts_from_the_same_cache_each_time():
