@@ -1,5 +1,6 @@
 # make demo    the main job on real text, with the table of what it measured
 # make test    the tests (no GPU needed)
+# make oldest  the tests with the oldest versions of torch, triton and transformers; a large download
 # make check   lint and format
 # make mutants deliberate faults, each of which must turn a test red
 # make bench   the CPU training-step benchmark, written to OUT
@@ -14,13 +15,18 @@ OUT ?= bench/results
 WORKERS ?= 2
 ENV_PYTHON := $(VENV)/bin/python
 
-.PHONY: demo test check mutants bench gpu budget docs clean
+.PHONY: demo test oldest check mutants bench gpu budget docs clean
 
 demo: $(READY)
 	$(ENV_PYTHON) -m artemis.cli demo
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(ENV_PYTHON) -m pytest tests -n $(WORKERS) --dist loadfile
+
+oldest:
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --requirement requirements-oldest.txt
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest tests -n $(WORKERS) --dist loadfile
 
 check: $(READY)
 	$(ENV_PYTHON) -m ruff check .
@@ -49,4 +55,4 @@ $(READY): requirements.txt pyproject.toml
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) artemis-demo
+	rm -rf $(VENV) $(VENV)-oldest artemis-demo
