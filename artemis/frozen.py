@@ -1,12 +1,12 @@
 """Adapted layers at inference: what their tensors stand for, worked out once and kept.
 
 Outside training and without gradients a layer's constants (the adapter in x's dtype, `D W`, biases
-added up) are made at its first call and serve until something they were made of has changed: each
-call compares the tensors, their storage and their version. Copies of a model start without them,
-and whatever moves, casts, packs or trains it drops them.
+added up) are made at its first call and serve until something they were made of has changed
+(`sources.py`). Copies of a model start without them, and whatever moves, casts, packs or trains it
+drops them.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -15,44 +15,10 @@ from torch import nn
 from artemis_kernels import FrozenLinear, QuantizedWeight
 
 from .quantized_layers import PARTS, is_packed
+from .sources import Place, Source, is_captured, same, sources_of, takes_constants, unchanged
 
 if TYPE_CHECKING:
     from .sites import Site
-
-
-class Source(NamedTuple):
-    """A tensor in its place, as it was; holding its storage keeps its address from being reused."""
-
-    holder: dict[str, torch.Tensor | None]
-    name: str
-    tensor: torch.Tensor | None
-    version: int
-    address: int
-    storage: torch.UntypedStorage | None
-
-    @classmethod
-    def of(cls, holder: dict[str, torch.Tensor | None], name: str) -> "Source":
-        tensor = holder.get(name)
-        if tensor is None:
-            return cls(holder, name, None, 0, 0, None)
-        version, storage = tensor._version, tensor.untyped_storage()
-        return cls(holder, name, tensor, version, tensor.data_ptr(), storage)
-
-
-def _unchanged(sources: Iterable[Source]) -> bool:
-    for holder, name, tensor, version, address, _ in sources:
-        if holder.get(name) is not tensor:
-            return False
-        if tensor is None:
-            continue
-        if tensor._version != version or tensor.data_ptr() != address:
-            return False
-    return True
-
-
-def _same(one: Source, other: Source) -> bool:
-    same = one.tensor is other.tensor and one.version == other.version
-    return same and one.address == other.address
 
 
 class Frozen(NamedTuple):
@@ -78,7 +44,7 @@ class Casts:
         """`tensor`, named by `key` and made of `sources`, in `dtype` and contiguous."""
         key = (*key, tensor.shape, dtype)
         known, cast = self._made.get(key, ([], None))
-        if cast is None or not all(map(_same, known, sources)):
+        if cast is None or not all(map(same, known, sources)):
             cast = tensor.detach().to(dtype).contiguous()
             self._made[key] = sources, cast
         return cast
@@ -106,30 +72,22 @@ def output(
 
 
 def _ready(module: nn.Module, x: torch.Tensor, site: "Site") -> Frozen | None:
-    config, kind = site.bank.config, x.device.type
-    if not config.cache_constants or config.impl == "reference" or type(x) is not torch.Tensor:
-        return None
-    if kind not in ("cpu", "cuda") or torch.is_autocast_enabled(kind):
-        return None
-    if "forward" in vars(module):  # accelerate sets it, and brings the weights for each call
+    config = site.bank.config
+    if not config.cache_constants or config.impl == "reference" or not takes_constants(module, x):
         return None
     conditions = (x.dtype, config.impl, id(site.layout), *site.constants())
     ready = site.frozen
-    if ready is not None and ready.conditions == conditions and _unchanged(ready.sources):
+    if ready is not None and ready.conditions == conditions and unchanged(ready.sources):
         return ready
     site.frozen = None
-    places = _places(module, site)
-    tensors = [holder.get(name) for holder, name in places]
-    if tensors[0] is None or any(t is not None and t.is_inference() for t in tensors):
-        return None  # parametrized, perhaps; or nobody counts the changes
-    if kind == "cuda" and torch.cuda.is_current_stream_capturing():
-        return None  # made inside a graph, they would be there after its first replay only
-    sources = tuple(Source.of(*place) for place in places)
+    sources = sources_of(_places(module, site))
+    if sources is None or is_captured(x):
+        return None
     site.frozen = Frozen(sources, conditions, _linear(module, x.dtype, site))
     return site.frozen
 
 
-def _places(module: nn.Module, site: "Site") -> list[tuple[dict, str]]:
+def _places(module: nn.Module, site: "Site") -> list[Place]:
     """Where all tensors are that the output depends on, the weight first."""
     if is_packed(module):
         places = [(module._buffers, name) for name in PARTS]

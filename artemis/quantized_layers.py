@@ -12,7 +12,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from artemis_kernels import QuantizedWeight, quantized_linear
+from artemis_kernels import FrozenAdapter, FrozenLinear, QuantizedWeight, quantized_linear
+
+from .sources import Source, is_captured, sources_of, takes_constants, unchanged
 
 SAMPLES = 16
 #: Buffers of a packed layer, in the order of `QuantizedWeight`'s tensors.
@@ -64,6 +66,8 @@ class _Packed(FixedBuffers):
     """What both classes of packed layers share. Beside it stands `nn.Linear` or `Conv1D`."""
 
     packing: Packing
+    #: The layer at inference and what it was made of; no part of a copy.
+    ready: tuple[tuple[Source, ...], FrozenLinear] | None = None
 
     def fixed_buffers(self) -> Iterable[str]:
         return PARTS
@@ -80,13 +84,45 @@ class _Packed(FixedBuffers):
             packing.makes_logits, dtype,
         )  # fmt: skip
 
+    def _output(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in] -> [..., out]."""
+        linear = self._at_inference(x)
+        if linear is None:
+            return quantized_linear(x, self.weight, bias=self.bias)
+        return linear(x)
+
+    def _at_inference(self, x: torch.Tensor) -> FrozenLinear | None:
+        """The layer without the overhead of an operator, where no one has to see one."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return None
+        if not takes_constants(self, x):
+            return None
+        if self.ready is not None:
+            sources, linear = self.ready
+            if linear.adapter.dtype == x.dtype and unchanged(sources):
+                return linear
+        self.ready = None
+        places = [(self._buffers, name) for name in PARTS]
+        sources = sources_of([*places, (self._parameters, "bias")])
+        if sources is not None and not is_captured(x):
+            adapter = FrozenAdapter.none(self.weight, bias=self.bias, dtype=x.dtype)
+            self.ready = sources, FrozenLinear(self.weight, adapter)
+        return None if self.ready is None else self.ready[1]
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        self.ready = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"ready": None}
+
 
 class QuantizedLinear(_Packed, nn.Linear):
     """`nn.Linear` over a packed weight."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]."""
-        return quantized_linear(input, self.weight, bias=self.bias)
+        return self._output(input)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weight={self.packing.format}"
@@ -97,7 +133,7 @@ class QuantizedConv1D(_Packed, Conv1D):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]."""
-        return quantized_linear(x, self.weight, bias=self.bias)
+        return self._output(x)
 
     def __repr__(self) -> str:
         return f"QuantizedConv1D(nf={self.nf}, nx={self.nx}, weight={self.packing.format})"

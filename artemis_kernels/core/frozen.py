@@ -26,7 +26,8 @@ _MOST_ROWS = {"int8": 16, "fp8": 16, "int4": 8, "tensor": 8}
 class FrozenAdapter:
     """The constants of `frozen_linear`, made once by `lora` or `bottleneck`, in one dtype.
 
-    Make them anew when a tensor that they were made of has changed.
+    `none` stands for a layer without an adapter. Make them anew when a tensor that they were made
+    of has changed.
 
     Args:
         down: F [r, in], or [r, out] where the adapter reads the layer's output.
@@ -105,6 +106,27 @@ class FrozenAdapter:
             _constant(inner, dtype), scale, activation, not folds,
         )  # fmt: skip
 
+    @classmethod
+    @torch.no_grad()
+    def none(
+        cls,
+        weight: torch.Tensor | QuantizedWeight,
+        *,
+        bias: torch.Tensor | None = None,
+        dtype: torch.dtype,
+    ) -> "FrozenAdapter":
+        """No adapter, of rank 0: the layer `x Wᵀ + bias` by itself, in `dtype`."""
+        (out_features, in_features), like = weight.shape, {"dtype": dtype, "device": weight.device}
+        return cls(
+            torch.empty(0, in_features, **like), torch.empty(out_features, 0, **like),
+            _constant(bias, dtype),
+        )  # fmt: skip
+
+    @property
+    def rank(self) -> int:
+        """Rows of F; 0: there is no adapter."""
+        return self.down.shape[0]
+
     @property
     def dtype(self) -> torch.dtype:
         """Of all constants."""
@@ -161,9 +183,8 @@ class FewRows:
         else:
             parts, group, format = (weight, None, None), 0, _BF16
         tensors = (*parts, adapter.down, adapter.up, adapter.bias, adapter.bias_down)
-        # Held as tensors of their own, so that the addresses stay good whatever the owners do.
+        # Tensors of their own, which the owners' `.data =` leaves alone.
         self._held = [None if t is None else t.detach().contiguous() for t in tensors]
-        self._pointers = [None if t is None else t.data_ptr() for t in self._held]
         (out_features, rank), in_features = adapter.up.shape, weight.shape[1]
         self._sizes = (in_features, out_features, group, rank)
         self._options = (
@@ -177,9 +198,11 @@ class FewRows:
         m = x.numel() // k
         y = x.new_empty(*x.shape[:-1], n)
         size = _scratch(m, k, n, group, r, self._options[-1])
-        scratch = torch.zeros(size, dtype=torch.uint8)
+        scratch = x.new_zeros(size, dtype=torch.uint8)
+        # Asked for at each call: `share_memory_` and `resize_` move what a storage holds.
+        pointers = (None if t is None else t.data_ptr() for t in self._held)
         self._pass(
-            x.data_ptr(), *self._pointers, y.data_ptr(), scratch.data_ptr(), m, *self._sizes,
+            x.data_ptr(), *pointers, y.data_ptr(), scratch.data_ptr(), m, *self._sizes,
             *self._options, torch.get_num_threads(),
         )  # fmt: skip
         return y

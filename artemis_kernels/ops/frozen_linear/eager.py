@@ -14,6 +14,8 @@ def forward(
     adapter: FrozenAdapter,
 ) -> torch.Tensor:
     """Return y [M, out]."""
+    if not adapter.rank:
+        return base.product(x, adapter.bias)
     if adapter.reads_output:
         y = base.product(x, adapter.bias)
         return LowRank.added_to(y, _term(y, adapter))

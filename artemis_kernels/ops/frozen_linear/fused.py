@@ -30,6 +30,8 @@ def forward(
     """Return y [M, out]."""
     chip, sigma = device.chip(x.device), Scale(*Given.of(adapter.scale))
     down, up, bias = adapter.down, adapter.up, adapter.bias
+    if not adapter.rank:
+        return product(x, weight, bias, chip)
     if strategy == "one_pass":
         shape = Shape(x.shape[0], weight.shape[0], x.shape[1], down.shape[0], x.dtype)
         config = tuning.config("one_pass", shape, chip)

@@ -51,6 +51,7 @@ def frozen_linear(
             ).to(dtype)  # fmt: skip
         rows = x.reshape(-1, x.shape[-1])
         if type(x) is torch.Tensor and not _is_watched():
+            weight = weight.to(dtype) if isinstance(weight, torch.Tensor) else weight
             y = computed(rows, weight, adapter, path.impl, path.strategy)
         else:
             data, quantizers = call.weight_tensors(weight, dtype)
@@ -80,6 +81,7 @@ class FrozenLinear:
         impl: str | None = None,
     ):
         x = adapter.down.new_empty(1, weight.shape[1])
+        checks.same_dtype(NAME, "weight", weight, x.dtype)
         most = frozen.most_few_rows(adapter.dtype, x.device, weight)
         with torch.no_grad():
             paths = [plan(x.expand(m, -1), weight, adapter, impl=impl) for m in range(1, most + 2)]
@@ -169,7 +171,7 @@ def _kind(adapter: FrozenAdapter) -> str:
     Entries are of `frozen_linear` itself: what it freezes forms `D W` at each call, keeps z, and
     has no pass of few rows, so that its times say little here.
     """
-    if adapter.reads_output:
+    if adapter.reads_output or not adapter.rank:
         return "plain"
     linear = adapter.activation == "identity" and adapter.bias_down is None
     return "lora" if linear else "folded"
@@ -184,6 +186,13 @@ def _check_adapter(x, weight, adapter) -> None:
     checks.tensor(NAME, "adapter.up", adapter.up, (out_features, rank), x)
     checks.optional(NAME, "adapter.bias", adapter.bias, (out_features,), x)
     checks.optional(NAME, "adapter.bias_down", adapter.bias_down, (rank,), x)
+    for name in ("up", "bias", "bias_down"):
+        constant = getattr(adapter, name)
+        if constant is not None and constant.dtype != adapter.dtype:
+            raise TypeError(
+                f"{NAME}: adapter.{name} is {constant.dtype}, but adapter.down is {adapter.dtype};"
+                " the constants are of one dtype"
+            )
 
 
 def usual(
@@ -211,6 +220,11 @@ def _fits_one_call(case, weight, device) -> bool:
 def _fused_strategy(case, weight, device) -> tuple[str, str]:
     rows, k, n, rank = case[1:5]
     packed, dtype = isinstance(weight, QuantizedWeight), case.torch_dtype
+    if not rank:
+        if not packed:
+            return "product", "there is no adapter"
+        suffix, why = packed_choice.product(weight, rows, 0, dtype, device)
+        return "product" + suffix, why
     if packed:
         strategy, why = packed_choice.lora_strategy(weight, rows, rank, dtype, device)
     else:

@@ -1,0 +1,77 @@
+"""Tensors in their places, as they were: by them a layer knows whether its constants still hold.
+
+At inference a layer's constants are made at its first call and serve until a tensor that they were
+made of has changed: each call compares the tensors, their storage and their version.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+#: Where a tensor is held: a dictionary of tensors, and the name in it.
+Place = tuple[dict[str, torch.Tensor | None], str]
+
+
+class Source(NamedTuple):
+    """A tensor in its place, as it was; holding its storage keeps its address from being reused."""
+
+    holder: dict[str, torch.Tensor | None]
+    name: str
+    tensor: torch.Tensor | None
+    version: int
+    address: int
+    storage: torch.UntypedStorage | None
+
+    @classmethod
+    def of(cls, holder: dict[str, torch.Tensor | None], name: str) -> "Source":
+        tensor = holder.get(name)
+        if tensor is None:
+            return cls(holder, name, None, 0, 0, None)
+        version, storage = tensor._version, tensor.untyped_storage()
+        return cls(holder, name, tensor, version, tensor.data_ptr(), storage)
+
+
+def sources_of(places: Iterable[Place]) -> tuple[Source, ...] | None:
+    """What is at `places` now, the weight first; None where changes of it could not be seen.
+
+    The weight may be missing (parametrized, perhaps); of inference tensors nobody counts changes.
+    """
+    places = list(places)
+    tensors = [holder.get(name) for holder, name in places]
+    if tensors[0] is None or any(t is not None and t.is_inference() for t in tensors):
+        return None
+    return tuple(Source.of(*place) for place in places)
+
+
+def unchanged(sources: Iterable[Source]) -> bool:
+    """Whether every tensor is in its place as it was."""
+    for holder, name, tensor, version, address, _ in sources:
+        if holder.get(name) is not tensor:
+            return False
+        if tensor is None:
+            continue
+        if tensor._version != version or tensor.data_ptr() != address:
+            return False
+    return True
+
+
+def same(one: Source, other: Source) -> bool:
+    """Whether both are one tensor in one state, wherever it is held."""
+    alike = one.tensor is other.tensor and one.version == other.version
+    return alike and one.address == other.address
+
+
+def takes_constants(module: nn.Module, x: torch.Tensor) -> bool:
+    """Whether a call without gradients may run on constants of the module's tensors."""
+    if type(x) is not torch.Tensor or x.device.type not in ("cpu", "cuda"):
+        return False
+    if torch.is_autocast_enabled(x.device.type):
+        return False
+    return "forward" not in vars(module)  # accelerate sets it, and brings the weights for each call
+
+
+def is_captured(x: torch.Tensor) -> bool:
+    """Whether a CUDA graph is being made: constants made inside would be there after its replay."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
