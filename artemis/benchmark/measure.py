@@ -56,26 +56,32 @@ def measure(
     more: More | None = None,
     impl: str | None = None,
     failures: tuple[type[Exception], ...] = (RuntimeError,),
+    compiles: bool = True,
 ) -> Iterator[Record]:
     """A row for every provider: verdict, times, rates, and ratios to floor and best peer.
 
     `impl` is what the public functions are called with; one of `failures` (of a launch, or of a
-    compiler that is not whole) fails its provider, not the run.
+    compiler that is not whole) fails its provider, not the run. `compiles`: whether `torch.compile`
+    is among the peers, which takes it seconds.
     """
     torch.manual_seed(0)
     every = operands(work.operation, work.sizes, dtype, device)
     tensors = {name: every[name] for name in ("weight", *LEARN) if name in every}
     weights = packed.quantized(tensors)
     ways = {p: _providers(work, tensors, p, weights, more, impl) for p in {0.0, work.dropout}}
+    if not compiles:
+        for way in ways.values():
+            way.pop("compile", None)
     rows = _checked(work, tensors, weights, ways, impl, failures)
-    calls = {
-        name: _call(
-            run, OWN_TENSORS.get(name, dict)(tensors), work.which,
-            learns=("x",) if name == "bare" else LEARN,
-        )
-        for name, run in ways[work.dropout].items()
-        if rows[name]["gate"]["passed"]
-    }  # fmt: skip
+    calls = {}
+    for name, run in ways[work.dropout].items():
+        if not rows[name]["gate"]["passed"]:
+            continue
+        learns, own = ("x",) if name == "bare" else LEARN, OWN_TENSORS.get(name, dict)(tensors)
+        try:
+            calls[name] = _call(run, own, work.which, learns)
+        except failures as failure:
+            rows[name]["gate"] = _failed(failure)
     for name, times in timer.rows(calls).items():
         rows[name] |= times
     choices = _choices(work, tensors, weights, impl)
@@ -168,9 +174,12 @@ def _checked(
             error = relative_error(run(tensors), truth.exact["y"])
             rows[name] = {"gate": verdict.to_dict(), "error": error}
         except failures as failure:
-            where = f"{type(failure).__name__}: {failure}"[:300]
-            rows[name] = {"gate": Verdict(None, where).to_dict()}
+            rows[name] = {"gate": _failed(failure)}
     return rows
+
+
+def _failed(failure: Exception) -> Record:
+    return Verdict(None, f"{type(failure).__name__}: {failure}"[:300]).to_dict()
 
 
 def _call(run: Run, tensors: Tensors, which: str, learns: tuple[str, ...]) -> Callable[[], object]:

@@ -126,6 +126,6 @@ def build(sizes: Architecture, dtype: torch.dtype, positions: int) -> PreTrained
 
 
 def random_tokens(vocabulary: int, batch: int, sequence: int) -> torch.Tensor:
-    """Random tokens [batch, sequence], int64, the same at each call."""
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(vocabulary, (batch, sequence), generator=generator)
+    """Random tokens [batch, sequence], int64, the same at each call; on the CPU."""
+    generator = torch.Generator().manual_seed(1)  # on the CPU, whatever the default device is
+    return torch.randint(vocabulary, (batch, sequence), generator=generator, device="cpu")

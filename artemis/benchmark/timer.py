@@ -72,7 +72,7 @@ class Timer:
 
 def captured(call: Callable[[], object]) -> Callable[[], object] | None:
     """The call as a CUDA graph, or None where it cannot be captured."""
-    stream = torch.cuda.Stream()
+    stream, before = torch.cuda.Stream(), torch.cuda.current_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -84,5 +84,8 @@ def captured(call: Callable[[], object]) -> Callable[[], object] | None:
             call()
     except RuntimeError:
         torch.cuda.synchronize()
+        torch.cuda.set_stream(before)  # what torch does not see to where a capture breaks off
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(torch.Generator("cuda").graphsafe_get_state())
         return None
     return graph.replay

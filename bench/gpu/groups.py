@@ -65,10 +65,10 @@ class Operands(NamedTuple):
         return Operands(self.x.detach().to(dtype).requires_grad_(), *lists)
 
 
-def groups(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
+def groups(device: torch.device, tiny: bool, rounds: int) -> Iterator[dict[str, Any]]:
     """A row for every workload and provider; `over_joined` compares with the group."""
     dtype = torch.float32 if tiny else torch.bfloat16
-    timer = Timer(device, rounds=1 if tiny else 20)
+    timer = Timer(device, rounds)
     for work in workloads(tiny):
         torch.manual_seed(0)
         with torch.device(device):

@@ -13,10 +13,10 @@ _JUDGED_ROWS = 256  # in fp64
 _RELATIVE = 4e-6  # of fp32's sums and exponentials, as in tests/ops/test_cross_entropy.py
 
 
-def losses(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
+def losses(device: torch.device, tiny: bool, rounds: int) -> Iterator[dict[str, Any]]:
     """A row for every vocabulary and provider, forward and backward together."""
     dtype = torch.float32 if tiny else torch.bfloat16
-    timer = Timer(device, rounds=1 if tiny else 20)
+    timer = Timer(device, rounds)
     for rows, classes in ((6, 50),) if tiny else ((8192, 32000), (8192, 128256)):
         torch.manual_seed(0)
         logits = (3 * torch.randn(rows, classes, device=device)).to(dtype).requires_grad_()

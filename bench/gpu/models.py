@@ -17,61 +17,68 @@ from artemis.benchmark.steps import NEW_TOKENS, Prepared, Step, prepare
 from artemis.benchmark.timer import Timer
 
 from ..floors import stop_gradients_before_attention
+from .accuracy import FAILURES
 
 TRAINING = ("full-autocast", "full-bf16", "floor", "peft", "hybrid", "hybrid-int8")
 DECODING = ("full-bf16", "peft", "hybrid", "hybrid-int8", "hybrid-int4")
 
 
-def models(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
-    """Training, then decoding; a row for every model and arm."""
-    yield from _training(device, tiny)
-    yield from _decoding(device, tiny)
+def models(device: torch.device, tiny: bool, rounds: int) -> Iterator[dict[str, Any]]:
+    """A row for every model and arm, a training step and decoding in turns.
+
+    Training: 8,192 and 1,024 tokens of Llama 2 7B's width, two layers of it, then Llama 3.2 1B.
+    Decoding: one token after a prompt, adapters unmerged.
+    """
+    for (workload, arms), cell in _cells(tiny):
+        for arm in arms:
+            if arm not in ARMS or ARMS[arm].installed:
+                yield _measured(workload, arm, cell, device, rounds)
+                gc.collect()
+                torch.cuda.empty_cache()
 
 
-def _training(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
-    """A training step, 8,192 and 1,024 tokens of Llama 2 7B's width first, two layers of it."""
+def _cells(tiny: bool) -> Iterator[tuple[tuple[str, tuple[str, ...]], Cell]]:
+    train, decode = ("train", TRAINING), ("decode", DECODING)
     if tiny:
-        cells = (Cell("64x1", 1, 96, 2, 16, True),)
-    else:
-        cells = tuple(Cell("llama-2-7b", 2, 4096, batch, 1024, True) for batch in (8, 1))
-        cells += (Cell("llama-3.2-1b", 16, 32768, 4, 1024, True),)
-    for cell in cells:
-        for arm in TRAINING:
-            yield from _measured("train", arm, cell, device, tiny)
-
-
-def _decoding(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
-    """One token after a prompt, adapters unmerged; two layers of Llama 2 7B's width, then 1B's."""
-    if tiny:
-        cells = (Cell("64x1", 1, 96, 1, 16, True),)
-    else:
-        cells = tuple(Cell("llama-2-7b", 2, 4096, batch, 128, True) for batch in (1, 16))
-        cells += (Cell("llama-3.2-1b", 16, 32768, 1, 128, True),)
-    for cell in cells:
-        for arm in DECODING:
-            yield from _measured("decode", arm, cell, device, tiny)
+        yield train, Cell("64x1", 1, 96, 2, 16, True)
+        yield decode, Cell("64x1", 1, 96, 1, 16, True)
+        return
+    for tokens, prompts in ((8, 1), (1, 16)):
+        yield train, Cell("llama-2-7b", 2, 4096, tokens, 1024, True)
+        yield decode, Cell("llama-2-7b", 2, 4096, prompts, 128, True)
+    yield train, Cell("llama-3.2-1b", 16, 32768, 4, 1024, True)
+    yield decode, Cell("llama-3.2-1b", 16, 32768, 1, 128, True)
 
 
 def _measured(
-    workload: str, arm: str, cell: Cell, device: torch.device, tiny: bool
-) -> Iterator[dict[str, Any]]:
-    if arm in ARMS and not ARMS[arm].installed:
-        return
-    timer = Timer(device, rounds=1 if tiny else 10)
-    if timer.on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    prepared = _prepared(workload, arm, cell)
-    spread = Spread.of([ms / prepared.count for ms in timer.interleaved({arm: prepared.run})[arm]])
+    workload: str, arm: str, cell: Cell, device: torch.device, rounds: int
+) -> dict[str, Any]:
     tokens = cell.batch if workload == "decode" else cell.tokens
-    yield {
-        "kind": workload, "arm": arm, "model": cell.model, "layers": cell.layers,
-        "tokens": tokens, "ms": spread.to_dict(), "tokens_per_second": tokens / spread.p50 * 1e3,
+    row = {
+        "kind": workload, "arm": arm, "model": cell.model, "layers": cell.layers, "tokens": tokens,
+        "provider": f"artemis, {arm}" if arm.startswith("hybrid") else arm,
+    }  # fmt: skip
+    try:
+        return row | _times(_prepared(workload, arm, cell), arm, tokens, device, rounds)
+    except FAILURES as failure:
+        return row | {"passed": False, "where": f"{type(failure).__name__}: {failure}"[:300]}
+
+
+def _times(
+    prepared: Prepared, arm: str, tokens: int, device: torch.device, rounds: int
+) -> dict[str, Any]:
+    timer = Timer(device, rounds, flush=False)  # a model's weights are past the cache
+    if timer.on_gpu:  # what building and packing the model took is no part of a step
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    times = timer.interleaved({arm: prepared.run})[arm]
+    spread = Spread.of([ms / prepared.count for ms in times])
+    return {
+        "ms": spread.to_dict(), "tokens_per_second": tokens / spread.p50 * 1e3,
         "trained_parameters": prepared.step.trained_parameters,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if timer.on_gpu else None,
     }  # fmt: skip
-    del prepared
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def _prepared(workload: str, arm: str, cell: Cell) -> Prepared:

@@ -14,6 +14,7 @@ from artemis.benchmark.timer import Timer
 
 from .accuracy import FAILURES, STRATEGIES, forced
 
+_COMPILED = (0, 6)  # workloads that `torch.compile` is timed on: one of LoRA, one of a bottleneck
 _ONE_READ = 2048  # up to this width a row block finds x in the cache again
 
 
@@ -32,7 +33,7 @@ class Workload(NamedTuple):
 
 
 def workloads(tiny: bool) -> Iterator[Workload]:
-    """Layers of Llama 2 7B and Llama 3.2 1B: a training step's 8,192 rows first, then one and 16.
+    """Layers of Llama 2 7B and Llama 3.2 1B at 8,192, one and 16 rows, most telling first.
 
     A bottleneck alone is wide as a block's output: once beside the copy's bandwidth, once trained.
     """
@@ -44,32 +45,42 @@ def workloads(tiny: bool) -> Iterator[Workload]:
         yield Workload(bottleneck, block, 0.0, "forward")
         return
     rows = 8192
-    for dropout in (0.1, 0.0):
-        for k, n in ((4096, 4096), (4096, 1024), (2048, 2048)):
-            yield Workload(lora, Sizes(rows, k, n, 16), dropout, "both")
-    for k, n in ((4096, 11008), (11008, 4096)):
-        yield Workload(adapter, Sizes(rows, k, n, 64), 0.1, "both")
+    layers = ((4096, 4096), (4096, 1024), (2048, 2048))
+    yield from (Workload(lora, Sizes(rows, k, n, 16), 0.1, "both") for k, n in layers)
     for hidden in (4096, 2048):
         yield Workload(bottleneck, Sizes(rows, hidden, hidden, 64), 0.0, "forward")
+    yield Workload(lora, Sizes(1, 4096, 4096, 16), 0.0, "forward")
+    for k, n in ((4096, 11008), (11008, 4096)):
+        yield Workload(adapter, Sizes(rows, k, n, 64), 0.1, "both")
+    yield from (Workload(lora, Sizes(rows, k, n, 16), 0.0, "both") for k, n in layers)
+    for hidden in (4096, 2048):
         yield Workload(bottleneck, Sizes(rows, hidden, hidden, 64), 0.1, "both")
-    for rows in (1, 16):
-        yield Workload(lora, Sizes(rows, 4096, 4096, 16), 0.0, "forward")
-        yield Workload(adapter, Sizes(rows, 4096, 11008, 64), 0.0, "forward")
+    yield Workload(adapter, Sizes(1, 4096, 11008, 64), 0.0, "forward")
+    yield Workload(lora, Sizes(16, 4096, 4096, 16), 0.0, "forward")
+    yield Workload(adapter, Sizes(16, 4096, 11008, 64), 0.0, "forward")
 
 
-def operations(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
+def operations(device: torch.device, tiny: bool, rounds: int) -> Iterator[dict[str, Any]]:
     """Peaks, then a row for every workload and provider."""
     dtype = torch.float32 if tiny else torch.bfloat16
-    timer = Timer(device, rounds=1 if tiny else 20)
+    timer = Timer(device, rounds)
     peaks = {"gflops": gemm(dtype, device, timer.best), "gbs": copy(device, timer.best)}
     yield {"kind": "peaks", **peaks}
-    for work in workloads(tiny):
+    for number, work in enumerate(workloads(tiny)):
         about = {
             "kind": "kernel", "op": work.operation.name, **work.sizes._asdict(),
             "dropout": work.dropout, "pass": work.which,
         }  # fmt: skip
         for row in measure(
-            work, dtype, device, timer, peaks, more=strategies, impl="triton", failures=FAILURES
+            work,
+            dtype,
+            device,
+            timer,
+            peaks,
+            more=strategies,
+            impl="triton",
+            failures=FAILURES,
+            compiles=number in _COMPILED,
         ):
             if work.operation.name == "bottleneck_adapter" and work.which == "forward":
                 row |= _beside_a_copy(row, work.sizes, dtype.itemsize, peaks["gbs"])

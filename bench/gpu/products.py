@@ -48,10 +48,10 @@ def workloads(tiny: bool) -> Iterator[Product]:
         yield from (Product(m, k, n, r, back) for back in (False, True))
 
 
-def products(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
+def products(device: torch.device, tiny: bool, rounds: int) -> Iterator[dict[str, Any]]:
     """A row for every product and way; `over_pointers` compares with the kernel by pointers."""
     dtype = torch.float32 if tiny else torch.bfloat16
-    timer, chip = Timer(device, rounds=1 if tiny else 20), devices.chip(device)
+    timer, chip = Timer(device, rounds), devices.chip(device)
     for work in workloads(tiny):
         torch.manual_seed(0)
         m, k, n, r, back = work

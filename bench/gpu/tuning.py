@@ -5,13 +5,18 @@ away: what it found stands in the rows, in the form of docs/tuning.md, and chang
 timed after it.
 """
 
+import json
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from artemis_kernels import tune
+
+_LOOKED_AFTER = 0.5  # seconds between looks at the table
 
 
 class Layer(NamedTuple):
@@ -47,17 +52,28 @@ TINY = (
 )
 
 
-def tuning(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
-    """A row for every entry of the table, layer after layer."""
-    dtype, rounds = ("float32", 1) if tiny else ("bfloat16", 9)
-    with tempfile.TemporaryDirectory() as folder:
+def tuning(device: torch.device, tiny: bool, rounds: int) -> Iterator[dict[str, Any]]:
+    """A row for every entry of the table, as it is written: a layer may outlast the section."""
+    dtype = "float32" if tiny else "bfloat16"
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as one:
+        seen: set[tuple[str, str]] = set()
         for layer in TINY if tiny else LAYERS:
-            found = tune(
-                layer.shapes, [layer.rows], op=layer.op, weight=layer.weight, dtype=dtype,
+            job = one.submit(
+                tune, layer.shapes, [layer.rows], op=layer.op, weight=layer.weight, dtype=dtype,
                 trains=layer.rows > 1, device=device, rounds=rounds, table=folder, progress=False,
             )  # fmt: skip
-            for part, entries in found.items():
-                for key, entry in entries.items():
-                    about = {name: entry[name] for name in ("chosen", "usual", "rounds")}
-                    row = {"kind": "tuned", "op": layer.op, "part": part, "key": key}
-                    yield row | about | {"times": entry["ms"]}
+            while not job.done():
+                wait([job], timeout=_LOOKED_AFTER)
+                yield from _new(Path(folder), seen, layer.op)
+            job.result()
+
+
+def _new(folder: Path, seen: set[tuple[str, str]], op: str) -> Iterator[dict[str, Any]]:
+    """Rows of the entries that are not `seen` yet."""
+    for table in folder.glob("*.json"):
+        for part, entries in json.loads(table.read_text(encoding="utf-8")).items():
+            for key in entries.keys() - {key for of, key in seen if of == part}:
+                seen.add((part, key))
+                about = {name: entries[key][name] for name in ("chosen", "usual", "rounds")}
+                row = {"kind": "tuned", "op": op, "part": part, "key": key}
+                yield row | about | {"times": entries[key]["ms"]}

@@ -7,6 +7,11 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
+from artemis.benchmark.steps import Step, prepare
+from bench.gpu import __main__ as script
+from bench.gpu import models, tuning
 from bench.gpu.__main__ import SECTIONS
 from bench.gpu.accuracy import STRATEGIES
 
@@ -35,6 +40,7 @@ def test_every_section_runs_and_leaves_its_rows(tmp_path):
     ways = ("pointers", "descriptors", "vendor, then update")
     assert {row["provider"] for row in products} == {"bare", *(f"artemis, {way}" for way in ways)}
     assert all(row["passed"] and row["over_pointers"] > 0 for row in products)
+    assert len(products) == 8  # what was rehearsed left no rows
     kernels = [row for row in found["kernels"] if row["kind"] == "kernel"]
     assert {row["impl"] for row in kernels if row["provider"] == "artemis"} == {"triton"}
     providers = {row["provider"] for row in kernels}
@@ -61,3 +67,32 @@ def test_every_section_runs_and_leaves_its_rows(tmp_path):
         assert {"full-bf16", "hybrid", "hybrid-int8"} <= arms
     assert len(list(tmp_path.iterdir())) <= 8
     assert "failed" not in (tmp_path / "gpu_summary.md").read_text().partition("## ")[0]
+
+
+def test_rows_of_a_stopped_process_are_read_up_to_where_it_stopped(tmp_path):
+    rows = [{"run": "a", "kind": "product"}, {"run": "b", "kind": "product"}]
+    text = "\n".join(json.dumps(row) for row in rows) + '\n{"run": "a", "ki'
+    (tmp_path / "gpu_products.jsonl").write_text(text)
+    assert script._rows(tmp_path, "products", "a") == rows[:1]
+
+
+def test_an_arm_that_fails_leaves_the_others(monkeypatch):
+    def prepared(workload, arm, cell):
+        if arm == "hybrid":
+            raise torch.OutOfMemoryError("too large")
+        return prepare(Step("train", "full-bf16", cell))
+
+    monkeypatch.setattr(models, "_prepared", prepared)
+    rows = list(models.models(torch.device("cpu"), tiny=True, rounds=1))
+    failed = [row["arm"] for row in rows if row.get("passed") is False]
+    assert failed == ["hybrid", "hybrid"] and len(rows) > 4
+    assert all("ms" in row or "too large" in row["where"] for row in rows)
+
+
+def test_tuned_entries_come_as_they_are_written(tmp_path):
+    entry = {"chosen": "a", "usual": "b", "rounds": 1, "ms": {}}
+    table, seen = tmp_path / "chip.json", set()
+    table.write_text(json.dumps({"strategies": {}, "tiles": {"one": entry}}))
+    assert [row["key"] for row in tuning._new(tmp_path, seen, "op")] == ["one"]
+    table.write_text(json.dumps({"strategies": {"one": entry}, "tiles": {"one": entry}}))
+    assert [row["part"] for row in tuning._new(tmp_path, seen, "op")] == ["strategies"]

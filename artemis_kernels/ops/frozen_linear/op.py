@@ -112,7 +112,7 @@ class FrozenLinear:
         return (
             type(x) is torch.Tensor
             and x.dtype is self.adapter.dtype
-            and x.is_cpu
+            and x.device == self.adapter.down.device
             and x.dim() > 0
             and x.numel() > 0
             and x.shape[-1] == self.weight.shape[1]
@@ -123,7 +123,7 @@ class FrozenLinear:
 def _is_special(x: torch.Tensor) -> bool:
     """Whether there is more to see to than the numbers."""
     asks = x.requires_grad and torch.is_grad_enabled()
-    return asks or torch.is_autocast_enabled("cpu") or _is_watched()
+    return asks or torch.is_autocast_enabled(x.device.type) or _is_watched()
 
 
 def _is_watched() -> bool:

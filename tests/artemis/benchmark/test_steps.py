@@ -29,6 +29,12 @@ def test_the_gate_passes_every_arm(arm, workload):
     assert check(step, prepare(step)).passed
 
 
+def test_tokens_are_drawn_on_the_cpu_whatever_the_default_device_is():
+    with torch.device("meta"):
+        tokens = random_tokens(96, 2, 16)
+    assert torch.equal(tokens, random_tokens(96, 2, 16))
+
+
 def forget_input_gradients(model: nn.Module) -> None:
     """Cut the gradient through every down projection's base, as a wrong fast step might."""
     for layer in model.model.layers:
