@@ -53,7 +53,7 @@ def once(backward: Callable) -> Callable:
         if reached is None:
             return (None,) * len(ctx.needs_input_grad)
         kind = reached.device.type
-        if not has_autocast(kind):
+        if not has_autocast(kind) or not torch.is_autocast_enabled(kind):
             return backward(ctx, *grads)
         with torch.autocast(kind, enabled=False):
             return backward(ctx, *grads)

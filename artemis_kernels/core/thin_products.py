@@ -5,12 +5,16 @@ fp32, and would be copied first, and gradients of them copied back, having been 
 Both are part of the pass here, as are a factor, a bias and the tensor the product is added to.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 
 from . import native
 from .device import has_bf16_dots
 
-_HELD = (torch.bfloat16, torch.float32, torch.int8)  # as numbered in native/thin_product.c
+#: As numbered in native/thin_product.c.
+_HELD = {torch.bfloat16: 0, torch.float32: 1, torch.int8: 2}
 _ADDED, _ROUNDED, _WIDE, _TRANSPOSED = range(4)  # likewise: what becomes of the sums
 _WIDEST = 128  # of a thin side; beyond, BLAS blocks for the caches better
 _FEW_ROWS = 16  # below, packing a factor that lies the other way round costs more than it gains
@@ -18,8 +22,15 @@ _FEW_ROWS = 16  # below, packing a factor that lies the other way round costs mo
 
 def available() -> bool:
     """Whether this processor and compiler have the pass."""
+    return _pass() is not None
+
+
+@functools.cache  # asked for hundreds of times a step
+def _pass() -> Callable[..., None] | None:
     handle = native.library().handle if has_bf16_dots() else None
-    return handle is not None and native.has(handle, "thin_product")
+    if handle is None or not native.has(handle, "thin_product"):
+        return None
+    return handle.artemis_thin_product
 
 
 def multiply(
@@ -44,39 +55,40 @@ def multiply(
         start: [M, N], bf16 with rows of stride 1; only for a result in bf16; it may be `out`.
         bias: [N] or None.
     """
-    (m, k), n = a.shape, b.shape[1]
-    if a.device.type != "cpu" or not {a.dtype, b.dtype}.issubset(_HELD) or not available():
+    run = _pass() if a.is_cpu else None
+    held_a, held_b = _HELD.get(a.dtype), _HELD.get(b.dtype)
+    if run is None or held_a is None or held_b is None:
         return None
-    if not 0 < min(m, k, n) <= _WIDEST or not _read_fast(a, b):
+    (m, k), n, of_a, of_b = a.shape, b.shape[1], _strides(a), _strides(b)
+    if not 0 < min(m, k, n) <= _WIDEST or not _read_fast(m, k, n, of_a, of_b):
         return None
     if out is None:
         out = a.new_empty((n, m) if by_columns else (m, n), dtype=dtype)
         out = out.t() if by_columns else out
-    kind = _kind(out, start)
+    of_out = _strides(out)
+    kind = _kind(out, of_out, start)
     if kind is None:
         return None
     bias = None if bias is None else bias.float().contiguous()
-    native.library().handle.artemis_thin_product(
-        a.data_ptr(), *_strides(a), _HELD.index(a.dtype),
-        b.data_ptr(), *_strides(b), _HELD.index(b.dtype),
+    run(
+        a.data_ptr(), *of_a, held_a, b.data_ptr(), *of_b, held_b,
         None if start is None else start.data_ptr(), 0 if start is None else start.stride(0),
         None if bias is None else bias.data_ptr(), alpha,
-        out.data_ptr(), _strides(out)[kind == _TRANSPOSED], kind, m, k, n, torch.get_num_threads(),
+        out.data_ptr(), of_out[kind == _TRANSPOSED], kind, m, k, n, torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
-def _read_fast(a: torch.Tensor, b: torch.Tensor) -> bool:
+def _read_fast(m: int, k: int, n: int, of_a: tuple[int, int], of_b: tuple[int, int]) -> bool:
     """Whether neither factor takes a copy, or a packing across its rows, as large as a weight."""
-    (m, k), n, of_a, of_b = a.shape, b.shape[1], _strides(a), _strides(b)
     if of_a[1] != 1 and (of_a[0] != 1 or m > _WIDEST):
         return False
     return of_b[1] == 1 or (m >= _FEW_ROWS and min(k, n) <= _WIDEST)
 
 
-def _kind(out: torch.Tensor, start: torch.Tensor | None) -> int | None:
+def _kind(out: torch.Tensor, of_out: tuple[int, int], start: torch.Tensor | None) -> int | None:
     """What becomes of the sums; None where out and start do not fit the pass."""
-    rows, columns = _strides(out)
+    rows, columns = of_out
     if out.dtype == torch.bfloat16 and columns == 1:
         if start is None:
             return _ROUNDED
@@ -88,8 +100,5 @@ def _kind(out: torch.Tensor, start: torch.Tensor | None) -> int | None:
 
 def _strides(matrix: torch.Tensor) -> tuple[int, int]:
     """Its strides; 1 for a dimension of size 1, along which nothing steps."""
-    rows, columns = (
-        1 if size == 1 else stride
-        for size, stride in zip(matrix.shape, matrix.stride(), strict=True)
-    )
-    return rows, columns
+    (rows, columns), (row, column) = matrix.shape, matrix.stride()
+    return 1 if rows == 1 else row, 1 if columns == 1 else column
