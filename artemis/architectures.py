@@ -27,6 +27,30 @@ CLASSIFIERS = (
     "ForImageClassification",
     "ForAudioClassification",
 )
+#: Class of a module -> its linear layers whose weight it reads itself, always or on some paths (at
+#: inference, in training, with a fused kernel): there the layer's own forward does not run.
+WEIGHTS_READ = {
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "MambaMixer": ("x_proj", "dt_proj", "out_proj"),
+    "FalconMambaMixer": ("x_proj", "dt_proj", "out_proj"),
+    "JambaMambaMixer": ("dt_proj",),
+    "Mamba2Mixer": ("out_proj",),
+    "BambaMixer": ("out_proj",),
+    "FalconH1Mixer": ("out_proj",),
+    "GraniteMoeHybridMambaLayer": ("out_proj",),
+    "NemotronHMamba2Mixer": ("out_proj",),
+    "Zamba2MambaMixer": ("out_proj",),
+    "DetrMHAttentionMap": ("k_proj",),
+    "ConditionalDetrMHAttentionMap": ("k_proj",),
+    "MaskFormerDetrMHAttentionMap": ("k_proj",),
+    "DabDetrMHAttentionMap": ("k_linear",),
+    "LSHSelfAttention": ("query_key", "value"),  # Reformer
+    "TDNNLayer": ("kernel",),  # Wav2Vec2 and its kin, for x-vectors
+    "Gemma3nTextAltUp": ("correction_coefs", "prediction_coefs"),
+    "LongcatFlashTopkRouter": ("classifier",),
+    "MobileBertLMPredictionHead": ("dense", "decoder"),
+    "TransformerEncoderLayer": ("linear1", "linear2"),  # torch.nn's
+}
 
 
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
@@ -44,6 +68,13 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
 def linear_paths(model: nn.Module) -> list[str]:
     """Paths of all layers of `model` that `linear_features` knows."""
     return [path for path, module in model.named_modules() if linear_features(module)]
+
+
+def reader_of(model: nn.Module, path: str) -> str | None:
+    """The class of the parent that reads the weight of the layer at `path` itself, or None."""
+    owner, _, name = path.rpartition(".")
+    classes = (cls.__name__ for cls in type(model.get_submodule(owner)).__mro__)
+    return next((cls for cls in classes if name in WEIGHTS_READ.get(cls, ())), None)
 
 
 def is_block(module: nn.Module) -> bool:
@@ -73,14 +104,21 @@ def input_of(path: str) -> str:
 
 
 def classifier_heads(model: nn.Module) -> tuple[str, ...]:
-    """Paths of the heads of a classification model: what stands beside its base model."""
+    """Paths of the heads of a classification model: what stands beside its base model.
+
+    Some hold no base model under its usual name but its parts (CLIP's `vision_model`, Whisper's
+    `encoder`; T5's `shared`, `encoder` and `decoder`): models, or an embedding, themselves.
+    """
     if not type(model).__name__.endswith(CLASSIFIERS):
         return ()
     base = getattr(model, "base_model_prefix", "")
     return tuple(
         name
         for name, child in model.named_children()
-        if name != base and next(child.parameters(), None) is not None
+        if name != base
+        and not hasattr(child, "base_model_prefix")  # a model: its class takes seconds to import
+        and not isinstance(child, nn.Embedding)
+        and next(child.parameters(), None) is not None
     )
 
 

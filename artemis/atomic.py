@@ -13,18 +13,18 @@ def replace_files(directory: Path, writers: Mapping[str, Callable[[Path], object
         for name, write in writers.items():
             staged[name] = directory / f".{name}.{uuid4().hex}.tmp"
             write(staged[name])
-            _sync(staged[name])
+            _sync(staged[name], os.O_RDWR)  # Windows flushes only what it may write
         for name, path in staged.items():
             os.replace(path, directory / name)
         if hasattr(os, "O_DIRECTORY"):  # elsewhere a directory cannot be opened
-            _sync(directory)
+            _sync(directory, os.O_RDONLY)
     finally:
         for path in staged.values():
             path.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _sync(path: Path, mode: int) -> None:
+    descriptor = os.open(path, mode)
     try:
         os.fsync(descriptor)
     finally:

@@ -20,7 +20,7 @@ from .bank import BANK, check_writable, find_bank
 from .config import HybridAdapterConfig
 from .errors import AdapterError, listed
 from .identity import identify
-from .merging import is_merged
+from .merging import check_unmerged
 from .plan import Plan, SiteSpec
 
 __all__ = [
@@ -59,8 +59,7 @@ def load_adapter_parameters(
     adapted modules, ranks, settings that change the meaning. Another name or other weights of the
     base give one warning, or with `strict` an error.
     """
-    if is_merged(model):
-        raise AdapterError("the adapter is merged into the base; call unmerge_adapter() first")
+    check_unmerged(model)
     check_writable(find_bank(model), "loaded into")
     file = read_adapter(path)
     copy_tensors(model, file.plan.heads, _check_for_adapter(model, file, strict))

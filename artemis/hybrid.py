@@ -20,7 +20,7 @@ from .config import HybridAdapterConfig
 from .errors import AdapterError
 from .initialization import start_from_weights
 from .injection import eject, inject
-from .merging import is_merged, merge_adapter, unmerge_adapter
+from .merging import check_unmerged, merge_adapter, unmerge_adapter
 from .report import print_trainable_parameters
 from .targets import make_plan
 
@@ -80,8 +80,7 @@ def load_hybrid_adapter(
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Within it, the model computes as its base does (heads keep what they learned)."""
     bank = find_bank(model)
-    if is_merged(model):
-        raise AdapterError("the adapter is merged into the base; call unmerge_adapter() first")
+    check_unmerged(model)
     before, bank.enabled = bank.enabled, False
     try:
         yield

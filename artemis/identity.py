@@ -1,17 +1,19 @@
 """Which base an adapter belongs to: class, name, sizes, and a fingerprint of the weights.
 
-A packed layer counts by the weight it was made from: quantizing does not make another base of it.
+A packed layer counts by the weight it was made from, and not at all where that is counted in
+another module: quantizing does not make another base of it.
 """
 
 import hashlib
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import nn
 
 from .bank import BANK, find_bank
-from .quantized_layers import SAMPLE, packed_layers, packed_numbers, sample
+from .quantized_layers import SAMPLE, packed_layers, sample
 
 
 @dataclass(frozen=True)
@@ -33,19 +35,23 @@ def identify(model: nn.Module, heads: tuple[str, ...]) -> BaseIdentity:
     named = {n: p for n, p in model.named_parameters() if not n.startswith(f"{BANK}.")}
     trained = tuple(f"{head}." for head in heads)
     tensors = named | _originals(model)
-    values = {name: (tuple(t.shape), sample(t)) for name, t in tensors.items()} | _packed(model)
+    packed = _packed(model)
+    values = {name: (tuple(t.shape), sample(t)) for name, t in tensors.items()} | packed
     return BaseIdentity(
         class_name=type(model).__name__,
         name=str(getattr(getattr(model, "config", None), "_name_or_path", "") or ""),
-        parameters=sum(p.numel() for p in named.values()) + packed_numbers(model),
+        parameters=sum(p.numel() for p in named.values())
+        + sum(prod(shape) for shape, _ in packed.values()),
         fingerprint=_fingerprint({n: v for n, v in values.items() if not n.startswith(trained)}),
     )
 
 
 def _packed(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.Tensor]]:
-    """Shape and sample that the weights of packed layers had before."""
+    """Shape and sample that the weights of packed layers had before, a tied one's left out."""
     found = {}
     for path, module in packed_layers(model):
+        if module.packing.untied:
+            continue
         shape = tuple(module.weight.shape)
         shape = shape if isinstance(module, nn.Linear) else shape[::-1]
         found[f"{path}.weight"] = shape, getattr(module, SAMPLE)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .bank import find_bank
+from .errors import AdapterError
 from .layers import weight_of
 from .quantized_layers import is_packed
 from .sites import Site
@@ -60,6 +61,12 @@ def unmerge_adapter(model: nn.Module) -> None:
 def is_merged(model: nn.Module) -> bool:
     """Whether any module's weight holds its adapter now."""
     return any(site.original for site in find_bank(model).sites.values())
+
+
+def check_unmerged(model: nn.Module) -> None:
+    """Raise `AdapterError` where the base's weights hold an adapter now."""
+    if find_bank(model) is not None and is_merged(model):
+        raise AdapterError("the adapter is merged into the base; call unmerge_adapter() first")
 
 
 def _why_not(model: nn.Module, site: Site) -> str | None:

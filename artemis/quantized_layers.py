@@ -30,6 +30,8 @@ class Packing:
     group_size: int | None
     activation_bits: int | str
     makes_logits: bool = False
+    #: Whether the weight was another module's too, which keeps it: one matrix became two.
+    untied: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,15 +163,19 @@ def packed_numbers(model: nn.Module) -> int:
 
 
 def pack(
-    module: nn.Module, cls: type[nn.Module], weight: QuantizedWeight, taken: torch.Tensor
+    module: nn.Module,
+    cls: type[nn.Module],
+    weight: QuantizedWeight,
+    taken: torch.Tensor,
+    untied: bool = False,
 ) -> None:
     """Turn a linear layer into `cls`, a packed class, over `weight`; its own weight is dropped.
 
-    `taken` is the `sample` of the weight that `weight` was made from. Interrupted at any line, the
-    layer computes, as what it was or as what it becomes.
+    `taken` is the `sample` of the weight that `weight` was made from; `untied`: see `Packing`.
+    Interrupted at any line, the layer computes, as what it was or as what it becomes.
     """
     module.packing = Packing(
-        weight.format, weight.group_size, weight.activation_bits, weight.makes_logits
+        weight.format, weight.group_size, weight.activation_bits, weight.makes_logits, untied
     )
     # As bytes, since a tensor in fp8 does not pickle.
     data = weight.data.view(torch.uint8) if weight.format == "fp8" else weight.data

@@ -59,6 +59,7 @@ def make_plan(model: nn.Module, config: HybridAdapterConfig) -> Plan:
             " layers or modules_to_save"
         )
     _check_lora_entries(config, chosen)
+    _check_readers(model, chosen)
     sites = tuple(_site(model, config, path, entry) for path, entry in chosen.items())
     return Plan(sites, heads)
 
@@ -145,6 +146,18 @@ def _check_layers(config: HybridAdapterConfig, matched: Iterable[str]) -> None:
         raise AdapterError(
             f"hybrid_adapter.layers: got {listed(missing)}, allowed: the numbers of layers with"
             f" targets ({listed(sorted(numbers), limit=100) or 'none'})"
+        )
+
+
+def _check_readers(model: nn.Module, chosen: Iterable[str]) -> None:
+    """Refuse layers whose forward, and so their adapter, would not run."""
+    read = {path: reader for path in chosen if (reader := architectures.reader_of(model, path))}
+    if read:
+        readers = listed(dict.fromkeys(read.values()))
+        raise AdapterError(
+            f"hybrid_adapter.target_modules: got {listed(read)}, whose weights are read by"
+            f" {readers} itself, past any adapter; allowed: other layers (exclude_modules leaves"
+            " these out)"
         )
 
 

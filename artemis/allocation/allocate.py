@@ -10,7 +10,7 @@ from torch import nn
 from ..bank import AdapterBank, find_bank
 from ..config import HybridAdapterConfig
 from ..errors import AdapterError, listed
-from ..merging import is_merged
+from ..merging import check_unmerged
 from ..plan import SiteSpec
 from .apportion import Claim, apportion
 from .report import ModuleAllocation, RankAllocation
@@ -131,8 +131,7 @@ def _checked_bank(model: nn.Module) -> AdapterBank:
         raise AdapterError(
             f"{type(model).__name__} has no hybrid adapter; add_hybrid_adapter_to_model adds one"
         )
-    if is_merged(model):
-        raise AdapterError("the adapter is merged into the base; call unmerge_adapter() first")
+    check_unmerged(model)
     return bank
 
 

@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import resource
 import sys
 from pathlib import Path
 
@@ -19,6 +18,8 @@ def peak_memory() -> int:
     if STATUS.exists():
         # Linux carries getrusage's figure over from the parent process, but not this one.
         return _status("VmHWM")
+    import resource  # not on Windows
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -12,7 +12,7 @@ from ..bank import find_bank
 from ..config import HybridAdapterConfig
 from ..errors import AdapterError
 from ..layers import weight_of
-from ..merging import is_merged
+from ..merging import check_unmerged
 from ..plan import SiteSpec
 from ..targets import make_plan
 from .data import Batch, batches_of, to_device
@@ -144,8 +144,7 @@ def _sites(
         return make_plan(model, config).sites, config
     if config is not None:
         raise AdapterError("config: the model has a hybrid adapter already; leave config out")
-    if is_merged(model):
-        raise AdapterError("the adapter is merged into the base; call unmerge_adapter() first")
+    check_unmerged(model)
     return bank.plan().sites, bank.config
 
 

@@ -12,7 +12,7 @@ from .. import architectures
 from ..bank import find_bank
 from ..errors import AdapterError, listed
 from ..layers import PACKED, weight_of
-from ..merging import is_merged
+from ..merging import check_unmerged
 from ..quantized_layers import is_packed, packed_layers
 from .report import LayerReport
 
@@ -129,8 +129,7 @@ def _check_model(model: nn.Module, options: Options) -> None:
     quantized = earlier is None and any(packed_layers(model))
     if quantized or getattr(model, "is_quantized", False):
         raise AdapterError(f"{type(model).__name__} is quantized already")
-    if find_bank(model) is not None and is_merged(model):
-        raise AdapterError("the adapter is merged into the base; call unmerge_adapter() first")
+    check_unmerged(model)
 
 
 def _why_not(model: nn.Module, path: str, module: nn.Module, options: Options) -> str | None:
@@ -145,9 +144,11 @@ def _why_not(model: nn.Module, path: str, module: nn.Module, options: Options) -
         return f"a {type(module).__name__}, whose forward may differ"
     if "forward" in vars(module):
         return "it carries a forward of its own"
+    if reader := architectures.reader_of(model, path):
+        return f"{reader} reads its weight itself"
     if "weight" not in module._parameters:
         return "its weight is worked out at each forward (pruning, weight norm)"
-    tied = _tied_to(model, path, module)
+    tied = tied_to(model, module)
     if tied and not is_output:
         return f"its weight is also {tied}"
     if not module.weight.is_floating_point():
@@ -155,7 +156,7 @@ def _why_not(model: nn.Module, path: str, module: nn.Module, options: Options) -
     return None
 
 
-def _tied_to(model: nn.Module, path: str, module: nn.Module) -> str | None:
+def tied_to(model: nn.Module, module: nn.Module) -> str | None:
     """Another name of the layer's weight, unless the whole layer has two."""
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner, _, _ = name.rpartition(".")

@@ -15,7 +15,7 @@ from ..layers import PACKED, weight_of
 from ..quantized_layers import pack, packed_layers, sample
 from . import adapters
 from .calibrate import column_importance
-from .choice import BEGUN, Begun, begun, checked_options, choose_layers
+from .choice import BEGUN, Begun, begun, checked_options, choose_layers, tied_to
 from .report import LayerReport, QuantizationReport
 
 _CHUNK = 1 << 22  # weights whose error is worked out at a time
@@ -73,7 +73,7 @@ def quantize_adapter_model(
     bank = find_bank(model)
     if bank is not None:
         bank.forget()
-    _pack_all(layers, output_head(model), state, importance, progress)
+    _pack_all(model, layers, state, importance, progress)
     if bank is not None:
         adapters.hold(bank, options.adapter_bits, state.dtype)
     packed = tuple(state.reports[path] for path, _ in packed_layers(model))
@@ -85,25 +85,26 @@ def quantize_adapter_model(
 
 
 def _pack_all(
+    model: nn.Module,
     layers: Mapping[str, nn.Module],
-    head: nn.Module | None,
     state: Begun,
     importance: Mapping[str, torch.Tensor],
     progress: bool,
 ) -> None:
     bar = tqdm(layers.items(), "quantizing", unit="layer", disable=None if progress else True)
     for path, module in bar:
-        _pack_layer(path, module, state, module is head, importance.get(path))
+        _pack_layer(model, path, module, state, importance.get(path))
 
 
 def _pack_layer(
+    model: nn.Module,
     path: str,
     module: nn.Module,
     state: Begun,
-    makes_logits: bool,
     importance: torch.Tensor | None,
 ) -> None:
     weight, options = weight_of(module).detach(), state.options
+    makes_logits, untied = module is output_head(model), tied_to(model, module) is not None
     packed = QuantizedWeight.quantize(
         weight, options.format, group_size=options.group_size,
         activation_bits=options.activation_bits, importance=importance, makes_logits=makes_logits,
@@ -112,7 +113,7 @@ def _pack_layer(
         path, *weight.shape, packed.format, packed.group_size, weight.nbytes, packed.nbytes,
         _relative_error(weight, packed),
     )  # fmt: skip
-    pack(module, PACKED[type(module)], packed, sample(module.weight))
+    pack(module, PACKED[type(module)], packed, sample(module.weight), untied)
 
 
 def _relative_error(weight: torch.Tensor, packed: QuantizedWeight) -> float:

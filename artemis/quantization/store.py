@@ -3,8 +3,8 @@
     quantized_base.safetensors   the packed weights and every other tensor of the base, each once;
                                  in the header's metadata, under "quantized_base", one JSON object:
                                  format, library version, the model's class and configuration, how
-                                 each layer is packed (the report), and which names stand for the
-                                 same tensor
+                                 each layer is packed (the report), which names stand for the same
+                                 tensor, and which layers packing untied from another
 
 Adapters are saved apart, as always: `model.save_adapter_parameters`.
 """
@@ -31,6 +31,7 @@ from ..atomic import replace_files
 from ..bank import BANK, find_bank
 from ..errors import AdapterError, listed
 from ..layers import weight_of
+from ..merging import check_unmerged
 from ..quantized_layers import PARTS, QUANTIZED, SAMPLE, pack, packed_layers
 from ..version import __version__
 from .report import LayerReport, QuantizationReport
@@ -52,6 +53,8 @@ class StoredBase:
     report: QuantizationReport
     #: Another name of a tensor -> the name that it is stored under.
     aliases: Mapping[str, str]
+    #: Paths of packed layers whose weight was another module's too (`Packing.untied`).
+    untied: tuple[str, ...]
     shapes: Mapping[str, tuple[int, ...]]
 
 
@@ -60,11 +63,13 @@ def save_quantized(model: nn.Module, path: str | os.PathLike) -> None:
 
     Killed at any moment, it leaves the old file or the new one; other files are not touched.
 
-    Raises `AdapterError` where the model is not quantized, or `path` is a file.
+    Raises `AdapterError` where the model is not quantized or holds a merged adapter, or `path` is a
+    file.
     """
     report = getattr(model, "quantization_report", None)
     if report is None or not any(packed_layers(model)):
         raise AdapterError(f"{type(model).__name__} is not quantized; quantize_adapter_model does")
+    check_unmerged(model)
     directory = Path(path)
     if directory.exists() and not directory.is_dir():
         raise AdapterError(f"{directory}: got a file, allowed: a directory to save the base in")
@@ -77,6 +82,7 @@ def save_quantized(model: nn.Module, path: str | os.PathLike) -> None:
             "config": _plain(getattr(model, "config", None)),
             "report": report.to_dict(),
             "aliases": aliases,
+            "untied": [path for path, module in packed_layers(model) if module.packing.untied],
         }
     )
     directory.mkdir(parents=True, exist_ok=True)
@@ -167,7 +173,7 @@ def read_stored(path: str | os.PathLike) -> StoredBase:
         report = QuantizationReport.from_dict(header["report"])
         stored = StoredBase(
             path, header["library_version"], header["class_name"], header.get("config"), report,
-            header["aliases"], shapes,
+            header["aliases"], tuple(header.get("untied", ())), shapes,
         )  # fmt: skip
     except AdapterError:
         raise
@@ -290,7 +296,10 @@ def _put(
         module = layers[path]
         weight = replace(weight, makes_logits=module is head)
         taken = tensors.pop(f"{path}.{SAMPLE}")
-        pack(module, QUANTIZED[type(module)], weight.to(device), taken.to(device))
+        pack(
+            module, QUANTIZED[type(module)], weight.to(device), taken.to(device),
+            untied=path in stored.untied,
+        )  # fmt: skip
     placed = {name: tensor.to(device) for name, tensor in tensors.items()}
     known = dict(_named(model))
     made = {

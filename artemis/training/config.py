@@ -224,18 +224,21 @@ class RunConfig:
             raise AdapterError(f"model: got {model!r}, allowed: a local path or a name")
         if "data" not in values:
             raise AdapterError("data: not given, allowed: a mapping with `train` files")
-        adapter = values.get("hybrid_adapter")
-        adapter = None if adapter is None else HybridAdapterConfig.from_dict(adapter)
+        adapter = None
+        if "hybrid_adapter" in values:
+            section = values["hybrid_adapter"]  # None where it is empty, as in any section
+            adapter = HybridAdapterConfig.from_dict({} if section is None else section)
         base = schema.from_mapping(BaseConfig, values.get("base"))
         if base.bits is not None and (adapter is None or not adapter.enabled):
             raise AdapterError(
                 f"base.bits: got {base.bits} without a hybrid_adapter, allowed: with one, over a"
                 " frozen base"
             )
-        return cls(
-            model=model,
-            data=schema.from_mapping(DataConfig, values["data"]),
-            base=base,
-            hybrid_adapter=adapter,
-            training=schema.from_mapping(TrainingConfig, values.get("training")),
-        )
+        data = schema.from_mapping(DataConfig, values["data"])
+        training = schema.from_mapping(TrainingConfig, values.get("training"))
+        if training.eval_steps is not None and not data.eval:
+            raise AdapterError(
+                f"training.eval_steps: got {training.eval_steps} without data.eval, allowed: with"
+                " held-out files, or null"
+            )
+        return cls(model=model, data=data, base=base, hybrid_adapter=adapter, training=training)

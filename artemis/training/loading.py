@@ -16,6 +16,7 @@ import artemis_kernels
 from ..errors import AdapterError
 from ..quantization import load_quantized
 from ..quantization.store import holds_base, read_stored
+from ..quantized_layers import SAMPLE, packed_layers
 
 PRECISIONS = ("auto", "fp32", "bf16")
 _SHORT = 256  # tokens; see `attention_for`
@@ -56,11 +57,14 @@ def load_base(
     """A causal language model and its tokenizer, from a folder or by name.
 
     A folder may be one that `save_quantized` wrote; then the tokenizer is the folder's, or that of
-    the model it was made from. `attention` as transformers takes it (None: its choice).
+    the model it was made from. `attention` as transformers takes it; "sdpa" and None leave the
+    choice to transformers: sdpa in a model that has it, else eager.
 
     Raises:
         AdapterError: there is no such model, or it is not a causal language model.
     """
+    if attention == "sdpa":
+        attention = None  # by its name transformers raises where the model has none
     # from_pretrained reports a missing model as OSError, an unsuitable one as ValueError, and both
     # in several lines, of which the first says what is wrong.
     try:
@@ -85,8 +89,21 @@ def _load_quantized_base(
     values = dict(stored.config)
     origin = values.get("_name_or_path")
     config = AutoConfig.for_model(values.pop("model_type"), **values)
-    model = load_quantized(config, folder).to(dtype)
+    model = load_quantized(config, folder)
+    _cast(model, dtype)
     if attention is not None:
         model.set_attn_implementation(attention)
     own = (folder / "tokenizer_config.json").is_file()
     return model, AutoTokenizer.from_pretrained(folder if own else origin or folder)
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Hold the weights in `dtype`, as `from_pretrained` does.
+
+    Buffers keep theirs: transformers makes them in float32 where bf16 would be too coarse (the
+    frequencies of rotary embeddings). Of a packed layer `weight_sample` tells the weight's dtype.
+    """
+    samples = [module.get_buffer(SAMPLE) for _, module in packed_layers(model)]
+    for tensor in (*model.parameters(), *samples):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)

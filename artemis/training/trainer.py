@@ -30,6 +30,7 @@ from ..adapter_file import read_adapter
 from ..allocation.resize import resize
 from ..bank import check_writable, find_bank
 from ..errors import AdapterError, listed
+from ..merging import check_unmerged
 from ..orthogonality import orthogonality_penalty
 from ..quantized_layers import packed_layers
 from .config import TrainingConfig
@@ -72,7 +73,7 @@ class Trainer(transformers.Trainer):
 
         Raises:
             AdapterError: there is no model; the checkpoint is missing or incomplete; an adapter
-                would be sharded (FSDP, DeepSpeed), or is held in 8 bits.
+                would be sharded (FSDP, DeepSpeed), is merged, or is held in 8 bits.
         """
         checkpoint = kwargs.pop("resume_from_checkpoint", None)
         if isinstance(model_or_checkpoint, nn.Module):
@@ -82,9 +83,14 @@ class Trainer(transformers.Trainer):
         self._require_model()
         if _hybrid(self.model):
             self._check_adapter()
+        begun = 0
         if checkpoint:
             checkpoint = _complete_checkpoint(checkpoint, self.args.output_dir)
-        return super().train(checkpoint or None, *args, **kwargs)
+            begun = _state(checkpoint)["global_step"]
+        output = super().train(checkpoint or None, *args, **kwargs)
+        # transformers 5.17 divides by the steps of the whole schedule; 5.23 keeps this attribute.
+        old = not hasattr(self, "_initial_global_step")
+        return _of_this_call(output, begun, self.state.max_steps) if begun and old else output
 
     def _adopt(self, model: nn.Module) -> None:
         """Make `model` the trainer's model, keeping everything else that the user has set."""
@@ -118,6 +124,7 @@ class Trainer(transformers.Trainer):
     def _check_adapter(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise AdapterError("a hybrid adapter cannot be sharded by FSDP or DeepSpeed; use DDP")
+        check_unmerged(self.model)
         bank = find_bank(self.model)
         check_writable(bank, "trained")
         if self.args.ddp_broadcast_buffers is None and any(packed_layers(self.model)):
@@ -237,6 +244,18 @@ def _load_adapter(model: nn.Module, path: str) -> None:
     model.load_adapter_parameters(path)
 
 
+def _of_this_call(output: TrainOutput, begun: int, max_steps: int) -> TrainOutput:
+    """Loss and rates of the steps after `begun`, where they were divided by those of all."""
+    steps = output.global_step - begun
+    loss = output.training_loss * output.global_step / max(steps, 1)
+    rates = ("train_samples_per_second", "train_steps_per_second")
+    metrics = {
+        name: value * steps / max_steps if name in rates else value
+        for name, value in output.metrics.items()
+    }
+    return TrainOutput(output.global_step, loss, metrics | {"train_loss": loss})
+
+
 def _complete_checkpoint(checkpoint: str | bool, output_dir: str) -> str:
     """The path of the checkpoint to resume from; True stands for the last complete one.
 
@@ -266,9 +285,13 @@ def _checkpoints(directory: Path) -> list[Path]:
     return [numbered[step] for step in sorted(numbered)]
 
 
+def _state(checkpoint: str | Path) -> dict[str, Any]:
+    return json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text())
+
+
 def _is_complete(checkpoint: Path) -> bool:
     try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+        _state(checkpoint)
     except (OSError, ValueError):
         return False
     return True

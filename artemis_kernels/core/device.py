@@ -59,6 +59,14 @@ CHIPS = {
 }
 
 
+def cache_folder() -> Path | None:
+    """Where a user's measured tables and the compiled passes are kept; None: there is no home."""
+    try:
+        return Path.home() / ".cache" / "artemis_kernels"
+    except RuntimeError:  # neither HOME nor an entry among the users
+        return None
+
+
 @functools.cache
 def has_triton() -> bool:
     """Whether triton can be imported."""

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from . import native
-from .device import has_fast_bf16
 from .products import accumulator
-from .quantized import FORMATS, QuantizedWeight, padded_columns, padded_rows
+from .quantized import FORMATS, QuantizedWeight, has_bf16_rows, padded_columns, padded_rows
 from .units import KINDS
 
 _BF16 = len(FORMATS)  # of a tensor, as numbered in native/formats.h
@@ -161,16 +160,9 @@ def most_few_rows(
 
 def few_rows(dtype: torch.dtype, format: str) -> int:
     """The same for this CPU and a weight of a format (`tensor`: plain) that fits."""
-    if dtype != torch.bfloat16 or not _has_pass():
+    if dtype != torch.bfloat16 or not has_bf16_rows():
         return 0
     return _MOST_ROWS[format]
-
-
-def _has_pass() -> bool:
-    return has_fast_bf16() and native.library().handle is not None
-
-
-_has_pass._dynamo_marked_constant = True  # a fact of the machine, as in device.py
 
 
 class FewRows:

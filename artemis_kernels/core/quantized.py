@@ -209,9 +209,18 @@ def few_rows(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor | None:
 
 def takes_bf16_rows(x: torch.Tensor, weight: QuantizedWeight) -> bool:
     """Whether `few_rows` multiplies in bf16, exact products and fp32 sums, for any M."""
-    if x.dtype != torch.bfloat16 or native.library_for(x) is None:
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or not has_bf16_rows():
         return False
-    return has_fast_bf16(x.device) and (weight.group_size or 64) % 64 == 0
+    return (weight.group_size or 64) % 64 == 0
+
+
+def has_bf16_rows() -> bool:
+    """Whether processor and compiler have the passes over few rows of bf16."""
+    handle = native.library().handle if has_fast_bf16() else None
+    return handle is not None and native.has(handle, "bf16_rows")
+
+
+has_bf16_rows._dynamo_marked_constant = True  # a fact of the machine, as in device.py
 
 
 def padded_rows(m: int) -> int:

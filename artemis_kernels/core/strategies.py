@@ -11,9 +11,9 @@ import torch
 
 from . import tiling
 from .base import MOST_DIRECT_ROWS, MOST_SUMMED
-from .device import INTERPRETER, Chip, has_fast_bf16, multiplies_int8
+from .device import INTERPRETER, Chip, multiplies_int8
 from .frozen import few_rows
-from .quantized import FORMATS, QuantizedWeight
+from .quantized import FORMATS, QuantizedWeight, has_bf16_rows
 from .tiling import Shape
 
 TENSOR = "tensor"
@@ -179,7 +179,7 @@ def _cpu_products(case: Case) -> tuple[str, ...]:
     if case.bits == "8" and sums:
         return ("_int8",)
     found = ["_weight_only"]
-    in_bf16 = case.dtype == "bfloat16" and has_fast_bf16()
+    in_bf16 = case.dtype == "bfloat16" and has_bf16_rows()
     if case.rows <= (tiling.FEW_ROWS if in_bf16 else MOST_DIRECT_ROWS):
         found += ["_weight_only_copy", "_weight_only_direct"]
     if case.format == "int8" and case.bits == "auto" and sums and multiplies_int8():

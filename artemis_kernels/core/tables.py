@@ -22,13 +22,13 @@ from typing import NamedTuple
 import torch
 
 from . import tiling
-from .device import CHIPS, INTERPRETER, Chip, cpu_name
+from .device import CHIPS, INTERPRETER, Chip, cache_folder, cpu_name
 from .device import chip as chip_of
 from .strategies import Case, candidates
 from .tiling import Config, Shape
 
 SHIPPED_TABLES = Path(__file__).parent / "tuned"
-USER_TABLES = Path.home() / ".cache" / "artemis_kernels" / "tuned"
+USER_TABLES = None if cache_folder() is None else cache_folder() / "tuned"  # None: no home
 PARTS = ("strategies", "tiles")
 CPU = "cpu"
 _KEYS = {"chosen", "usual", "ms", "rounds", "torch", "triton", "date"}
@@ -146,6 +146,8 @@ def _merged(name: str, chip: Chip | None) -> tuple[tuple[str, str, dict, str], .
     """`(part, key, entry, whose)` of every entry for a chip, the user's in place of shipped."""
     found = {}
     for folder, whose in ((SHIPPED_TABLES, "shipped"), (USER_TABLES, "user's")):
+        if folder is None:
+            continue
         table = read(path_of(folder, name), chip)
         for part in PARTS:
             for key, entry in table[part].items():

@@ -56,7 +56,7 @@ def tune(
 
     Raises:
         ValueError: an unknown operation, weight, dtype or device, sizes or rounds below 1; a table
-            that is malformed.
+            that is malformed; no folder to write in.
     """
     shapes, rows, device = tuple(map(tuple, shapes)), tuple(rows), torch.device(device)
     check("tune", shapes, rows, rounds, op, weight, dtype)
@@ -66,6 +66,8 @@ def tune(
     cases = tuple(dict.fromkeys(case for members in calls for case in members))
     chip = None if device.type == "cpu" else devices.chip(device)
     folder = tables.USER_TABLES if table is None else Path(table)
+    if folder is None:
+        raise ValueError("tune: there is no home folder for the user's table; give one by `table`")
     path = tables.path_of(folder, tables.name_of(chip))
     from . import search  # not before somebody tunes: tqdm, and for tiles triton
 

@@ -183,6 +183,18 @@ def test_no_change_goes_unseen(change, ready):
         assert not torch.allclose(before.float(), after.float(), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "told", [lambda model: model.hybrid_adapter.forget(), lambda model: model.train()],
+    ids=["forget", "train"],
+)  # fmt: skip
+def test_a_write_that_torch_does_not_count_is_told(told, ready):
+    model, ids = ready
+    for parameter in model.hybrid_adapter.parameters():
+        parameter.data.mul_(2.0)
+    told(model)
+    assert_fresh(model, ids)
+
+
 def test_loading_other_parameters(ready, tmp_path):
     model, ids = ready
     other = adapted(copy.deepcopy(llama()))

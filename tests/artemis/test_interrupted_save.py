@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from artemis import load_hybrid_adapter
+from artemis.atomic import replace_files
 from tests.artemis.models import adapted, fill_bank, llama, snapshot
 
 FILE = "hybrid_adapter.safetensors"
@@ -70,6 +71,26 @@ def test_dying_at_any_step_leaves_the_old_adapter_or_the_new_one(first, tmp_path
             assert any(same[1:] if first or finished else same), f"step {step}"
         step += 1
     assert step > 6  # two writes, two syncs, two moves and the directory's sync were interrupted
+
+
+def test_what_is_synced_was_opened_for_writing(tmp_path, monkeypatch):
+    """As Windows wants it; a directory can be opened for reading only."""
+    modes, opened = [], os.open
+
+    def recording(path, mode, *args, **kwargs):
+        modes.append((Path(path) == tmp_path, mode))
+        return opened(path, mode, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", recording)
+        replace_files(tmp_path, {"file": lambda path: path.write_text("text")})
+    assert modes == [(False, os.O_RDWR), (True, os.O_RDONLY)]
+
+
+def test_without_directories_to_open_files_are_replaced_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "O_DIRECTORY")
+    replace_files(tmp_path, {"file": lambda path: path.write_text("text")})
+    assert (tmp_path / "file").read_text() == "text"
 
 
 SAVING = textwrap.dedent("""

@@ -10,7 +10,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from artemis import AdapterError, load_hybrid_adapter, load_quantized, save_quantized
+from artemis import (
+    AdapterError,
+    load_hybrid_adapter,
+    load_quantized,
+    quantize_adapter_model,
+    save_quantized,
+)
 from artemis.quantization import store
 from artemis.quantized_layers import packed_layers
 from tests.artemis.models import adapted, assert_same_state, bert, gpt2, llama, snapshot, t5, tokens
@@ -65,6 +71,29 @@ def test_base_and_adapter_are_saved_apart(tmp_path):
     assert not torch.equal(base(ids).logits, expected)
     loaded = load_hybrid_adapter(base, tmp_path / "adapter", strict=True)
     assert torch.equal(loaded(ids).logits, expected)
+
+
+@pytest.mark.parametrize("build", [gpt2, t5, lambda: llama(tie_word_embeddings=True)])
+def test_a_tied_head_of_its_own_is_no_other_base(build, tmp_path):
+    """Plain, packed and loaded forms take one another's adapters, strictly."""
+    plain = build()
+    packed = quantize_adapter_model(copy.deepcopy(plain), include_head=True, progress=False)
+    assert "lm_head" in dict(packed_layers(packed))
+    save_quantized(packed, tmp_path / "base")
+    names = {"gpt2": ["c_attn", "c_fc"], "t5": ["q", "wi"]}.get(plain.config.model_type)
+    settings = dict(target_modules=names, apply_lora_to=names[:1]) if names else {}
+    for form in (plain, packed):
+        path = tmp_path / type(form.get_output_embeddings()).__name__
+        adapted(copy.deepcopy(form), **settings).save_adapter_parameters(path)
+        for target in (plain, packed, load_quantized(plain.config, tmp_path / "base")):
+            load_hybrid_adapter(copy.deepcopy(target), path, strict=True)
+
+
+def test_a_file_without_the_list_of_untied_layers_loads(tmp_path):
+    model = quantized(llama())
+    save_quantized(model, tmp_path)
+    rewritten(tmp_path, lambda h, t: h.pop("untied"))
+    assert_same_state(load_quantized(llama(), tmp_path), snapshot(model))
 
 
 def test_loading_a_configuration_never_makes_the_full_weights(tmp_path, monkeypatch):
@@ -188,6 +217,17 @@ def test_what_cannot_be_saved(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(AdapterError, match="got a file, allowed: a directory"):
         save_quantized(quantized(llama()), tmp_path / "file")
+
+
+def test_a_merged_adapter_is_not_saved_as_the_base(tmp_path):
+    names = ["q_proj", "lm_head"]
+    model = quantized(adapted(llama(), target_modules=names, apply_lora_to=names))
+    assert model.merge_adapter().merged == ("lm_head",)
+    with pytest.raises(AdapterError, match="call unmerge_adapter"):
+        save_quantized(model, tmp_path / "base")
+    assert not (tmp_path / "base").exists()
+    model.unmerge_adapter()
+    save_quantized(model, tmp_path / "base")
 
 
 def test_a_copy_saves_the_same(tmp_path):

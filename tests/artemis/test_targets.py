@@ -1,11 +1,28 @@
 """Which modules a configuration means, and the errors where it means none."""
 
 import pytest
+import torch
 import transformers
 from torch import nn
 
-from artemis import AdapterError, HybridAdapterConfig, add_hybrid_adapter_to_model
-from tests.artemis.models import TOKENS, adapted, assert_same_state, bert, gpt2, llama, snapshot, t5
+from artemis import (
+    AdapterError,
+    HybridAdapterConfig,
+    add_hybrid_adapter_to_model,
+    quantize_adapter_model,
+)
+from artemis.architectures import classifier_heads
+from tests.artemis.models import (
+    TOKENS,
+    adapted,
+    assert_same_state,
+    bert,
+    gpt2,
+    llama,
+    snapshot,
+    t5,
+    tokens,
+)
 
 
 def kinds(model) -> dict[str, str]:
@@ -104,6 +121,41 @@ def test_heads_of_classification_models_are_found():
     assert adapted(llama()).hybrid_adapter.heads == ()
 
 
+SMALL = dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+)  # fmt: skip
+VISION = SMALL | dict(image_size=8, patch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("cls", "config", "heads"),
+    [
+        ("CLIPForImageClassification", {"vision_config": VISION}, ("classifier",)),
+        ("SiglipForImageClassification", {"vision_config": VISION}, ("classifier",)),
+        (
+            "WhisperForAudioClassification",
+            dict(d_model=32, encoder_layers=1, encoder_attention_heads=4, encoder_ffn_dim=48),
+            ("projector", "classifier"),
+        ),
+        (
+            "T5ForQuestionAnswering",
+            dict(d_model=32, d_ff=48, num_layers=1, num_heads=4, d_kv=8, vocab_size=64),
+            ("qa_outputs",),
+        ),
+        (
+            "BlipForQuestionAnswering",
+            {"text_config": SMALL | dict(vocab_size=64), "vision_config": VISION},
+            (),
+        ),
+    ],
+)
+def test_a_base_model_in_parts_is_no_head(cls, config, heads):
+    cls = getattr(transformers, cls)
+    with torch.device("meta"):
+        model = cls(cls.config_class(**config))
+    assert classifier_heads(model) == heads
+
+
 def test_a_head_is_not_adapted_even_where_it_matches():
     model = adapted(
         bert(),
@@ -167,6 +219,58 @@ def test_a_subclass_of_linear_is_not_taken_for_a_linear_layer():
     model = nn.ModuleDict({"q_proj": Quantized(4, 4)})
     with pytest.raises(AdapterError, match="q_proj is a Quantized"):
         adapted(model, target_modules=["q_proj"])
+
+
+def wavlm():
+    """Its attention hands its projections' weights to torch."""
+    config = transformers.WavLMConfig(
+        **SMALL, conv_dim=(8,), conv_stride=(5,), conv_kernel=(10,), num_feat_extract_layers=1,
+        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    return transformers.WavLMModel(config).eval()
+
+
+def mamba():
+    config = transformers.MambaConfig(hidden_size=32, state_size=4, num_hidden_layers=1, **TOKENS)
+    return transformers.MambaForCausalLM(config).eval()
+
+
+def torch_encoder():
+    """At inference torch runs a whole layer as one operation, over its weights."""
+    layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True)
+    return nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
+
+
+READ = [
+    (wavlm, ["q_proj", "k_proj", "v_proj", "out_proj"], "intermediate_dense", "WavLMAttention"),
+    (mamba, ["x_proj", "dt_proj", "out_proj"], "in_proj", "MambaMixer"),
+    (torch_encoder, ["linear1", "linear2"], None, "TransformerEncoderLayer"),
+]
+
+
+@pytest.mark.parametrize(("build", "names", "other", "reader"), READ)
+def test_a_layer_whose_weight_is_read_past_it_is_refused(build, names, other, reader):
+    model = build()
+    before = snapshot(model)
+    for name in names:
+        with pytest.raises(AdapterError, match=rf"{name}, whose weights are read by {reader}"):
+            adapted(model, target_modules=[name], apply_lora_to=[name])
+    assert_same_state(model, before)
+    assert {type(m).__name__ for m in model.modules() if "Adapted" in type(m).__name__} == set()
+    if other:
+        adapted(model, target_modules=[*names, other], apply_lora_to=[], exclude_modules=names)
+        assert all(path.endswith(other) for path in kinds(model))
+
+
+@pytest.mark.parametrize(("build", "names", "other", "reader"), READ[:2])
+def test_a_layer_whose_weight_is_read_past_it_is_not_packed(build, names, other, reader):
+    model = quantize_adapter_model(build(), progress=False)
+    skipped = model.quantization_report.skipped
+    read = {p.rpartition(".")[2] for p, r in skipped.items() if r.startswith(f"{reader} reads")}
+    assert read == set(names)
+    assert any(layer.path.endswith(other) for layer in model.quantization_report.layers)
+    x = torch.randn(1, 400) if build is wavlm else tokens()
+    assert torch.isfinite(model(x)[0]).all()
 
 
 def test_a_tied_head_is_refused():

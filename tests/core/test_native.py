@@ -1,11 +1,22 @@
 """Without the compiled passes nothing is lost, and the reason is given."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 import artemis_kernels
-from artemis_kernels.core import native
+from artemis_kernels import FrozenAdapter, FrozenLinear, QuantizedWeight
+from artemis_kernels.core import frozen, native, quantized
 from artemis_kernels.core.native import Native
+
+COMPILER = native.shutil.which("gcc") or native.shutil.which("cc")
+needs_compiler = pytest.mark.skipif(
+    native.library().handle is None or COMPILER is None, reason="needs a C compiler that serves"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +29,7 @@ def fresh_library():
 
 def test_missing_compiler(monkeypatch):
     monkeypatch.setattr(native.shutil, "which", lambda name: None)
-    assert native.library() == Native(None, "no C compiler (cc, gcc, clang) is on the PATH")
+    assert native.library() == Native(None, "no C compiler (gcc, cc, clang) is on the PATH")
     assert_dropout_works()
 
 
@@ -44,14 +55,129 @@ def test_compiler_that_complains_about_nothing(monkeypatch, tmp_path):
     assert_dropout_works()
 
 
+@needs_compiler
 def test_cache_that_cannot_be_written(monkeypatch, tmp_path):
-    if native.shutil.which("cc") is None:
-        pytest.skip("needs a C compiler")
     (tmp_path / ".cache").write_text("a file where a folder should be")
     monkeypatch.setattr(native.Path, "home", lambda: tmp_path)
     handle, reason = native.library()
     assert handle is None and "could not be kept" in reason
     assert_dropout_works()
+
+
+@pytest.fixture
+def home(monkeypatch, tmp_path) -> Path:
+    """An empty one; a folder of it is on the PATH before all others."""
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setattr(native.Path, "home", lambda: tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    return tmp_path
+
+
+def compiler_at(path: Path, script: str) -> str:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def kept_in(home: Path) -> list[Path]:
+    return list((home / ".cache" / "artemis_kernels").iterdir())
+
+
+@needs_compiler
+def test_the_next_compiler_where_one_makes_what_does_not_load(home):
+    """As clang, whose OpenMP wants another runtime than the one that torch brings."""
+    compiler_at(home / "bin" / "gcc", f'{COMPILER} -Dmemset=no_such_symbol "$@"')
+    works = compiler_at(home / "bin" / "cc", f'exec {COMPILER} "$@"')
+    handle, reason = native.library()
+    assert handle is not None and reason == f"compiled by {works}"
+    assert len(kept_in(home)) == 1
+    assert_dropout_works()
+
+
+def test_the_last_compilers_reason(home, monkeypatch):
+    paths = {
+        name: compiler_at(home / "bin" / name, f"echo {name} is broken >&2\nexit 1")
+        for name in ("gcc", "cc", "clang")
+    }
+    assert native.library() == Native(None, f"{paths['clang']} failed: [b'clang is broken']")
+
+
+def test_one_compiler_of_two_names_is_asked_once(home, monkeypatch):
+    path = compiler_at(home / "bin" / "gcc", "exit 1")
+    for name in ("cc", "clang"):
+        (home / "bin" / name).symlink_to(path)
+    assert list(native._compilers()) == [path]
+
+
+@needs_compiler
+def test_a_damaged_library_is_made_again(home, monkeypatch):
+    """It is on the disk before it has its name; a whole one serves as it is."""
+    done, replace, fsync = [], os.replace, os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append("fsync"), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (done.append("replace"), replace(*paths)))
+    target = home / ".cache/artemis_kernels" / f"native-{native._fingerprint(COMPILER)}.so"
+    target.parent.mkdir(parents=True)
+    target.write_bytes(Path(sys.executable).read_bytes()[:100])
+    for _ in range(2):
+        native.library.cache_clear()
+        assert native.library().handle is not None
+        assert done == ["fsync", "replace"] and kept_in(home) == [target]
+
+
+def nowhere() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+@needs_compiler
+def test_without_a_home_it_serves_this_process(monkeypatch):
+    monkeypatch.setattr(native.Path, "home", nowhere)
+    handle, reason = native.library()
+    assert handle is not None and "for this process alone: the user has no home folder" in reason
+    assert_dropout_works()
+
+
+WITHOUT_A_HOME = """
+from pathlib import Path
+import torch
+
+def nowhere():
+    raise RuntimeError("Could not determine home directory.")
+
+Path.home = nowhere
+import artemis_kernels
+from artemis_kernels import tune
+
+try:
+    tune([(8, 8, 2)], [1], device="cpu", progress=False)
+except ValueError as error:
+    assert "no home folder for the user's table" in str(error), error
+else:
+    raise AssertionError("nothing was said")
+x = torch.randn(2, 8)
+choice = artemis_kernels.explain("lora_linear", x, x, x, x[:, :2], 1.0)
+"""
+
+
+def test_imported_without_a_home():
+    subprocess.run([sys.executable, "-c", WITHOUT_A_HOME], check=True)
+
+
+@needs_compiler
+def test_a_compiler_that_does_not_know_bf16(home, monkeypatch):
+    """Then the passes over few rows of bf16 would be slow ones, and are not there."""
+    monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, "-mno-avx512bf16"))
+    handle = native.library().handle
+    if handle is None:
+        pytest.skip("the compiler has no such option")
+    x, w = torch.randn(3, 64).bfloat16(), torch.randn(40, 64)
+    weight = QuantizedWeight.quantize(w, activation_bits=16)
+    assert not native.has(handle, "bf16_rows") and not native.has(handle, "thin_product")
+    assert not frozen.most_few_rows(x.dtype, x.device, weight)
+    assert not quantized.takes_bf16_rows(x, weight)
+    y = FrozenLinear(weight, FrozenAdapter.none(weight, dtype=x.dtype))(x)
+    truth = x.double() @ weight.dequantize(torch.float64).t()
+    for found in (y, quantized.few_rows(x, weight)):
+        assert (found - truth).norm() < 0.005 * truth.norm()
 
 
 def assert_dropout_works() -> None:

@@ -64,12 +64,34 @@ def test_compiled_and_plain_agree_to_the_bit(format, monkeypatch):
         assert torch.equal(before, weight.dequantize(before.dtype))
 
 
-def test_every_fp8_number_is_read_back():
-    """The compiled conversion knows subnormals, both zeros and the largest number."""
-    codes = torch.arange(256, dtype=torch.int16).to(torch.uint8).view(torch.float8_e4m3fn)
-    codes = codes[torch.isfinite(codes.float())].view(1, -1)
-    weight = QuantizedWeight(codes, torch.tensor([0.5]), None, "fp8", None)
-    assert torch.equal(weight.dequantize(), codes.float() * 0.5)
+def every_fp8_number() -> QuantizedWeight:
+    """One a row, behind zeros; of them two are nan."""
+    codes = torch.zeros(256, 40, dtype=torch.uint8)
+    codes[:, 33] = torch.arange(256, dtype=torch.int16).to(torch.uint8)
+    data = codes.view(torch.float8_e4m3fn)
+    return QuantizedWeight(data, torch.full((256,), 0.5), None, "fp8", None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_fp8_number_is_read_back(dtype, passes):
+    """The compiled conversion knows subnormals, both zeros, the largest number and nan."""
+    weight = every_fp8_number()
+    wanted = (weight.data.float() * 0.5).to(dtype)
+    assert wanted.isnan().sum() == 2
+    torch.testing.assert_close(weight.dequantize(dtype), wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_fp8_number_meets_few_rows(dtype, rows):
+    weight, x = every_fp8_number(), torch.zeros(rows, 40, dtype=dtype)
+    x[:, 33] = torch.arange(1, rows + 1)
+    y = quantized.few_rows(x, weight)
+    if y is None:
+        pytest.skip(native.library().reason)
+    wanted = x.float() @ weight.data.float().t() * 0.5
+    assert (wanted.isnan().sum(1) == 2).all()
+    torch.testing.assert_close(y, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(("format", "limit"), [("int8", 0.0085), ("fp8", 0.028), ("int4", 0.086)])

@@ -1,12 +1,15 @@
 """The dropout mask: its definition, golden values, and that it looks random where it must."""
 
+import ctypes
 import math
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 
 import artemis_kernels
-from artemis_kernels.core import rng
+from artemis_kernels.core import native, rng
 from tests.core import mask_oracle
 
 # Computed once by `mask_oracle`. A change here changes every training run that has a seed.
@@ -70,6 +73,43 @@ def test_counters_beyond_32_bits_draw_from_other_keys():
         words = rng._hash(8, 1, torch.tensor(seed)).tolist()
         lanes = [word >> shift & 0xFFFF for word in words for shift in (0, 16)]
         assert lanes == [mask_oracle.lane((1 << 33) + i, seed) for i in range(16)]
+
+
+@pytest.fixture(scope="module")
+def factors(tmp_path_factory):
+    """`factors` of native/mask.h: (first, count, seed) -> what decides over each element."""
+    if native.library().handle is None:
+        pytest.skip(native.library().reason)
+    folder, compiler = tmp_path_factory.mktemp("mask"), next(native._compilers())
+    (folder / "mask.c").write_text(
+        '#include <string.h>\n#include "mask.h"\n'
+        "void kept(float *to, int64_t first, int64_t count, uint64_t seed) {\n"
+        "    float buffer[1026];\n"
+        "    const float *from = factors(buffer, first, count, seed, 1u << 15, 2);\n"
+        "    memcpy(to, from, sizeof(float) * (size_t)count);\n"
+        "}\n"
+    )
+    include, target = Path(native.__file__).parent, folder / "mask.so"
+    command = (compiler, *native._FLAGS, f"-I{include}", "-shared", folder / "mask.c", "-o", target)
+    subprocess.run(command, check=True)
+    kept = ctypes.CDLL(str(target)).kept
+    kept.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint64]
+
+    def call(first: int, count: int, seed: int) -> list[float]:
+        out = torch.empty(count)
+        kept(out.data_ptr(), first, count, seed)
+        return out.tolist()
+
+    return call
+
+
+@pytest.mark.parametrize("turn", [1, 3])
+@pytest.mark.parametrize("before", [1000, 301, 2, 1, 0])
+def test_a_compiled_chunk_may_cross_into_other_keys(before, turn, factors):
+    """As the last row of a matrix does that begins before element 2**33 and ends behind it."""
+    for first, seed in ((turn * (1 << 33) - before, 3), (40, 5)):
+        wanted = [2.0 * mask_oracle.kept(first + i, 0.5, seed) for i in range(1001)]
+        assert factors(first, 1001, seed) == wanted
 
 
 @pytest.mark.parametrize("seed", [0, 3, -5, 2**62])

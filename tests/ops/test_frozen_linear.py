@@ -1,7 +1,10 @@
 """`frozen_linear`: prepared constants compute what the adapted layer computes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch.nn.functional import linear
 
 from artemis_kernels import (
     FrozenAdapter,
@@ -261,6 +264,16 @@ def test_under_autocast():
         kit.assert_same_bits(frozen_linear(tensors["x"].float(), held, adapter), wanted)
 
 
+@pytest.mark.parametrize("rows", [3, 20])
+def test_autocast_casts_a_weight_in_fp32(rows):
+    tensors, weight, _ = layer(64, 136, None, SINGLE, rows)
+    matrices = (tensors[name].bfloat16() for name in ("lora_a", "lora_b"))
+    adapter, x = FrozenAdapter.lora(*matrices, 0.5), tensors["x"]
+    wanted = frozen_linear(x.bfloat16(), weight.bfloat16(), adapter)
+    with torch.autocast("cpu", torch.bfloat16):
+        kit.assert_same_bits(frozen_linear(x, weight, adapter), wanted)
+
+
 @pytest.mark.parametrize("format", [None, "int8"])
 def test_compiles_whole_and_passes_opcheck(format):
     tensors, held, _ = layer(64, 136, format, BF16, 3)
@@ -292,6 +305,23 @@ def test_refusals():
         frozen_linear(x.clone().requires_grad_(), held, adapter)
     with pytest.raises(ValueError, match="weight requires a gradient"):
         frozen_linear(x, held.clone().requires_grad_(), adapter)
+    narrow = FrozenAdapter.lora(tensors["lora_a"], tensors["lora_b"], dtype=BF16)
+    with pytest.raises(TypeError, match="weight is torch.float32, but x is torch.bfloat16"):
+        FrozenLinear(held, narrow)
+
+
+@pytest.mark.parametrize("name", ["up", "bias", "bias_down"])
+def test_constants_are_of_one_dtype(name):
+    tensors, held, _ = layer(64, 136, None, BF16)
+    constants = {"bias": tensors["bias"], "bias_down": tensors["lora_a"][:, 0]}
+    adapter = FrozenAdapter(tensors["lora_a"], tensors["lora_b"], **constants)
+    mixed = replace(adapter, **{name: getattr(adapter, name).float()})
+    for refused in (
+        lambda: FrozenLinear(held, mixed),
+        lambda: frozen_linear(tensors["x"], held, mixed),
+    ):
+        with pytest.raises(TypeError, match=rf"adapter\.{name} is torch.float32, but adapter.down"):
+            refused()
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -311,6 +341,59 @@ def test_as_an_object(rows, format):
         linear(tensors["x"][:, :10])
     with pytest.raises(ValueError, match="requires a gradient"):
         linear(tensors["x"].clone().requires_grad_())
+
+
+@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_default_device_is_not_asked(format, rows):
+    tensors, held, _ = layer(64, 136, format, BF16, rows)
+    adapter = FrozenAdapter.lora(tensors["lora_a"], tensors["lora_b"], 0.5)
+    wanted = frozen_linear(tensors["x"], held, adapter)
+    with torch.device("meta"):
+        kit.assert_same_bits(FrozenLinear(held, adapter)(tensors["x"]), wanted)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_storage_that_moves(format):
+    """`share_memory_` frees what a tensor's address was; others' numbers are there soon."""
+    tensors, held, _ = layer(64, 136, format, BF16, 3)
+    adapter = FrozenAdapter.lora(tensors["lora_a"], tensors["lora_b"], 0.5)
+    frozen_layer = FrozenLinear(held, adapter)
+    wanted = frozen_layer(tensors["x"])
+    of_weight = (held,) if format is None else (held.data, held.scale)
+    moved = (*of_weight, adapter.down, adapter.up)
+    for tensor in moved:
+        tensor.share_memory_()
+    others = [torch.full((t.nbytes,), 0x7F, dtype=torch.uint8) for t in moved for _ in range(4)]
+    kit.assert_same_bits(frozen_layer(tensors["x"]), wanted)
+    assert others
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [SINGLE, BF16], ids=str)
+def test_without_an_adapter(dtype, format, shape, biased):
+    for rows in range(1, 18):
+        tensors, held, exact = layer(*shape, format, dtype, rows)
+        x, bias = tensors["x"], tensors["bias"] if biased else None
+        adapter = FrozenAdapter.none(held, bias=bias, dtype=dtype)
+        assert adapter.rank == 0
+        y = frozen_linear(x, held, adapter)
+        kit.assert_same_bits(FrozenLinear(held, adapter)(x), y)
+        truth = linear(x.double(), exact, bias if bias is None else bias.double())
+        kit.assert_accurate(y, truth, linear(x, exact.to(dtype), bias), dtype, c=1.25)
+
+
+@interpreted
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_kernels_without_an_adapter(format):
+    tensors, held, exact = layer(64, 40, format, SINGLE, 20)
+    adapter = FrozenAdapter.none(held, bias=tensors["bias"], dtype=SINGLE)
+    y = frozen_linear(tensors["x"], held, adapter, impl="triton")
+    truth = linear(tensors["x"].double(), exact, tensors["bias"].double())
+    plain = linear(tensors["x"], exact.float(), tensors["bias"])
+    kit.assert_accurate(y, truth, plain, SINGLE, c=2.0)
 
 
 def test_explained():

@@ -1,8 +1,8 @@
 """Passes over CPU tensors, compiled by the system's C compiler: a strategy beside plain torch.
 
 The C files of this folder are compiled once per machine into the user's cache directory and called
-through `ctypes`. Where there is no compiler, or it fails, `library()` says why and callers take
-their plain-torch path, which computes the same function.
+through `ctypes`. Where no compiler serves, `library()` says why and callers take their plain-torch
+path, which computes the same function.
 """
 
 import ctypes
@@ -18,7 +18,10 @@ from typing import NamedTuple
 
 import torch
 
+from ..device import cache_folder
+
 _FOLDER = Path(__file__).parent
+_COMPILERS = ("gcc", "cc", "clang")  # gcc first: its OpenMP runtime is most often torch's too
 _FLAGS = ("-O3", "-march=native", "-std=c11", "-fPIC", "-ffp-contract=off", "-fopenmp")
 
 
@@ -41,21 +44,42 @@ def library_for(x: torch.Tensor) -> ctypes.CDLL | None:
 
 @functools.cache
 def library() -> Native:
-    """Compile (once per machine) and load the native passes."""
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        return Native(None, "no C compiler (cc, gcc, clang) is on the PATH")
+    """Compile (once per machine) and load the native passes, by the first compiler that can."""
+    found = Native(None, f"no C compiler ({', '.join(_COMPILERS)}) is on the PATH")
+    for compiler in _compilers():
+        found = _made_by(compiler)
+        if found.handle is not None:
+            break
+    return found
+
+
+def _compilers() -> Iterator[str]:
+    """Their paths, each once: `cc` is most often a link to one of the others."""
+    seen = set()
+    for path in map(shutil.which, _COMPILERS):
+        if path is not None and os.path.realpath(path) not in seen:
+            seen.add(os.path.realpath(path))
+            yield path
+
+
+def _made_by(compiler: str) -> Native:
+    folder = cache_folder()
     try:
-        handle = ctypes.CDLL(str(_built(compiler)))
+        if folder is None:
+            with tempfile.TemporaryDirectory() as scratch:  # once loaded, it needs no file
+                handle = ctypes.CDLL(str(_built(compiler, Path(scratch))))
+        else:
+            handle = _kept(compiler, folder)
     except subprocess.CalledProcessError as error:
         return Native(None, f"{compiler} failed: {error.stderr.strip().splitlines()[-1:]}")
     except OSError as error:
-        return Native(None, f"the compiled library could not be kept or loaded: {error}")
+        return Native(None, f"what {compiler} makes could not be kept or loaded: {error}")
     for name, signature in _signatures(handle):
         function = getattr(handle, name)
         function.restype = None
         function.argtypes = [_TYPES[word] for word in signature.split()]
-    return Native(handle, f"compiled by {compiler}")
+    kept = "" if folder else " for this process alone: the user has no home folder"
+    return Native(handle, f"compiled by {compiler}{kept}")
 
 
 _TYPES = {
@@ -70,9 +94,13 @@ _TYPES = {
 _MASK = "seed threshold factor"
 
 
-def has(handle: ctypes.CDLL, product: str) -> bool:
-    """Whether the compiler knew the processor's instructions for `int8_product`, `thin_product`."""
-    return bool(ctypes.c_int.in_dll(handle, f"artemis_has_{product}").value)
+@functools.cache
+def has(handle: ctypes.CDLL, passes: str) -> bool:
+    """Whether the compiler knew the processor's instructions for some passes.
+
+    They are `bf16_rows` (those over few rows of bf16), `int8_product` and `thin_product`.
+    """
+    return bool(ctypes.c_int.in_dll(handle, f"artemis_has_{passes}").value)
 
 
 def _signatures(handle: ctypes.CDLL) -> Iterator[tuple[str, str]]:
@@ -126,35 +154,52 @@ def _signatures(handle: ctypes.CDLL) -> Iterator[tuple[str, str]]:
         "artemis_few_rows",
         f"pointer pointer pointer pointer pointer {sizes} size flag threads",
     )
-    yield (
-        "artemis_few_rows_bf16",
-        f"pointer pointer pointer pointer pointer pointer size {sizes} size flag threads",
-    )
-    yield (
-        "artemis_frozen_bf16",
-        f"{'pointer ' * 10}{sizes} size size factor flag flag flag threads",
-    )
+    if has(handle, "bf16_rows"):
+        yield (
+            "artemis_few_rows_bf16",
+            f"pointer pointer pointer pointer pointer pointer size {sizes} size flag threads",
+        )
+        yield (
+            "artemis_frozen_bf16",
+            f"{'pointer ' * 10}{sizes} size size factor flag flag flag threads",
+        )
 
 
-def _built(compiler: str) -> Path:
-    """Path of the shared library, compiled now unless an earlier run did.
-
-    Compiled with OpenMP but linked without it: the runtime torch has loaded serves both, where a
-    second one would fight it for the cores.
-    """
-    folder = Path.home() / ".cache" / "artemis_kernels"
+def _kept(compiler: str, folder: Path) -> ctypes.CDLL:
+    """The library, loaded from `folder`; compiled now unless an earlier run did."""
     target = folder / f"native-{_fingerprint(compiler)}.so"
     if target.exists():
-        return target
+        try:
+            return ctypes.CDLL(str(target))
+        except OSError:  # damaged
+            target.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        objects, linked = [], Path(scratch, "native.so")
-        for source in sorted(_FOLDER.glob("*.c")):
-            objects.append(str(Path(scratch, source.stem + ".o")))
-            _run(compiler, *_FLAGS, "-c", str(source), "-o", objects[-1])
-        _run(compiler, "-shared", *objects, "-o", str(linked), "-lm")
-        os.replace(linked, target)
-    return target
+        built = _built(compiler, Path(scratch))
+        with built.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(built, target)
+    return ctypes.CDLL(str(target))
+
+
+def _built(compiler: str, scratch: Path) -> Path:
+    """Path of a shared library in `scratch`.
+
+    Compiled with OpenMP but linked without it: the runtime torch has loaded serves both, where a
+    second one would fight it for the cores. That it serves shows with the first source.
+    """
+    objects: list[str] = []
+    for source in sorted(_FOLDER.glob("*.c")):
+        objects.append(str(scratch / f"{source.stem}.o"))
+        _run(compiler, *_FLAGS, "-c", str(source), "-o", objects[-1])
+        if len(objects) == 1:
+            ctypes.CDLL(str(_linked(compiler, objects, scratch / "first.so")))
+    return _linked(compiler, objects, scratch / "native.so")
+
+
+def _linked(compiler: str, objects: list[str], to: Path) -> Path:
+    _run(compiler, "-shared", *objects, "-o", str(to), "-lm")
+    return to
 
 
 def _run(*command: str) -> None:

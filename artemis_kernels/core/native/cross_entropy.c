@@ -21,7 +21,7 @@
     void artemis_cross_entropy_forward_##SUFFIX(const TYPE *x, const int64_t *target,             \
                                                 float *loss, float *kept, int64_t m, int64_t n,   \
                                                 int64_t ignored, int threads) {                   \
-        _Pragma("omp parallel for num_threads(threads) schedule(static)")                         \
+        _Pragma("omp parallel for num_threads(threads) schedule(static) if (m * n > 16384)")      \
         for (int64_t i = 0; i < m; ++i) {                                                         \
             const TYPE *row = x + i * n;                                                          \
             float most = largest_##SUFFIX(row, n);                                                \
@@ -45,7 +45,7 @@
                                                  const float *kept, const float *d, TYPE *dx,     \
                                                  int64_t m, int64_t n, int64_t ignored,           \
                                                  int threads) {                                   \
-        _Pragma("omp parallel for num_threads(threads) schedule(static)")                         \
+        _Pragma("omp parallel for num_threads(threads) schedule(static) if (m * n > 16384)")      \
         for (int64_t i = 0; i < m; ++i) {                                                         \
             const TYPE *row = x + i * n;                                                          \
             TYPE *to = dx + i * n;                                                                \

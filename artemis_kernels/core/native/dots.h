@@ -24,10 +24,7 @@ static inline int columns_at_once(int rows) { return rows == 8 ? 2 : 4; }
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
 #include <immintrin.h>
-
-static inline __m512i bytes_as_ints(const uint8_t *p) {
-    return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
-}
+#define HAS_BF16_ROWS 1
 
 static inline __m512bh paired(__m512 first, __m512 second) {
     return _mm512_cvtne2ps_pbh(second, first);
@@ -39,15 +36,23 @@ static inline __m512bh load_int8(const uint8_t *p) {
     return paired(_mm512_cvtepi32_ps(first), _mm512_cvtepi32_ps(second));
 }
 
-static inline __m512 e4m3(const uint8_t *p) { /* as from_e4m3, sixteen at a time */
-    __m512i bits = bytes_as_ints(p);
-    __m512i sign = _mm512_slli_epi32(_mm512_and_si512(bits, _mm512_set1_epi32(0x80)), 24);
-    __m512i rest = _mm512_slli_epi32(_mm512_and_si512(bits, _mm512_set1_epi32(0x7f)), 20);
-    __m512 tiny = _mm512_castsi512_ps(_mm512_or_si512(sign, rest));
-    return _mm512_mul_ps(tiny, _mm512_set1_ps(0x1p120f));
+/* As from_e4m3. A pair of codes becomes bf16 120 exponents too low, which products in fp32, of the
+   low and the high halves, set right: bf16's own would take subnormals for zero. */
+static inline __m512bh load_fp8(const uint8_t *p) {
+    const __m512i largest = _mm512_set1_epi16(0x7f0), halves = _mm512_set1_epi32(0xffff0000);
+    const __m512 factor = _mm512_set1_ps(0x1p120f);
+    __m512i codes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)p));
+    __m512i bits = _mm512_srai_epi16(_mm512_slli_epi16(codes, 8), 4);
+    bits = _mm512_and_si512(bits, _mm512_set1_epi16((short)0x87f0));
+    __m512 low = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+    __m512 high = _mm512_castsi512_ps(_mm512_and_si512(bits, halves));
+    low = _mm512_mul_ps(low, factor), high = _mm512_mul_ps(high, factor);
+    __mmask32 number = _mm512_cmpneq_epi16_mask(_mm512_and_si512(bits, largest), largest);
+    /* One of the halves is zero: their sum is both, and is not taken where the code is nan. */
+    return (__m512bh)_mm512_mask_add_epi16(
+        _mm512_set1_epi16(0x7fc0), number, _mm512_castps_si512(high),
+        _mm512_srli_epi32(_mm512_castps_si512(low), 16));
 }
-
-static inline __m512bh load_fp8(const uint8_t *p) { return paired(e4m3(p), e4m3(p + 16)); }
 
 static inline __m512bh load_bf16(const uint8_t *p) { return (__m512bh)_mm512_loadu_si512(p); }
 
@@ -64,62 +69,71 @@ static inline void reduce4(const __m512 *sums, float *out) {
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
 }
 
-/* out[i][j] = Σ x[i, :]·w[j] for ROWS rows of x, zero-padded to `pitch`, by COLUMNS rows of w. */
-#define DOT(NAME, LOAD, SIZE, ROWS, COLUMNS)                                                      \
+/* out[i][j] = Σ x[i, :]·w[j] for ROWS rows of x, zero-padded to `pitch`, by COLUMNS rows of w, of
+   which TOGETHER at a time: with more, what LOAD needs would not fit the registers. */
+#define DOT(NAME, LOAD, SIZE, ROWS, COLUMNS, TOGETHER)                                            \
     static void NAME(const uint16_t *x, int64_t pitch, const uint8_t *const *w, int64_t k,        \
                      float out[8][4]) {                                                           \
-        __m512 sums[ROWS][COLUMNS];                                                               \
-        for (int i = 0; i < ROWS; ++i)                                                            \
-            for (int j = 0; j < COLUMNS; ++j) sums[i][j] = _mm512_setzero_ps();                   \
-        for (int64_t c = 0; c < k; c += 32) {                                                     \
-            __m512bh values[COLUMNS];                                                             \
-            uint8_t last[32 * SIZE] = {0};                                                        \
-            for (int j = 0; j < COLUMNS; ++j) {                                                   \
-                const uint8_t *from = w[j] + c * SIZE;                                            \
-                if (k - c < 32) from = memcpy(last, from, (size_t)(k - c) * SIZE);                \
-                values[j] = LOAD(from);                                                           \
-                __builtin_prefetch(w[j] + c * SIZE + 1024);                                       \
+        for (int first = 0; first < COLUMNS; first += TOGETHER, w += TOGETHER) {                  \
+            __m512 sums[ROWS][TOGETHER];                                                          \
+            for (int i = 0; i < ROWS; ++i)                                                        \
+                for (int j = 0; j < TOGETHER; ++j) sums[i][j] = _mm512_setzero_ps();              \
+            for (int64_t c = 0; c < k; c += 32) {                                                 \
+                __m512bh values[TOGETHER];                                                        \
+                uint8_t last[32 * SIZE] = {0};                                                    \
+                for (int j = 0; j < TOGETHER; ++j) {                                              \
+                    const uint8_t *from = w[j] + c * SIZE;                                        \
+                    if (k - c < 32) from = memcpy(last, from, (size_t)(k - c) * SIZE);            \
+                    values[j] = LOAD(from);                                                       \
+                    __builtin_prefetch(w[j] + c * SIZE + 1024);                                   \
+                }                                                                                 \
+                for (int i = 0; i < ROWS; ++i)                                                    \
+                    for (int j = 0; j < TOGETHER; ++j)                                            \
+                        sums[i][j] =                                                              \
+                            _mm512_dpbf16_ps(sums[i][j], load_x(x + i * pitch + c), values[j]);   \
             }                                                                                     \
             for (int i = 0; i < ROWS; ++i)                                                        \
-                for (int j = 0; j < COLUMNS; ++j)                                                 \
-                    sums[i][j] =                                                                  \
-                        _mm512_dpbf16_ps(sums[i][j], load_x(x + i * pitch + c), values[j]);       \
+                for (int j = 0; j < TOGETHER; ++j)                                                \
+                    out[i][first + j] = _mm512_reduce_add_ps(sums[i][j]);                         \
         }                                                                                         \
-        for (int i = 0; i < ROWS; ++i)                                                            \
-            for (int j = 0; j < COLUMNS; ++j) out[i][j] = _mm512_reduce_add_ps(sums[i][j]);       \
     }
 
-DOT(int8_1, load_int8, 1, 1, 4)
-DOT(int8_4, load_int8, 1, 4, 4)
-DOT(int8_8, load_int8, 1, 8, 2)
-DOT(fp8_1, load_fp8, 1, 1, 4)
-DOT(fp8_4, load_fp8, 1, 4, 4)
-DOT(fp8_8, load_fp8, 1, 8, 2)
-DOT(bf16_4, load_bf16, 2, 4, 4)
-DOT(bf16_8, load_bf16, 2, 8, 2)
+DOT(int8_4, load_int8, 1, 4, 4, 4)
+DOT(int8_8, load_int8, 1, 8, 2, 2)
+DOT(fp8_4, load_fp8, 1, 4, 4, 2)
+DOT(fp8_8, load_fp8, 1, 8, 2, 2)
+DOT(bf16_4, load_bf16, 2, 4, 4, 4)
+DOT(bf16_8, load_bf16, 2, 8, 2, 2)
 
 /* A single row of x: rows of w one after the other, from end to end, for which memory gives a core
    half as much again as for four in turns. Two sums, since one would wait for itself. */
-static void bf16_1(const uint16_t *x, int64_t pitch, const uint8_t *const *w, int64_t k,
-                   float out[8][4]) {
-    (void)pitch;
-    __m512 sums[4];
-    for (int j = 0; j < 4; ++j) {
-        __m512 even = _mm512_setzero_ps(), odd = even;
-        int64_t c = 0;
-        for (; c + 64 <= k; c += 64) {
-            even = _mm512_dpbf16_ps(even, load_x(x + c), load_bf16(w[j] + 2 * c));
-            odd = _mm512_dpbf16_ps(odd, load_x(x + c + 32), load_bf16(w[j] + 2 * c + 64));
-        }
-        for (; c < k; c += 32) {
-            __mmask32 within = k - c >= 32 ? ~0u : (1u << (k - c)) - 1;
-            __m512i values = _mm512_maskz_loadu_epi16(within, w[j] + 2 * c);
-            even = _mm512_dpbf16_ps(even, load_x(x + c), (__m512bh)values);
-        }
-        sums[j] = _mm512_add_ps(even, odd);
+#define DOT1(NAME, LOAD, SIZE)                                                                    \
+    static void NAME(const uint16_t *x, int64_t pitch, const uint8_t *const *w, int64_t k,        \
+                     float out[8][4]) {                                                           \
+        __m512 sums[4];                                                                           \
+        (void)pitch;                                                                              \
+        for (int j = 0; j < 4; ++j) {                                                             \
+            __m512 even = _mm512_setzero_ps(), odd = even;                                        \
+            int64_t c = 0;                                                                        \
+            for (; c + 64 <= k; c += 64) {                                                        \
+                const uint8_t *from = w[j] + c * SIZE;                                            \
+                even = _mm512_dpbf16_ps(even, load_x(x + c), LOAD(from));                         \
+                odd = _mm512_dpbf16_ps(odd, load_x(x + c + 32), LOAD(from + 32 * SIZE));          \
+            }                                                                                     \
+            for (; c < k; c += 32) {                                                              \
+                const uint8_t *from = w[j] + c * SIZE;                                            \
+                uint8_t last[32 * SIZE] = {0};                                                    \
+                if (k - c < 32) from = memcpy(last, from, (size_t)(k - c) * SIZE);                \
+                even = _mm512_dpbf16_ps(even, load_x(x + c), LOAD(from));                         \
+            }                                                                                     \
+            sums[j] = _mm512_add_ps(even, odd);                                                   \
+        }                                                                                         \
+        reduce4(sums, out[0]);                                                                    \
     }
-    reduce4(sums, out[0]);
-}
+
+DOT1(int8_1, load_int8, 1)
+DOT1(fp8_1, load_fp8, 1)
+DOT1(bf16_1, load_bf16, 2)
 
 static inline __m512bh codes(__m512i words) {
     return (__m512bh)_mm512_or_si512(words, _mm512_set1_epi16(0x4300));
@@ -225,28 +239,7 @@ static inline float thin_dot(const uint16_t *h, const uint16_t *g, int64_t r) {
 }
 
 #else
-/* Callers ask for them only where the processor has bf16 products; this compiler knows none. */
-static inline void dots(const Rows *x, int64_t top, int rows, const Packed *w, int64_t first,
-                        int64_t n, float out[8][4]) {
-    for (int j = 0; j < columns_at_once(rows); ++j) {
-        int64_t number = first + j < n ? first + j : n - 1;
-        for (int i = 0; i < rows; ++i) out[i][j] = 0;
-        for (int64_t from = 0; from < w->k; from += SLAB) {
-            float values[SLAB];
-            int64_t count = w->k - from < SLAB ? w->k - from : SLAB;
-            decode(w, number, from, count, values);
-            for (int i = 0; i < rows; ++i)
-                for (int64_t c = 0; c < count; ++c)
-                    out[i][j] += from_bf16(x->data[(top + i) * x->pitch + from + c]) * values[c];
-        }
-    }
-}
-
-static inline float thin_dot(const uint16_t *h, const uint16_t *g, int64_t r) {
-    float sum = 0;
-    for (int64_t c = 0; c < r; ++c) sum += from_bf16(h[c]) * from_bf16(g[c]);
-    return sum;
-}
+#define HAS_BF16_ROWS 0
 #endif
 
 #endif

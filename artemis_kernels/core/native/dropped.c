@@ -67,7 +67,7 @@ static inline void dot1(const float *row, const float *a, int64_t n, float *sum)
 #define SHRINK(NAME, TYPE, LOAD, STORE)                                                           \
     void NAME(const TYPE *x, const float *a, TYPE *s, int64_t m, int64_t k, int64_t r,            \
               uint64_t seed, uint32_t threshold, float keep_scale, int threads) {                 \
-        _Pragma("omp parallel for num_threads(threads) schedule(static)")                         \
+        _Pragma("omp parallel for num_threads(threads) schedule(static) if (m * k * r > 65536)")  \
         for (int64_t i = 0; i < m; ++i) {                                                         \
             float buffer[COLUMNS + 2], row[COLUMNS], sums[64] = {0};                              \
             for (int64_t from = 0; from < k; from += COLUMNS) {                                   \
@@ -92,7 +92,7 @@ SHRINK(artemis_shrink_bf16, uint16_t, from_bf16, to_bf16)
 void artemis_outer_f32(const float *ds, const float *x, float *parts, int64_t m, int64_t k,
                        int64_t r, uint64_t seed, uint32_t threshold, float keep_scale,
                        int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(static) if (m * k * r > 65536)
     for (int64_t p = 0; p < (m + ROWS - 1) / ROWS; ++p) {
         int64_t last = (p + 1) * ROWS < m ? (p + 1) * ROWS : m;
         for (int64_t i = p * ROWS; i < last; ++i)
@@ -116,7 +116,7 @@ void artemis_outer_f32(const float *ds, const float *x, float *parts, int64_t m,
 void artemis_expand_f32(const float *ds, const float *a, float *dx, int64_t m, int64_t k,
                         int64_t r, uint64_t seed, uint32_t threshold, float keep_scale,
                         int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(static) if (m * k * r > 65536)
     for (int64_t i = 0; i < m; ++i)
         for (int64_t from = 0; from < k; from += COLUMNS) {
             float buffer[COLUMNS + 2], row[COLUMNS];

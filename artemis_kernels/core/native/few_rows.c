@@ -2,6 +2,9 @@
 
 #include "dots.h"
 
+const int artemis_has_bf16_rows = HAS_BF16_ROWS; /* this pass, and that of frozen.c */
+
+#if HAS_BF16_ROWS
 /* y[m, n] in fp32; x and x_sums as in `Rows`. */
 void artemis_few_rows_bf16(const uint16_t *x, const float *x_sums, const void *data,
                            const void *scale, const void *offset, float *y, int64_t m,
@@ -20,3 +23,4 @@ void artemis_few_rows_bf16(const uint16_t *x, const float *x_sums, const void *d
                     y[i * n + first + j] = out[i - top][j];
         }
 }
+#endif

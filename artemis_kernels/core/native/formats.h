@@ -17,12 +17,13 @@ typedef struct {
     int format;
 } Packed;
 
-/* 4 exponent and 3 mantissa bits sit in fp32's at an exponent 120 too low; subnormals included. */
+/* 4 exponent and 3 mantissa bits sit in fp32's at an exponent 120 too low; subnormals included.
+   All seven set are nan. */
 static inline float from_e4m3(uint8_t bits) {
     uint32_t wide = ((uint32_t)(bits & 0x80u) << 24) | ((uint32_t)(bits & 0x7fu) << 20);
     float value;
     memcpy(&value, &wide, sizeof value);
-    return value * 0x1p120f;
+    return (bits & 0x7fu) == 0x7fu ? NAN : value * 0x1p120f;
 }
 
 /* out[0..count) = row `n` of the weight from column `from`, a multiple of the group. */

@@ -8,6 +8,7 @@
 #include "dots.h"
 #include "units.h"
 
+#if HAS_BF16_ROWS
 typedef struct {
     const uint16_t *down, *up, *bias, *bias_down; /* F [r, k or n], G [n, r], [n], [r] or NULL */
     int64_t r;
@@ -114,3 +115,4 @@ void artemis_frozen_bf16(const uint16_t *x, const void *data, const void *scale,
         }
     }
 }
+#endif

@@ -245,7 +245,7 @@ static inline void finish(const Epilogue *with, const int64_t *rows, const int32
                          g, g_n, g_r, rank, g_in_bf16, scaled, accumulate};                       \
         int64_t each = columns_of_a_task(k, n, threads);                                          \
         int32_t *sums = malloc(sizeof(int32_t) * (size_t)m);                                      \
-        _Pragma("omp parallel num_threads(threads)")                                              \
+        _Pragma("omp parallel num_threads(threads) if (m * k * n > 65536)")                       \
         {                                                                                         \
             uint8_t *panels = aligned_alloc(64, (size_t)(each * k + 63) / 64 * 64);               \
             float *lines = malloc(sizeof(float) * (size_t)(each * (count + rank) + 1));           \

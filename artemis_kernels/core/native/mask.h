@@ -27,16 +27,21 @@ static inline uint32_t draw(uint32_t pair, uint32_t k0, uint32_t k1) {
    they start in `buffer`, which needs room for two more (a chunk may start or end inside a pair). */
 static const float *factors(float *buffer, int64_t first, int64_t count, uint64_t seed,
                             uint32_t threshold, float keep_scale) {
-    uint64_t pair = (uint64_t)first >> 1;
+    int64_t odd = first & 1, pairs = (count + odd + 1) / 2;
     uint32_t seed_high = (uint32_t)(seed >> 32);
-    uint32_t k0 = mix((uint32_t)seed + mix(seed_high) + 0x9E3779B9u * ((uint32_t)(pair >> 32) + 1u));
-    uint32_t k1 = mix(seed_high ^ k0 ^ 0x85EBCA6Bu);
-    uint32_t low = (uint32_t)pair;
-    int64_t odd = first & 1;
-    for (int64_t i = 0; i < (count + odd + 1) / 2; ++i) {
-        uint32_t h = draw(low + (uint32_t)i, k0, k1);
-        buffer[2 * i] = (h & 0xffffu) >= threshold ? keep_scale : 0.0f;
-        buffer[2 * i + 1] = (h >> 16) >= threshold ? keep_scale : 0.0f;
+    for (int64_t from = 0, until; from < pairs; from = until) { /* keys hold for 2³² pairs */
+        uint64_t pair = ((uint64_t)first >> 1) + (uint64_t)from;
+        uint32_t low = (uint32_t)pair, high = (uint32_t)(pair >> 32);
+        uint32_t k0 = mix((uint32_t)seed + mix(seed_high) + 0x9E3779B9u * (high + 1u));
+        uint32_t k1 = mix(seed_high ^ k0 ^ 0x85EBCA6Bu);
+        int64_t left = ((int64_t)1 << 32) - low, n = pairs - from < left ? pairs - from : left;
+        float *to = buffer + 2 * from;
+        for (int64_t i = 0; i < n; ++i) {
+            uint32_t h = draw(low + (uint32_t)i, k0, k1);
+            to[2 * i] = (h & 0xffffu) >= threshold ? keep_scale : 0.0f;
+            to[2 * i + 1] = (h >> 16) >= threshold ? keep_scale : 0.0f;
+        }
+        until = from + n;
     }
     return buffer + odd;
 }

@@ -303,7 +303,7 @@ static void share_columns(const Product *of) {
     int64_t most = CACHED / (4 * PANEL * of->pairs), tasks, step = of->pairs * PANEL;
     tasks = most > 1 ? (of->panels + most - 1) / most : of->panels;
     tasks = (tasks + of->threads - 1) / of->threads * of->threads;
-    _Pragma("omp parallel num_threads(of->threads)")
+    _Pragma("omp parallel num_threads(of->threads) if (of->m * of->k * of->n > 65536)")
     {
         uint32_t *packed = room_for(of->panels / tasks + 1, of->pairs);
         if (!of->by_rows)
@@ -330,7 +330,7 @@ static void share_rows(const Product *of) {
     int64_t blocks = (of->m + TILE_ROWS - 1) / TILE_ROWS;
     int64_t parts = of->panels < of->threads ? of->threads : 1; /* of a panel */
     int converts = of->by_rows && of->a.held != BF16;
-    _Pragma("omp parallel num_threads(of->threads)")
+    _Pragma("omp parallel num_threads(of->threads) if (of->m * of->k * of->n > 65536)")
     {
         if (!of->by_rows) copy_columns(&of->a, of->m, of->k, of->copy);
         _Pragma("omp for schedule(static)")

@@ -54,6 +54,11 @@ def test_without_an_adapter_section_there_is_none():
     assert config.training == TrainingConfig()
 
 
+def test_an_empty_adapter_section_means_its_defaults():
+    text = "model: m\ndata: {train: a.txt}\nhybrid_adapter:\n"
+    assert RunConfig.from_dict(yaml.safe_load(text)).hybrid_adapter == HybridAdapterConfig()
+
+
 def test_scientific_notation_is_a_number():
     text = "model: m\ndata: {train: a.txt}\ntraining: {learning_rate: 1e-4, weight_decay: 1E-2}"
     training = RunConfig.from_dict(yaml.safe_load(text)).training
@@ -85,6 +90,8 @@ def test_scientific_notation_is_a_number():
             "training.checkpointing: got 'yes'",
         ),
         ({"training": {"save_steps": 0}}, "allowed: an integer from 1, or null"),
+        ({"training": {"eval_steps": 9}}, "training.eval_steps: got 9 without data.eval, allowed"),
+        ({"hybrid_adapter": False}, "hybrid_adapter: got False, allowed: a mapping"),
         ({"hybrid_adapter": {"lora_rnak": 8}}, "hybrid_adapter: unknown key 'lora_rnak'"),
         ({"hybrid_adapter": {"lora_rank": 0}}, "hybrid_adapter.lora_rank: got 0"),
     ],

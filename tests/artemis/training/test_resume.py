@@ -60,6 +60,18 @@ def test_a_path_resumes_from_that_checkpoint(tmp_path):
     assert_equal_states(trained_state(model), expected)
 
 
+def test_loss_and_rates_are_of_the_resumed_steps(tmp_path):
+    uninterrupted(tmp_path, save_steps=4, save_total_limit=None)
+    trainer = trainer_for(hybrid(**ADAPTER), tmp_path, save_steps=4)
+    output = trainer.train(str(tmp_path / "checkpoint-4"))
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert output.training_loss == pytest.approx(sum(losses[4:]) / 2, rel=1e-3)
+    assert output.metrics["train_loss"] == output.training_loss
+    rates = [output.metrics[f"train_{name}_per_second"] for name in ("steps", "samples")]
+    assert rates[0] * output.metrics["train_runtime"] == pytest.approx(2, rel=0.02)
+    assert rates[1] == pytest.approx(2 * rates[0], rel=0.02)
+
+
 def test_resume_may_stand_beside_a_model(tmp_path):
     expected = uninterrupted(tmp_path, save_steps=4)
     model = hybrid(**ADAPTER)

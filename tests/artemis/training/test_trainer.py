@@ -120,6 +120,18 @@ def test_sharding_is_refused(tmp_path, engine):
         trainer.train()
 
 
+def test_a_merged_adapter_is_not_trained(tmp_path):
+    model = hybrid(target_modules=["q_proj"], apply_lora_to=["q_proj"])
+    model.merge_adapter()
+    before = snapshot(model)
+    trainer = trainer_for(model, tmp_path)
+    with pytest.raises(AdapterError, match="call unmerge_adapter"):
+        trainer.train()
+    assert_equal_states(snapshot(model), before)
+    model.unmerge_adapter()
+    trainer.train()
+
+
 # --- what is saved
 
 

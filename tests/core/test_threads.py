@@ -1,0 +1,61 @@
+"""Passes over little: they start no threads, of which a forked process has none."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from artemis_kernels.core import native
+
+FORKED = """
+import os, signal, torch
+from artemis_kernels import FrozenAdapter, FrozenLinear, QuantizedWeight
+from artemis_kernels.core import dropped, eight_bit, thin_products
+from artemis_kernels.ops.cross_entropy import eager as cross_entropy
+
+torch.set_num_threads(2)
+dropout = dropped.Dropout(0.1, torch.tensor([3]))
+
+def passes(m, k, n):
+    x, w, ds = torch.randn(m, k), torch.randn(n, k), torch.randn(m, 8)
+    held = {format: QuantizedWeight.quantize(w, format) for format in ("int8", "fp8", "int4")}
+    narrow, few, turned = x.bfloat16(), x[:2].bfloat16(), w.bfloat16().t().contiguous()
+    layers = [FrozenLinear(weight, FrozenAdapter.none(weight, dtype=few.dtype))
+              for weight in held.values()]
+    targets = torch.zeros(m, dtype=torch.int64)
+
+    def call():
+        dropped.dropped(x, dropout)
+        dropped.project_dropped(x, w[:8], dropout)
+        dropped.project_dropped(narrow, w[:8], dropout)
+        dropped.outer_dropped(ds, x, dropout)
+        dropped.add_dropped_product_(x, ds, w[:8], dropout)
+        for dtype in (x.dtype, narrow.dtype):
+            logits = x.to(dtype)
+            _, kept = cross_entropy.forward(logits, targets, -100)
+            cross_entropy.backward(x[:, 0], logits, targets, kept, -100)
+            eight_bit.linear(x.to(dtype), held["int8"].data, held["int8"].scale, None)
+        thin_products.multiply(few, turned)
+        thin_products.multiply(narrow, turned[:, :4])
+        for layer in layers:
+            layer(few)
+
+    return call
+
+large, small = passes(512, 256, 128), passes(4, 32, 24)
+large()
+child = os.fork()
+if not child:
+    signal.alarm(20)
+    small()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0, "a pass of the forked process did not come back"
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.skipif(native.library().handle is None, reason=str(native.library().reason))
+def test_small_passes_of_a_forked_process():
+    """As a DataLoader's workers are, whose parent has threads."""
+    subprocess.run([sys.executable, "-c", FORKED], check=True)
