@@ -27,8 +27,9 @@ CLASSIFIERS = (
     "ForImageClassification",
     "ForAudioClassification",
 )
-#: Class of a module -> its linear layers whose weight it reads itself, always or on some paths (at
-#: inference, in training, with a fused kernel): there the layer's own forward does not run.
+#: Class of a module -> its linear layers whose weight it reads (or writes) itself, always or on
+#: some paths (at inference, in training, with a fused kernel): there the layer's own forward may
+#: not run.
 WEIGHTS_READ = {
     "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
     "MambaMixer": ("x_proj", "dt_proj", "out_proj"),
@@ -49,7 +50,7 @@ WEIGHTS_READ = {
     "Gemma3nTextAltUp": ("correction_coefs", "prediction_coefs"),
     "LongcatFlashTopkRouter": ("classifier",),
     "MobileBertLMPredictionHead": ("dense", "decoder"),
-    "TransformerEncoderLayer": ("linear1", "linear2"),  # torch.nn's
+    "torch.nn.modules.transformer.TransformerEncoderLayer": ("linear1", "linear2"),
 }
 
 
@@ -73,8 +74,11 @@ def linear_paths(model: nn.Module) -> list[str]:
 def reader_of(model: nn.Module, path: str) -> str | None:
     """The class of the parent that reads the weight of the layer at `path` itself, or None."""
     owner, _, name = path.rpartition(".")
-    classes = (cls.__name__ for cls in type(model.get_submodule(owner)).__mro__)
-    return next((cls for cls in classes if name in WEIGHTS_READ.get(cls, ())), None)
+    for cls in type(model.get_submodule(owner)).__mro__:
+        for known in (cls.__name__, f"{cls.__module__}.{cls.__qualname__}"):
+            if name in WEIGHTS_READ.get(known, ()):
+                return cls.__name__
+    return None
 
 
 def is_block(module: nn.Module) -> bool:

@@ -77,7 +77,7 @@ def _ready(module: nn.Module, x: torch.Tensor, site: "Site") -> Frozen | None:
         return None
     conditions = (x.dtype, config.impl, id(site.layout), *site.constants())
     ready = site.frozen
-    if ready is not None and ready.conditions == conditions and unchanged(ready.sources):
+    if ready is not None and ready.conditions == conditions and unchanged(module, ready.sources):
         return ready
     site.frozen = None
     sources = sources_of(_places(module, site))

@@ -99,17 +99,20 @@ class _Packed(FixedBuffers):
             return None
         if not takes_constants(self, x):
             return None
-        if self.ready is not None:
-            sources, linear = self.ready
-            if linear.adapter.dtype == x.dtype and unchanged(sources):
+        ready = self.ready
+        if ready is not None:
+            sources, linear = ready
+            if linear.adapter.dtype == x.dtype and unchanged(self, sources):
                 return linear
         self.ready = None
         places = [(self._buffers, name) for name in PARTS]
         sources = sources_of([*places, (self._parameters, "bias")])
-        if sources is not None and not is_captured(x):
-            adapter = FrozenAdapter.none(self.weight, bias=self.bias, dtype=x.dtype)
-            self.ready = sources, FrozenLinear(self.weight, adapter)
-        return None if self.ready is None else self.ready[1]
+        if sources is None or is_captured(x):
+            return None
+        adapter = FrozenAdapter.none(self.weight, bias=self.bias, dtype=x.dtype)
+        linear = FrozenLinear(self.weight, adapter)
+        self.ready = sources, linear
+        return linear
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         self.ready = None

@@ -4,7 +4,7 @@ At inference a layer's constants are made at its first call and serve until a te
 made of has changed: each call compares the tensors, their storage and their version.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -45,8 +45,14 @@ def sources_of(places: Iterable[Place]) -> tuple[Source, ...] | None:
     return tuple(Source.of(*place) for place in places)
 
 
-def unchanged(sources: Iterable[Source]) -> bool:
-    """Whether every tensor is in its place as it was."""
+def unchanged(module: nn.Module, sources: Sequence[Source]) -> bool:
+    """Whether every tensor is in its place as it was, the weight in this very module.
+
+    Copies that share a module's attributes (`nn.DataParallel` makes some) have other tensors.
+    """
+    holder = sources[0].holder
+    if holder is not module._parameters and holder is not module._buffers:
+        return False
     for holder, name, tensor, version, address, _ in sources:
         if holder.get(name) is not tensor:
             return False
@@ -69,6 +75,8 @@ def takes_constants(module: nn.Module, x: torch.Tensor) -> bool:
         return False
     if torch.is_autocast_enabled(x.device.type):
         return False
+    if torch.jit.is_tracing() or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return False  # sizes are tensors there, or there is no address
     return "forward" not in vars(module)  # accelerate sets it, and brings the weights for each call
 
 

@@ -226,8 +226,12 @@ class RunConfig:
             raise AdapterError("data: not given, allowed: a mapping with `train` files")
         adapter = None
         if "hybrid_adapter" in values:
-            section = values["hybrid_adapter"]  # None where it is empty, as in any section
-            adapter = HybridAdapterConfig.from_dict({} if section is None else section)
+            if values["hybrid_adapter"] is None:
+                raise AdapterError(
+                    "hybrid_adapter: got nothing, allowed: settings, or {} for the defaults; leave"
+                    " the section out to train the whole model"
+                )
+            adapter = HybridAdapterConfig.from_dict(values["hybrid_adapter"])
         base = schema.from_mapping(BaseConfig, values.get("base"))
         if base.bits is not None and (adapter is None or not adapter.enabled):
             raise AdapterError(

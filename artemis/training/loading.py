@@ -98,7 +98,7 @@ def _load_quantized_base(
 
 
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Hold the weights in `dtype`, as `from_pretrained` does.
+    """Hold the weights in `dtype`.
 
     Buffers keep theirs: transformers makes them in float32 where bf16 would be too coarse (the
     frequencies of rotary embeddings). Of a packed layer `weight_sample` tells the weight's dtype.

@@ -5,7 +5,6 @@ fp32, and would be copied first, and gradients of them copied back, having been 
 Both are part of the pass here, as are a factor, a bias and the tensor the product is added to.
 """
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -25,7 +24,6 @@ def available() -> bool:
     return _pass() is not None
 
 
-@functools.cache  # asked for hundreds of times a step
 def _pass() -> Callable[..., None] | None:
     handle = native.library().handle if has_bf16_dots() else None
     if handle is None or not native.has(handle, "thin_product"):

@@ -57,18 +57,19 @@ def main(arguments: list[str] | None = None) -> int:
         "device": options.device, "tiny": options.tiny, "minutes": options.minutes,
     }  # fmt: skip
     states, rehearsals = {}, _rehearsals(options, run)
-    for name, (parts, share) in SECTIONS.items():
-        append(_file(options.out, name), [header])
-        deadline = start + 60 * options.minutes * share
-        try:
+    try:
+        for name, (parts, share) in SECTIONS.items():
+            append(_file(options.out, name), [header])
+            deadline = start + 60 * options.minutes * share
             states[name] = _wait(_start(options, name, parts, run), deadline)
-        finally:
             _stop(rehearsals)
-        end = {"kind": "end", "run": run, "state": states[name]}
-        append(_file(options.out, name), [end])
-        rows = _rows(options.out, name, run)
-        print(f"{name}: {states[name]}, {len(rows)} rows", flush=True)
-        _summarize(options.out, header, states)
+            _end_line(_file(options.out, name))
+            append(_file(options.out, name), [{"kind": "end", "run": run, "state": states[name]}])
+            rows = _rows(options.out, name, run)
+            print(f"{name}: {states[name]}, {len(rows)} rows", flush=True)
+            _summarize(options.out, header, states)
+    finally:
+        _stop(rehearsals)
     print(f"{time.monotonic() - start:.0f} s; {options.out / 'gpu_summary.md'}")
     return 1 if "failed" in states.values() else 0
 
@@ -187,6 +188,13 @@ def _rows(out: Path, section: str, run: str) -> list[Row]:
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     every = [row for row in map(_row, lines) if row]
     return [r for r in every if r["run"] == run and r["kind"] not in ("run", "end")]
+
+
+def _end_line(path: Path) -> None:
+    """End the last line, which a stopped process may have left without its end."""
+    if not path.read_bytes().endswith(b"\n"):
+        with path.open("a", encoding="utf-8") as file:
+            file.write("\n")
 
 
 def _row(line: str) -> Row:

@@ -65,6 +65,7 @@ def tuning(device: torch.device, tiny: bool, rounds: int) -> Iterator[dict[str, 
             while not job.done():
                 wait([job], timeout=_LOOKED_AFTER)
                 yield from _new(Path(folder), seen, layer.op)
+            yield from _new(Path(folder), seen, layer.op)  # what came after the last look
             job.result()
 
 

@@ -550,3 +550,27 @@ def test_a_bare_layer_with_gradients_makes_no_constants(bare):
     assert bare.layer.ready is None
     wanted = bare.layer.weight.dequantize(torch.float64).sum(0)
     assert relative(x.grad, wanted.expand_as(x)) < 0.01
+
+
+@torch.no_grad()
+def test_a_bare_layer_that_is_traced_or_mapped(bare):
+    """Where sizes are tensors, or rows have no address, it is an operator, then and later."""
+    wanted = bare.layer(bare.x)
+    bare.layer.ready = None
+    traced = torch.jit.trace(bare.layer, bare.x)
+    assert torch.equal(traced(bare.x), wanted)
+    mapped = torch.vmap(bare.layer)(bare.x[:, None])[:, 0]
+    assert relative(mapped, wanted) < 0.02
+    bare.assert_right()
+
+
+@torch.no_grad()
+def test_a_replica_of_a_bare_layer_has_a_weight_of_its_own(bare):
+    """`nn.DataParallel` copies a module's attributes and replaces its tensors."""
+    wanted = bare.layer(bare.x)
+    replica = bare.layer._replicate_for_data_parallel()
+    for name, tensor in bare.layer._buffers.items():
+        replica._buffers[name] = None if tensor is None else tensor.clone()
+    replica._parameters["bias"] = nn.Parameter(bare.layer.bias + 1)
+    moved = replica(bare.x)
+    assert not torch.equal(moved, wanted) and torch.equal(bare.layer(bare.x), wanted)

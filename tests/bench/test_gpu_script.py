@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_every_section_runs_and_leaves_its_rows(tmp_path):
     command = [sys.executable, "-m", "bench.gpu", "--device", "cpu", "--tiny", "--out", tmp_path]
+    command += ["--minutes", "60"]
     environment = os.environ | {
         "TRITON_INTERPRET": "1",
         "OMP_NUM_THREADS": "1",

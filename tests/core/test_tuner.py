@@ -18,6 +18,7 @@ from artemis_kernels.ops.adapter_linear.op import fold_or_plain
 from artemis_kernels.tuner import search, timing
 from artemis_kernels.tuner.requests import case_of
 from artemis_kernels.tuner.workload import Workload
+from tests import kit
 
 CASE = Case("adapter_linear", 32, 64, 96, 8, "float32", trains=True)
 USUAL = fold_or_plain(*CASE[1:5], True)[0]
@@ -134,6 +135,10 @@ def test_products_over_a_packed_weight_are_chosen_too():
     assert (by_weight - exact).norm() < (whole - exact).norm() / 10
     asked = QuantizedWeight.quantize(torch.randn(32, 64), activation_bits=8)
     assert artemis_kernels.explain("quantized_linear", x, asked).strategy == "product_int8"
+    none = artemis_kernels.FrozenAdapter.none(weight, dtype=torch.float32)  # as in models
+    frozen = artemis_kernels.explain("frozen_linear", x, weight, none)
+    assert frozen.strategy == "products_weight_only" and "tuned" in frozen.reason
+    kit.assert_same_bits(artemis_kernels.frozen_linear(x, weight, none), by_weight)
 
 
 @pytest.mark.parametrize("format", ["int8", "fp8", "int4"])

@@ -873,8 +873,8 @@ QUANTIZED = (
     Fault(
         "an empty section for the adapter taken for none",
         "artemis/training/config.py",
-        "{} if section is None else section",
-        "section",
+        'if "hybrid_adapter" in values:',
+        'if values.get("hybrid_adapter") is not None:',
         ("tests/artemis/training/test_config.py", "-k", "empty_adapter"),
     ),
 )

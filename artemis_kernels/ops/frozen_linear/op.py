@@ -159,10 +159,20 @@ def plan(x, weight, adapter, *, impl=None) -> call.Path:
         named(dtype), weight_of(weight),
     )  # fmt: skip
     normal = usual(case, impl, weight, x.device)
-    strategy, why = tables.choice(case, impl, x.device, normal)
+    strategy, why = _tuned(case, impl, x.device, normal)
     if strategy.startswith("one_call") and not _fits_one_call(case, weight, x.device):
         strategy, why = normal  # it won over a weight that the pass takes
     return call.Path(impl, strategy, f"{reason} and {why}" if why else reason)
+
+
+def _tuned(case: Case, impl: str, device: torch.device, normal: tuple[str, str]) -> tuple[str, str]:
+    """The measured winner, or `normal`; a layer without an adapter is a `quantized_linear`."""
+    if case.width:
+        return tables.choice(case, impl, device, normal)
+    bare, (name, why) = case._replace(op="quantized_linear"), normal
+    name = name.replace("products", "product")
+    name, why = tables.choice(bare, impl, device, (name, why))
+    return name.replace("product", "products") if impl == "eager" else name, why
 
 
 def _kind(adapter: FrozenAdapter) -> str:

@@ -54,8 +54,11 @@ def test_without_an_adapter_section_there_is_none():
     assert config.training == TrainingConfig()
 
 
-def test_an_empty_adapter_section_means_its_defaults():
-    text = "model: m\ndata: {train: a.txt}\nhybrid_adapter:\n"
+def test_an_empty_adapter_section_does_not_train_the_whole_model():
+    text = "model: m\ndata: {train: a.txt}\nhybrid_adapter:"
+    with pytest.raises(AdapterError, match="hybrid_adapter: got nothing, allowed: settings, or {}"):
+        RunConfig.from_dict(yaml.safe_load(text))
+    text += " {}"
     assert RunConfig.from_dict(yaml.safe_load(text)).hybrid_adapter == HybridAdapterConfig()
 
 

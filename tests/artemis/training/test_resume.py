@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.trainer_utils import TrainOutput
 
 from artemis import AdapterError
 from artemis.training import Trainer
+from artemis.training.trainer import _of_this_call
 from tests.artemis.models import llama
 from tests.artemis.training.kit import (
     StopAfter,
@@ -70,6 +72,19 @@ def test_loss_and_rates_are_of_the_resumed_steps(tmp_path):
     rates = [output.metrics[f"train_{name}_per_second"] for name in ("steps", "samples")]
     assert rates[0] * output.metrics["train_runtime"] == pytest.approx(2, rel=0.02)
     assert rates[1] == pytest.approx(2 * rates[0], rel=0.02)
+
+
+def test_what_older_transformers_divide_by_all_steps_is_of_the_resumed_ones():
+    rates = {"train_steps_per_second": 5.0, "train_samples_per_second": 40.0}
+    metrics = rates | {"train_runtime": 2.0, "train_loss": 0.3, "epoch": 1.0}
+    found = _of_this_call(TrainOutput(10, 0.3, metrics), begun=8, max_steps=10)
+    assert found.training_loss == pytest.approx(1.5)  # 3.0 in all, over two steps
+    assert found.metrics == pytest.approx(
+        {
+            "train_steps_per_second": 1.0, "train_samples_per_second": 8.0, "train_runtime": 2.0,
+            "train_loss": 1.5, "epoch": 1.0,
+        }
+    )  # fmt: skip
 
 
 def test_resume_may_stand_beside_a_model(tmp_path):
