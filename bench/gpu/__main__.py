@@ -160,10 +160,10 @@ def _run_section(options: argparse.Namespace) -> int:
 
 
 def _section(name: str, part: str, device: torch.device, tiny: bool, rounds: int) -> Iterator[Row]:
-    """The rows of a section; each imports only what it needs, so that none fails with another."""
+    """The rows of a section; later ones import only what they need, so that none fails another."""
     if name == "accuracy":
-        name, strategy = part.split("/")
-        (operation,) = (op for op in OPERATIONS if op.name == name)
+        wanted, strategy = part.split("/")
+        (operation,) = (op for op in OPERATIONS if op.name == wanted)
         return check(operation, strategy, device, tiny)
     if name == "groups":
         from .groups import groups

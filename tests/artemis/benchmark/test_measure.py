@@ -51,6 +51,27 @@ def test_what_is_wrong_or_fails_is_not_timed(monkeypatch):
     assert {"artemis, int8", "artemis, int4", "bare"} <= rows.keys()
 
 
+@pytest.mark.parametrize("compiles", [True, False])
+def test_a_peer_that_breaks_when_it_is_timed_or_is_left_out(monkeypatch, compiles):
+    """Peers draw masks of their own, and are checked without: the compiler is asked once more."""
+
+    def breaks(t):
+        raise RuntimeError("no code for it")
+
+    def both(operation, sizes, tensors, dropout):
+        plain = peers.plain(operation, dropout)
+        return {"plain": plain, "compile": breaks if dropout else plain}
+
+    monkeypatch.setattr("artemis.benchmark.measure.peers", both)
+    timer, peaks = Timer(CPU, 1, flush=False), {"gflops": 1.0, "gbs": 1.0}
+    found = measure(Work(dropout=0.25), torch.float32, CPU, timer, peaks, compiles=compiles)
+    rows = {row["provider"]: row for row in found}
+    assert "ms" in rows["plain"] and ("compile" in rows) == compiles
+    if compiles:
+        assert rows["compile"]["gate"]["where"] == "RuntimeError: no code for it"
+        assert "ms" not in rows["compile"] and not rows["compile"]["gate"]["passed"]
+
+
 @pytest.mark.parametrize("operation", [LORA, ADAPTER], ids=lambda op: op.name)
 @pytest.mark.parametrize("format", ["int8", "fp8", "int4"])
 def test_packed_weights_are_judged_by_the_weight_they_stand_for(operation, format):
