@@ -113,7 +113,9 @@ class Site:
         return self.__dict__ | {"frozen": None}
 
     def _factor(self, factor: float, gain: torch.Tensor | None) -> float | torch.Tensor:
-        return factor if gain is None else factor * gain
+        if gain is None:
+            return factor
+        return gain if factor == 1 else factor * gain
 
     def _mask(self, p: float, training: bool, x: torch.Tensor) -> dict:
         """Arguments for dropout: none outside training."""

@@ -12,7 +12,7 @@ from tests import kit
 BF16, F32, INT8 = torch.bfloat16, torch.float32, torch.int8
 SHAPES = [
     (1, 1, 1), (7, 3, 5), (8, 65, 33), (100, 66, 16), (65, 129, 17), (9, 31, 257), (16, 800, 70),
-    (20, 9, 300), (200, 35, 300),
+    (20, 9, 300), (200, 35, 300), (13, 385, 70), (65, 259, 64),
 ]  # fmt: skip
 KINDS = ("rounded", "added", "wide", "transposed")
 
@@ -135,7 +135,9 @@ def test_whole_numbers_are_exact():
 
 @needs_pass
 @pytest.mark.parametrize(
-    ("m", "k", "n"), [(300, 70, 9), (9, 300, 400), (300, 9, 400), (40, 3, 5)], ids=str
+    ("m", "k", "n"),
+    [(300, 70, 9), (9, 300, 400), (300, 9, 400), (40, 3, 5), (128, 130, 1100)],
+    ids=str,
 )
 def test_same_bits_whatever_the_threads(m, k, n, monkeypatch):
     a, b = numbers(m, k), numbers(k, n)

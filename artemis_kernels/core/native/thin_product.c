@@ -13,9 +13,10 @@
 #define PANEL 32
 #define TILE_ROWS 8
 #define SUBNORMAL 0x20    /* a class of fp32 numbers, to the processor */
-#define CACHED (32 << 10) /* bytes of panels that stay in the first-level cache */
+#define BLOCK 64          /* pairs of k that columns are packed and multiplied for at a time */
+#define UNFINISHED (256 << 10) /* bytes of sums meanwhile: a quarter of a second-level cache */
 #define FEW_ROWS 128      /* up to here they stay in the caches while columns pass by */
-#define AHEAD 16          /* a panel's numbers lie a row of b apart: asked for so many rows before */
+#define AHEAD 16          /* rows of b that are asked for before they are packed */
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && \
     defined(__AVX512DQ__)
@@ -91,45 +92,74 @@ static inline __m512i pairs_of(const Matrix *b, int64_t k, int64_t from, int64_t
     return _mm512_inserti64x4(_mm512_castsi256_si512(halves[0]), halves[1], 1);
 }
 
-/* panel[k / 2][32][2] of the columns from `first`, pairs `from` to `until`; zeros beyond n and k. */
-static void pack(const Matrix *b, int64_t k, int64_t n, int64_t first, int64_t from, int64_t until,
-                 uint32_t *panel) {
-    int64_t left = n - first < PANEL ? n - first : PANEL;
+/* pairs[32] of two whole lines. Unpacking pairs the numbers of each quarter of a register: its low
+   half from the first sixteen columns, its high half from the others. */
+static inline void pack_lines(const uint16_t *even, const uint16_t *odd, uint32_t *pairs) {
+    const __m512i order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
+    __m512i first = _mm512_permutexvar_epi64(order, _mm512_loadu_si512(even));
+    __m512i second = odd ? _mm512_permutexvar_epi64(order, _mm512_loadu_si512(odd))
+                         : _mm512_setzero_si512();
+    _mm512_store_si512(pairs, _mm512_unpacklo_epi16(first, second));
+    _mm512_store_si512(pairs + 16, _mm512_unpackhi_epi16(first, second));
+}
+
+/* pairs[32] of rows 2·p and 2·p + 1, whose numbers lie side by side; of `left` columns. */
+static inline void pack_rows(const Matrix *b, int64_t k, int64_t p, int64_t first, int64_t left,
+                             uint32_t *pairs) {
+    int whole = 2 * p + 1 < k;
+    if (b->held == BF16 && left >= PANEL) {
+        const uint16_t *even = (const uint16_t *)b->data + 2 * p * b->row + first;
+        pack_lines(even, whole ? even + b->row : NULL, pairs);
+        return;
+    }
     uint32_t columns = left < PANEL ? (1u << left) - 1 : ~0u;
+    for (int h = 0; h < 2; ++h) {
+        __mmask16 within = (__mmask16)(columns >> 16 * h);
+        __m512i even = numbers_of(b, within, 2 * p, first + 16 * h), odd = {0};
+        if (whole) odd = numbers_of(b, within, 2 * p + 1, first + 16 * h);
+        _mm512_store_si512(pairs + 16 * h, paired(even, odd));
+    }
+}
+
+/* packed[panel][`until` − `from`][32][2] of panels `panel` to `last`: pairs `from` to `until` of k,
+   zeros beyond n and k. Rows are read in one piece across all panels. */
+static void pack(const Matrix *b, int64_t k, int64_t n, int64_t panel, int64_t last, int64_t from,
+                 int64_t until, uint32_t *packed) {
+    int64_t step = (until - from) * PANEL;
     if (b->column == 1) {
-        for (int64_t p = from; p < until; ++p) {
-            if (2 * p + 1 + AHEAD < k) {
-                prefetch(b, 2 * p + AHEAD, first);
-                prefetch(b, 2 * p + 1 + AHEAD, first);
-            }
-            for (int h = 0; h < 2; ++h) {
-                __mmask16 within = (__mmask16)(columns >> 16 * h);
-                __m512i even = numbers_of(b, within, 2 * p, first + 16 * h), odd = {0};
-                if (2 * p + 1 < k) odd = numbers_of(b, within, 2 * p + 1, first + 16 * h);
-                _mm512_store_si512(panel + p * PANEL + 16 * h, paired(even, odd));
-            }
-        }
-        return;
-    }
-    if (b->row == 1) {
-        for (int h = 0; h < 2; ++h)
-            for (int64_t p = from; p < until; p += 16) {
-                __m512i lines[16];
-                for (int64_t j = 0; j < 16; ++j)
-                    lines[j] = 16 * h + j < left ? pairs_of(b, k, 2 * p, first + 16 * h + j)
-                                                 : _mm512_setzero_si512();
-                transpose(lines);
-                for (int64_t i = 0; i < 16 && p + i < until; ++i)
-                    _mm512_store_si512(panel + (p + i) * PANEL + 16 * h, lines[i]);
+        for (int64_t p = from; p < until; ++p)
+            for (int64_t i = panel; i < last; ++i) {
+                if (2 * p + 1 + AHEAD < k) {
+                    prefetch(b, 2 * p + AHEAD, i * PANEL);
+                    prefetch(b, 2 * p + 1 + AHEAD, i * PANEL);
+                }
+                pack_rows(b, k, p, i * PANEL, n - i * PANEL,
+                          packed + (i - panel) * step + (p - from) * PANEL);
             }
         return;
     }
-    for (int64_t j = 0; j < PANEL; ++j)
-        for (int64_t p = from; p < until; ++p) {
-            uint32_t even = j < left ? number(b, 2 * p, first + j) : 0;
-            uint32_t odd = j < left && 2 * p + 1 < k ? number(b, 2 * p + 1, first + j) : 0;
-            panel[p * PANEL + j] = even | odd << 16;
+    for (int64_t i = panel; i < last; ++i, packed += step) {
+        int64_t first = i * PANEL, left = n - first < PANEL ? n - first : PANEL;
+        if (b->row == 1) {
+            for (int h = 0; h < 2; ++h)
+                for (int64_t p = from; p < until; p += 16) {
+                    __m512i lines[16];
+                    for (int64_t j = 0; j < 16; ++j)
+                        lines[j] = 16 * h + j < left ? pairs_of(b, k, 2 * p, first + 16 * h + j)
+                                                     : _mm512_setzero_si512();
+                    transpose(lines);
+                    for (int64_t q = 0; q < 16 && p + q < until; ++q)
+                        _mm512_store_si512(packed + (p - from + q) * PANEL + 16 * h, lines[q]);
+                }
+            continue;
         }
+        for (int64_t j = 0; j < PANEL; ++j)
+            for (int64_t p = from; p < until; ++p) {
+                uint32_t even = j < left ? number(b, 2 * p, first + j) : 0;
+                uint32_t odd = j < left && 2 * p + 1 < k ? number(b, 2 * p + 1, first + j) : 0;
+                packed[(p - from) * PANEL + j] = even | odd << 16;
+            }
+    }
 }
 
 /* line[k] = a row whose numbers lie side by side; one zero more where k is odd. */
@@ -159,11 +189,13 @@ typedef struct {
     __m512 sums[TILE_ROWS][2];
 } Tile;
 
-#define EACH_ROW(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7)
+#define FOUR_ROWS(DO) DO(0) DO(1) DO(2) DO(3)
+#define EACH_ROW(DO) FOUR_ROWS(DO) DO(4) DO(5) DO(6) DO(7)
 
 #define START(i)                                                                                  \
     const uint8_t *row##i = rows[i];                                                              \
-    __m512 left##i = _mm512_setzero_ps(), right##i = left##i;
+    __m512 left##i = goes_on ? tile->sums[i][0] : _mm512_setzero_ps();                            \
+    __m512 right##i = goes_on ? tile->sums[i][1] : _mm512_setzero_ps();
 #define ADD_LEFT(i)                                                                               \
     memcpy(&pair, row##i + p * a->pair, size);                                                    \
     values = (__m512bh)_mm512_set1_epi32((int)pair);                                              \
@@ -171,12 +203,12 @@ typedef struct {
 #define ADD_BOTH(i) ADD_LEFT(i) right##i = _mm512_dpbf16_ps(right##i, values, right);
 #define STORE(i) tile->sums[i][0] = left##i, tile->sums[i][1] = right##i;
 
-/* Sums of TILE_ROWS rows by one panel. They have names, and a function of their own, so that
-   compilers keep all of them in registers. */
-#define MULTIPLY(NAME, ADD)                                                                       \
+/* Sums of some rows by one panel, added to the tile's where they go on. They have names, and a
+   function of their own, so that compilers keep all of them in registers. */
+#define MULTIPLY(NAME, ROWS, ADD)                                                                 \
     __attribute__((noinline)) static void NAME(const Rows *a, const uint8_t *const *rows,         \
-                                               const uint32_t *panel, Tile *tile) {               \
-        EACH_ROW(START)                                                                           \
+                                               const uint32_t *panel, Tile *tile, int goes_on) {  \
+        ROWS(START)                                                                               \
         __m512bh values, left, right;                                                             \
         uint32_t pair = 0;                                                                        \
         int64_t p = 0;                                                                            \
@@ -184,21 +216,35 @@ typedef struct {
             enum { size = 4 };                                                                    \
             left = (__m512bh)_mm512_load_si512(panel + p * PANEL);                                \
             right = (__m512bh)_mm512_load_si512(panel + p * PANEL + 16);                          \
-            EACH_ROW(ADD)                                                                         \
+            ROWS(ADD)                                                                             \
         }                                                                                         \
         if (a->odd) {                                                                             \
             enum { size = 2 };                                                                    \
             pair = 0;                                                                             \
             left = (__m512bh)_mm512_load_si512(panel + p * PANEL);                                \
             right = (__m512bh)_mm512_load_si512(panel + p * PANEL + 16);                          \
-            EACH_ROW(ADD)                                                                         \
+            ROWS(ADD)                                                                             \
         }                                                                                         \
         (void)right;                                                                              \
-        EACH_ROW(STORE)                                                                           \
+        ROWS(STORE)                                                                               \
     }
 
-MULTIPLY(multiply, ADD_BOTH)
-MULTIPLY(multiply_left, ADD_LEFT) /* at most 16 columns */
+MULTIPLY(multiply_whole, EACH_ROW, ADD_BOTH)
+MULTIPLY(multiply_left, EACH_ROW, ADD_LEFT) /* at most 16 columns */
+MULTIPLY(multiply_four, FOUR_ROWS, ADD_BOTH)
+MULTIPLY(multiply_four_left, FOUR_ROWS, ADD_LEFT)
+
+/* Rows `top` to `top` + `count` by a panel of `width` columns; pairs from `from` on. */
+static inline void multiply(const Rows *a, int64_t top, int64_t count, int64_t from, int64_t width,
+                            const uint32_t *panel, Tile *tile, int goes_on) {
+    const uint8_t *rows[TILE_ROWS];
+    for (int64_t i = 0; i < TILE_ROWS; ++i) /* beyond the last row, that one again */
+        rows[i] = a->data + (top + (i < count ? i : count - 1)) * a->row + from * a->pair;
+    if (count > 4)
+        (width > 16 ? multiply_whole : multiply_left)(a, rows, panel, tile, goes_on);
+    else
+        (width > 16 ? multiply_four : multiply_four_left)(a, rows, panel, tile, goes_on);
+}
 
 /* What follows the sums of `count` rows from `top` on and `width` columns from `first` on; `kind` and
    `whole` (all PANEL columns) are constants, for which the compiler makes a loop of its own. */
@@ -252,19 +298,16 @@ static void finish(const Output *to, const Tile *tile, int64_t top, int64_t coun
         write_tile(to, tile, top, count, first, width, TRANSPOSED, 0);
 }
 
-/* Rows `from` to `until` by columns `first` to `last`, whose panels are packed. */
+/* Rows `from` to `until` by all n columns, whose panels are packed. */
 static void block(const Rows *a, const uint32_t *panels, int64_t k, int64_t from, int64_t until,
-                  int64_t first, int64_t last, const Output *to) {
+                  int64_t n, const Output *to) {
     for (int64_t top = from; top < until; top += TILE_ROWS) {
         int64_t count = until - top < TILE_ROWS ? until - top : TILE_ROWS;
-        const uint8_t *rows[TILE_ROWS];
-        for (int64_t i = 0; i < TILE_ROWS; ++i) /* beyond the last row, that one again */
-            rows[i] = a->data + (top + (i < count ? i : count - 1)) * a->row;
         const uint32_t *panel = panels;
-        for (int64_t c = first; c < last; c += PANEL, panel += (k + 1) / 2 * PANEL) {
+        for (int64_t c = 0; c < n; c += PANEL, panel += (k + 1) / 2 * PANEL) {
             Tile tile;
-            int64_t width = last - c < PANEL ? last - c : PANEL;
-            (width > 16 ? multiply : multiply_left)(a, rows, panel, &tile);
+            int64_t width = n - c < PANEL ? n - c : PANEL;
+            multiply(a, top, count, 0, width, panel, &tile, 0);
             finish(to, &tile, top, count, c, width);
         }
     }
@@ -279,14 +322,12 @@ static void block_of_converted(const Matrix *a, const uint32_t *panels, int64_t 
         int64_t stop = until - top < TILE_ROWS ? until : top + TILE_ROWS;
         for (int64_t i = top; i < stop; ++i) copy_row(a, i, k, lines + (i - top) * 2 * pairs);
         Rows rows = {(const uint8_t *)lines - top * 4 * pairs, 4 * pairs, 4, pairs, 0};
-        block(&rows, panels, k, top, stop, 0, n, to);
+        block(&rows, panels, k, top, stop, n, to);
     }
     free(lines);
 }
 
-static uint32_t *room_for(int64_t panels, int64_t pairs) {
-    return aligned_alloc(64, sizeof(uint32_t) * (size_t)(panels * pairs * PANEL));
-}
+static void *room_for(int64_t bytes) { return aligned_alloc(64, (size_t)(bytes + 63) / 64 * 64); }
 
 typedef struct {
     Matrix a, b;
@@ -298,14 +339,47 @@ typedef struct {
     int threads;
 } Product;
 
+/* All rows by panels `first` to `last`, a block of k after the other: b is read in pieces as long as
+   these panels are wide, and what the next block reads is asked for meanwhile. */
+static void columns(const Product *of, int64_t first, int64_t last, uint32_t *packed, Tile *tiles) {
+    int64_t of_a_panel = (of->m + TILE_ROWS - 1) / TILE_ROWS;
+    for (int64_t from = 0; from < of->pairs; from += BLOCK) {
+        int64_t until = from + BLOCK < of->pairs ? from + BLOCK : of->pairs;
+        Rows rows = of->rows;
+        rows.odd = rows.odd && until == of->pairs;
+        rows.pairs = until - from - rows.odd;
+        pack(&of->b, of->k, of->n, first, last, from, until, packed);
+        for (int64_t p = first; p < last; ++p) {
+            const uint32_t *panel = packed + (p - first) * (until - from) * PANEL;
+            int64_t left = of->n - p * PANEL, width = left < PANEL ? left : PANEL;
+            for (int64_t t = 0; t < of_a_panel; ++t) {
+                Tile *tile = tiles + (p - first) * of_a_panel + t;
+                int64_t top = t * TILE_ROWS, below = of->m - top;
+                int64_t count = below < TILE_ROWS ? below : TILE_ROWS;
+                if (of->b.column == 1)
+                    for (int64_t i = t * 2 * BLOCK / of_a_panel;
+                         i < (t + 1) * 2 * BLOCK / of_a_panel && 2 * until + i < of->k; ++i)
+                        prefetch(&of->b, 2 * until + i, p * PANEL);
+                multiply(&rows, top, count, from, width, panel, tile, from > 0);
+                if (until == of->pairs)
+                    finish(&of->to, tile, top, count, p * PANEL, width);
+            }
+        }
+    }
+}
+
 /* Threads share out the columns, each packing what it multiplies next. */
 static void share_columns(const Product *of) {
-    int64_t most = CACHED / (4 * PANEL * of->pairs), tasks, step = of->pairs * PANEL;
-    tasks = most > 1 ? (of->panels + most - 1) / most : of->panels;
+    int64_t of_a_panel = (of->m + TILE_ROWS - 1) / TILE_ROWS * (int64_t)sizeof(Tile);
+    int64_t most = UNFINISHED > of_a_panel ? UNFINISHED / of_a_panel : 1;
+    int64_t tasks = (of->panels + most - 1) / most;
     tasks = (tasks + of->threads - 1) / of->threads * of->threads;
     _Pragma("omp parallel num_threads(of->threads) if (of->m * of->k * of->n > 65536)")
     {
-        uint32_t *packed = room_for(of->panels / tasks + 1, of->pairs);
+        int64_t panels = of->panels / tasks + 1;
+        int64_t pairs = of->pairs < BLOCK ? of->pairs : BLOCK;
+        uint32_t *packed = room_for(panels * pairs * PANEL * (int64_t)sizeof *packed);
+        Tile *tiles = room_for(panels * of_a_panel);
         if (!of->by_rows)
             copy_columns(&of->a, of->m, of->k, of->copy);
         else if (of->copy)
@@ -313,20 +387,16 @@ static void share_columns(const Product *of) {
             for (int64_t i = 0; i < of->m; ++i)
                 copy_row(&of->a, i, of->k, (uint16_t *)(of->copy + i * of->pairs));
         _Pragma("omp for schedule(static)")
-        for (int64_t task = 0; task < tasks; ++task) {
-            int64_t first = task * of->panels / tasks, last = (task + 1) * of->panels / tasks;
-            for (int64_t p = first; p < last; ++p)
-                pack(&of->b, of->k, of->n, p * PANEL, 0, of->pairs, packed + (p - first) * step);
-            block(&of->rows, packed, of->k, 0, of->m, first * PANEL,
-                  last * PANEL < of->n ? last * PANEL : of->n, &of->to);
-        }
+        for (int64_t task = 0; task < tasks; ++task)
+            columns(of, task * of->panels / tasks, (task + 1) * of->panels / tasks, packed, tiles);
+        free(tiles);
         free(packed);
     }
 }
 
 /* All of b is packed first; then threads share out the rows. */
 static void share_rows(const Product *of) {
-    uint32_t *packed = room_for(of->panels, of->pairs);
+    uint32_t *packed = room_for(of->panels * of->pairs * PANEL * (int64_t)sizeof *packed);
     int64_t blocks = (of->m + TILE_ROWS - 1) / TILE_ROWS;
     int64_t parts = of->panels < of->threads ? of->threads : 1; /* of a panel */
     int converts = of->by_rows && of->a.held != BF16;
@@ -335,9 +405,9 @@ static void share_rows(const Product *of) {
         if (!of->by_rows) copy_columns(&of->a, of->m, of->k, of->copy);
         _Pragma("omp for schedule(static)")
         for (int64_t p = 0; p < of->panels * parts; ++p) {
-            int64_t panel = p / parts, part = p % parts;
-            pack(&of->b, of->k, of->n, panel * PANEL, part * of->pairs / parts,
-                 (part + 1) * of->pairs / parts, packed + panel * of->pairs * PANEL);
+            int64_t panel = p / parts, part = p % parts, from = part * of->pairs / parts;
+            pack(&of->b, of->k, of->n, panel, panel + 1, from, (part + 1) * of->pairs / parts,
+                 packed + (panel * of->pairs + from) * PANEL);
         }
         _Pragma("omp for schedule(static)")
         for (int64_t t = 0; t < of->threads; ++t) {
@@ -347,7 +417,7 @@ static void share_rows(const Product *of) {
             if (converts)
                 block_of_converted(&of->a, packed, of->k, from, until, of->n, &of->to);
             else
-                block(&of->rows, packed, of->k, from, until, 0, of->n, &of->to);
+                block(&of->rows, packed, of->k, from, until, of->n, &of->to);
         }
     }
     free(packed);

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from ...core import thin_products
 from ...core.dropped import Dropout
 from ...core.products import LowRank, accumulator, column_sum, inner, outer_gradient, project
 from ...core.units import Units
@@ -87,12 +88,14 @@ class Branch(NamedTuple):
         return Units(self.activation, self.scale_tensor, mask)
 
     def _term(self, z: torch.Tensor) -> LowRank:
-        """h and U, with a unit of ones and the bias as its column of U where there is a bias."""
-        up, biased = self.up, self.bias_up is not None
-        if biased:
-            wide = accumulator(z.dtype)
-            bias = self.bias_up.to(wide)
-            if self.scale_tensor is not None:
-                bias = bias * self.scale_tensor.to(wide)
-            up = torch.cat((up.to(wide), bias.unsqueeze(1)), 1)
-        return LowRank(self._units.forward(z, biased), up, self.scale)
+        """h, U and the bias; for BLAS the bias is a column of U that a unit of ones meets."""
+        if self.bias_up is None:
+            return LowRank(self._units.forward(z, False), self.up, self.scale)
+        wide = accumulator(z.dtype)
+        bias = self.bias_up.to(wide)
+        if self.scale_tensor is not None:
+            bias = bias * self.scale_tensor.to(wide)
+        if z.dtype == torch.bfloat16 and z.is_cpu and thin_products.available():
+            return LowRank(self._units.forward(z, False), self.up, self.scale, bias * self.scale)
+        up = torch.cat((self.up.to(wide), bias.unsqueeze(1)), 1)
+        return LowRank(self._units.forward(z, True), up, self.scale)

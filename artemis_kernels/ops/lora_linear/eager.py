@@ -67,7 +67,8 @@ def expanded(
     s: torch.Tensor, lora_b: torch.Tensor, scale: float, scale_tensor: torch.Tensor | None
 ) -> LowRank:
     """The term `σ·s Bᵀ` [M, out], for s [M, rank]."""
-    return LowRank(_scaled(s, scale_tensor), lora_b, scale)
+    number, gain = _read(scale, scale_tensor)
+    return LowRank(s if gain is None else s * gain, lora_b, number)
 
 
 def expand_gradients(
@@ -81,17 +82,24 @@ def expand_gradients(
     """Gradients of s, lora_b, scale_tensor and the base's bias, None where not needed."""
     needs_s, needs_b, needs_scale, needs_bias = needs
     ds = db = dscale = dbias = None
-    if needs_b:
-        db = outer_gradient(dy, _scaled(s, scale_tensor), scale).to(lora_b.dtype)
-    if needs_s or needs_scale:
-        before_gain = project(dy, lora_b.t(), alpha=scale)
-        if needs_scale:
-            dscale = inner(before_gain, s).to(scale_tensor.dtype)
-        ds = _scaled(before_gain, scale_tensor)
+    if needs_b or needs_scale:
+        before_gain = outer_gradient(dy, s, scale)
+        if needs_scale:  # Σ (dY B) ⊙ s = Σ (dYᵀ s) ⊙ B
+            dscale = inner(before_gain, lora_b).to(scale_tensor.dtype)
+        if needs_b:
+            db = before_gain if scale_tensor is None else before_gain * scale_tensor
+            db = db.to(lora_b.dtype)
+    if needs_s:
+        number, gain = _read(scale, scale_tensor)
+        ds = project(dy, lora_b.t(), alpha=number)
+        ds = ds if gain is None else ds * gain
     if needs_bias:
         dbias = column_sum(dy).to(dy.dtype)
     return ds, db, dscale, dbias
 
 
-def _scaled(x: torch.Tensor, scale_tensor: torch.Tensor | None) -> torch.Tensor:
-    return x if scale_tensor is None else x * scale_tensor
+def _read(scale: float, scale_tensor: torch.Tensor | None) -> tuple[float, torch.Tensor | None]:
+    """σ as a number, which products take; a tensor stays one where reading it means waiting."""
+    if scale_tensor is None or not scale_tensor.is_cpu:
+        return scale, scale_tensor
+    return scale * float(scale_tensor), None
