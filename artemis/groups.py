@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .layers import weight_of
+from .layers import has_own_tensors, weight_of
 
 
 class _Left(NamedTuple):
@@ -101,6 +101,8 @@ class InputGroup:
             and other.training == module.training
             # accelerate sets it, and may bring the weights only for that call.
             and "forward" not in vars(other)
+            # A hook of the sibling's own call makes the others.
+            and has_own_tensors(other)
             for other in self.modules
         ) and site.can_join(module.training)  # fmt: skip
 

@@ -92,6 +92,7 @@ def remove_adapter(model: nn.Module) -> None:
     """Take the adapter out: classes, weights and `requires_grad` of the base are as before.
 
     A merged adapter is unmerged first. Heads keep what they learned: they were trained in place.
+    Modules that were put in the place of adapted ones stay as they are.
     """
     unmerge_adapter(model)
     eject(model)

@@ -8,8 +8,9 @@ from .bank import BANK, AdapterBank, find_bank
 from .config import HybridAdapterConfig
 from .errors import AdapterError
 from .groups import InputGroup, Shelf
-from .layers import adapt, restore
+from .layers import adapt, has_own_tensors, restore
 from .plan import Plan, SiteSpec
+from .quantized_layers import LayerWeight
 from .sites import SITES, SharedSeed
 
 
@@ -40,13 +41,18 @@ def inject(model: nn.Module, config: HybridAdapterConfig, plan: Plan) -> Adapter
 
 
 def eject(model: nn.Module) -> None:
-    """Undo `inject`: classes, hooks and `requires_grad` as before; heads keep what they learned."""
+    """Undo `inject`: classes, hooks and `requires_grad` as before; heads keep what they learned.
+
+    Modules are known by their site, not by their path, where another may stand by now.
+    """
     bank = find_bank(model)
-    for path, site in bank.sites.items():
+    sites = {id(site) for site in bank.sites.values()}
+    for module in list(model.modules()):
+        if id(vars(module).get("adapter")) in sites:
+            restore(module)
+    for site in bank.sites.values():
         if site.spec.kind == "block":
             site.hook.remove()
-        else:
-            restore(model.get_submodule(path))
     if bank.head_hook is not None:
         bank.head_hook.remove()
     delattr(model, BANK)
@@ -103,11 +109,17 @@ def _check_head(model: nn.Module, head: str) -> None:
             )
 
 
-def _weights(model: nn.Module, spec: SiteSpec) -> list[nn.Parameter]:
-    """The weights that `spec` adapts: the layer's own, or those of the block's linear layers."""
+def _weights(model: nn.Module, spec: SiteSpec) -> list[torch.Tensor | LayerWeight]:
+    """The weights that `spec` adapts: the layer's own, or those of the block's linear layers.
+
+    Where a hook makes the weight of parameters at each forward (pruning, weight norms), one of
+    those stands for it: the weight itself is as the last forward left it, wherever the model is.
+    """
     module = model.get_submodule(spec.path)
     layers = [m for m in module.modules() if architectures.linear_features(m)]
-    return [layer.weight for layer in layers]
+    return [
+        layer.weight if has_own_tensors(layer) else next(layer.parameters()) for layer in layers
+    ]
 
 
 def _first_weight(model: nn.Module, plan: Plan) -> torch.Tensor:

@@ -4,15 +4,16 @@ Injection sets `module.__class__`, so no parameter moves or changes its name, `i
 holds, and, the classes being importable, whole models pickle.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from . import frozen
+from .errors import AdapterError, listed
 from .frozen import weight_of
-from .quantized_layers import QUANTIZED, QuantizedConv1D, QuantizedLinear
+from .quantized_layers import QUANTIZED, QuantizedConv1D, QuantizedLinear, is_packed
 from .sites import Site
 
 
@@ -99,5 +100,52 @@ def adapt(module: nn.Module, site: Site) -> None:
 
 def restore(module: nn.Module) -> None:
     """Turn an adapted layer back into what it was."""
-    module.__class__ = {new: old for old, new in ADAPTED.items()}[type(module)]
+    module.__class__ = _plain(type(module))
     del module.adapter
+
+
+def _plain(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that `cls` would be without the adapter.
+
+    torch's parametrizations put a class of the one module's own on top of its class.
+    """
+    plain = {adapted: plain for plain, adapted in ADAPTED.items()}
+    if cls in plain:
+        return plain[cls]
+    bases = tuple(plain.get(base, base) for base in cls.__bases__)
+    name = cls.__name__.replace(cls.__bases__[0].__name__, bases[0].__name__)
+    return type(name, bases, dict(vars(cls)))
+
+
+def has_own_tensors(module: nn.Module) -> bool:
+    """Whether weight and bias of a linear layer are its parameters, or packed.
+
+    Those that pruning, weight norms and parametrizations work out at each forward are not, and
+    before the layer's own call they may be old.
+    """
+    own = module._parameters
+    return "bias" in own and ("weight" in own or is_packed(module))
+
+
+def adapted_module(model: nn.Module, site: Site) -> nn.Module | None:
+    """The module that `site` acts on, in its place or in what wraps it there; None: replaced."""
+    try:
+        found = model.get_submodule(site.spec.path)
+    except AttributeError:
+        return None
+    for module in found.modules():
+        hooks = module._forward_hooks.values()
+        if vars(module).get("adapter") is site or any(hook is site for hook in hooks):
+            return module
+    return None
+
+
+def check_in_place(model: nn.Module, sites: Iterable[Site]) -> None:
+    """Raise `AdapterError` where another module stands in the place of the one that was adapted."""
+    replaced = [site.spec.path for site in sites if adapted_module(model, site) is None]
+    if replaced:
+        raise AdapterError(
+            f"{listed(replaced)}: replaced after the adapter was added (resize_token_embeddings"
+            " replaces an output head), so that the adapter does not run there; put the module"
+            " back, or call remove_adapter() and add the adapter to the model as it is now"
+        )

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from .bank import find_bank
-from .errors import AdapterError
-from .layers import weight_of
+from .errors import AdapterError, listed
+from .layers import adapted_module, check_in_place, weight_of
 from .quantized_layers import is_packed
 from .sites import Site
 
@@ -31,31 +31,59 @@ class MergeReport:
 def merge_adapter(model: nn.Module) -> MergeReport:
     """Fold into the base's weights what can be folded; the rest stays active.
 
-    LoRA folds into any weight that is the layer's alone; a bottleneck only with the identity as its
-    activation, and, if it has biases, on a layer that has one. The originals are kept on the CPU
-    for `unmerge_adapter`. Sums are formed in at least fp32 and rounded once. Merging what is merged
-    changes nothing.
+    LoRA folds into any weight that is the layer's alone and a parameter of it (pruning and weight
+    norms work the weight out at each forward); a bottleneck only with the identity as its
+    activation, and, if it has biases, on a layer that has one, its alone too. The originals are
+    kept on the CPU for `unmerge_adapter`. Sums are formed in at least fp32 and rounded once.
+    Merging what is merged changes nothing.
+
+    Raises `AdapterError`, before anything is changed, where the adapter is switched off or an
+    adapted module was replaced.
     """
     bank = find_bank(model)
+    if not bank.enabled:
+        raise AdapterError(
+            "the adapter is switched off; leave `with model.disable_adapter()` before merging"
+        )
+    check_in_place(model, bank.sites.values())
     active = {}
     for path, site in bank.sites.items():
-        reason = _why_not(model, site)
+        if site.original:
+            continue
+        module = adapted_module(model, site)
+        reason = _why_not(model, module, site)
         if reason:
             active[path] = reason
-        elif site.original is None:
-            _fold(model.get_submodule(path), site)
+        else:
+            _fold(module, site)
     return MergeReport(tuple(path for path in bank.sites if path not in active), active)
 
 
 @torch.no_grad()
 def unmerge_adapter(model: nn.Module) -> None:
-    """Put the base's own weights back, bit for bit; the adapter is active again."""
-    for path, site in find_bank(model).sites.items():
-        if site.original:
-            module = model.get_submodule(path)
-            for name, tensor in site.original.items():
-                getattr(module, name).copy_(tensor)
-            site.original = None
+    """Put the base's own weights back, bit for bit; the adapter is active again.
+
+    Raises `AdapterError`, before anything is changed, where they have no place any more.
+    """
+    merged = [site for site in find_bank(model).sites.values() if site.original]
+    places = [_parameters(model, site) for site in merged]
+    lost = [site.spec.path for site, place in zip(merged, places, strict=True) if place is None]
+    if lost:
+        raise AdapterError(
+            f"{listed(lost)}: replaced, pruned, normed or parametrized since the adapter was"
+            " merged, so that the base's own weight cannot be put back; undo that first"
+        )
+    for site, place in zip(merged, places, strict=True):
+        for name, tensor in site.original.items():
+            place[name].copy_(tensor)
+        site.original = None
+
+
+def _parameters(model: nn.Module, site: Site) -> dict[str, nn.Parameter] | None:
+    """Where the parameters that folding changed are; None: they are not there any more."""
+    module = adapted_module(model, site)
+    known = module is not None and site.original.keys() <= module._parameters.keys()
+    return module._parameters if known else None
 
 
 def is_merged(model: nn.Module) -> bool:
@@ -69,31 +97,44 @@ def check_unmerged(model: nn.Module) -> None:
         raise AdapterError("the adapter is merged into the base; call unmerge_adapter() first")
 
 
-def _why_not(model: nn.Module, site: Site) -> str | None:
+def _why_not(model: nn.Module, module: nn.Module, site: Site) -> str | None:
     if site.spec.kind == "block":
         return "it acts on the output of a whole block"
-    module = model.get_submodule(site.spec.path)
     if is_packed(module):
         return f"the weight is quantized ({module.packing.format}): folding would round it again"
     if not module.weight.is_floating_point():
         return f"the weight is {module.weight.dtype}"
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter is module.weight and name != f"{site.spec.path}.weight":
-            return f"the weight is tied to {name}"
+    reason = _taken(model, module, site, "weight")
+    if reason:
+        return reason
     if site.spec.kind == "bottleneck":
         config = site.bank.config
         if config.activation != "identity":
             return f"a bottleneck with {config.activation} is not linear"
         if config.adapter_bias and module.bias is None:
             return "the bottleneck has biases and the layer has none to take them"
+        if module.bias is not None:
+            return _taken(model, module, site, "bias")
+    return None
+
+
+def _taken(model: nn.Module, module: nn.Module, site: Site, name: str) -> str | None:
+    """Why the layer's weight or bias is not its own to change, or None."""
+    if name not in module._parameters:
+        return f"the {name} is worked out at each forward (pruned, normed or parametrized)"
+    tensor = module._parameters[name]
+    for other, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter is tensor and other != f"{site.spec.path}.{name}":
+            return f"the {name} is tied to {other}"
     return None
 
 
 def _fold(module: nn.Module, site: Site) -> None:
     weight = weight_of(module)
     new_weight, new_bias = _folded(site, weight, module.bias)
+    changed = ["weight"] if new_bias is None else ["weight", "bias"]
     # Cloned: `.cpu()` of a tensor on the CPU is that tensor.
-    site.original = {n: p.detach().cpu().clone() for n, p in module.named_parameters()}
+    site.original = {n: module._parameters[n].detach().cpu().clone() for n in changed}
     weight.copy_(new_weight)
     if new_bias is not None:
         module.bias.copy_(new_bias)

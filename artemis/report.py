@@ -2,7 +2,8 @@
 
 from torch import nn
 
-from .bank import find_bank
+from .bank import BANK, ROLES, find_bank
+from .layers import check_in_place
 from .quantized_layers import packed_numbers
 
 
@@ -14,9 +15,11 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
         return sum(t.numel() for table in tables for t in getattr(bank, table).values())
 
     heads = (p for head in bank.heads for p in model.get_submodule(head).parameters())
+    parameters = model.named_parameters()
+    base = sum(p.numel() for name, p in parameters if not name.startswith(f"{BANK}."))
     return {
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "all": sum(p.numel() for p in model.parameters()) + packed_numbers(model),
+        "all": base + packed_numbers(model) + count(*ROLES),
         "lora": count("lora_a", "lora_b"),
         "bottleneck": count("down", "up", "bias_down", "bias_up"),
         "gains": count("gain"),
@@ -25,7 +28,11 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Print how many parameters train, of how many, and what they belong to."""
+    """Print how many parameters train, of how many, and what they belong to.
+
+    Raises `AdapterError` where an adapted module was replaced.
+    """
+    check_in_place(model, find_bank(model).sites.values())
     counts = count_parameters(model)
     share = 100 * counts["trainable"] / counts["all"]
     parts = ", ".join(

@@ -74,7 +74,7 @@ class Site:
     spec: SiteSpec
     bank: AdapterBank = field(repr=False)
     seeds: SharedSeed = field(repr=False)
-    #: The unmerged parameters, on the CPU, while the adapter is folded into the module's weight.
+    #: The parameters that folding changed, as they were, on the CPU, while the adapter is folded.
     original: dict[str, torch.Tensor] | None = field(default=None, repr=False)
     #: Modules that are computed together with this one, and this one's place among them.
     group: "InputGroup | None" = field(default=None, repr=False)
@@ -278,6 +278,13 @@ class BottleneckSite(Site):
         )
 
 
+def with_first(output: tuple, first: torch.Tensor) -> tuple:
+    """`output` with another first member; a named tuple keeps its class."""
+    if hasattr(output, "_fields"):
+        return type(output)(first, *output[1:])
+    return (first, *output[1:])
+
+
 class BlockSite(Site):
     """A bottleneck on the output of a block, as the block's forward hook."""
 
@@ -289,7 +296,7 @@ class BlockSite(Site):
         if not self.active:
             return output
         if isinstance(output, tuple) and output and isinstance(output[0], torch.Tensor):
-            return (self._adapt(output[0], module.training), *output[1:])
+            return with_first(output, self._adapt(output[0], module.training))
         if isinstance(output, torch.Tensor):
             return self._adapt(output, module.training)
         raise TypeError(

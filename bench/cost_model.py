@@ -62,10 +62,13 @@ class Gpu(NamedTuple):
             operations = in_16_bits / (1 if m <= _FEW_ROWS else DEQUANTIZING)
             moved = (weight_bytes * k * n + ends) / (share * self.bandwidth)
             return max(operations, moved) + LAUNCH
-        # x is read (twice where columns are kept apart), rounded, written and read.
-        rounding = 0.0 if rounded else self.passes(m * k * (3 + 2 * (format == "int8")))
+        # x is read, rounded, written and read. In int8 some columns are kept apart: x is read once
+        # more, the columns are chosen, and gathered of each weight.
+        apart = format == "int8"
+        rounding = 0.0 if rounded else self.passes(m * k * (3 + 2 * apart), 1 + 2 * apart)
         transposing = self.passes(2 * k * n) if back else 0.0
-        return 2 * m * k * n / (GEMM_8 * self.rate_8) + LAUNCH + rounding + transposing
+        launches = (1 + apart) * LAUNCH
+        return 2 * m * k * n / (GEMM_8 * self.rate_8) + launches + rounding + transposing
 
     def _how(self, m: int, k: int, n: int, format: str) -> str:
         with torch.device("meta"):

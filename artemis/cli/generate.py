@@ -11,6 +11,7 @@ from ..errors import AdapterError
 from ..hybrid import load_hybrid_adapter
 from ..training import default_device, load_base, resolve_precision
 from ..training.loading import PRECISIONS
+from ..training.positions import learned_positions
 
 NAME = "generate"
 SUMMARY = "continue a prompt with a base model and an adapter"
@@ -67,11 +68,13 @@ def continue_text(
     """The prompt with its continuation, and the number of new tokens.
 
     Raises:
-        AdapterError: the prompt holds no token.
+        AdapterError: the prompt holds no token, or it and what shall follow are more than the
+            positions that the model has learned.
     """
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     if not inputs["input_ids"].numel():
         raise AdapterError("the prompt holds no token")
+    _check_length(model, inputs["input_ids"].shape[1], max_new_tokens)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
     with torch.inference_mode():
         tokens = model.generate(
@@ -83,3 +86,20 @@ def continue_text(
         )[0]
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     return text, len(tokens) - inputs["input_ids"].shape[1]
+
+
+def _check_length(model: PreTrainedModel, prompt: int, new: int) -> None:
+    most = learned_positions(model)
+    if most is None:
+        return
+    if prompt > most:
+        raise AdapterError(
+            f"--prompt: got {prompt} tokens, allowed: up to {most}, the positions that the model"
+            " has learned"
+        )
+    left = most + 1 - prompt  # the last token is not read again
+    if new > left:
+        raise AdapterError(
+            f"--max-new-tokens: got {new} after a prompt of {prompt}, allowed: up to {left}, since"
+            f" the model has learned {most} positions"
+        )

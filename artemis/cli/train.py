@@ -4,6 +4,7 @@ import argparse
 import json
 
 from ..training import RunConfig, default_device, keep_freed_memory, run_training
+from ..training.run import is_first_process
 
 NAME = "train"
 SUMMARY = "train an adapter, or a whole model, as a YAML file says"
@@ -22,6 +23,8 @@ def run(args: argparse.Namespace) -> None:
     if default_device().type == "cpu":
         keep_freed_memory()
     result = run_training(RunConfig.from_yaml(args.config), resume=args.resume)
+    if not is_first_process():
+        return
     if args.json:
         print(json.dumps(result))
         return

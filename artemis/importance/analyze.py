@@ -14,6 +14,7 @@ from ..errors import AdapterError
 from ..layers import weight_of
 from ..merging import check_unmerged
 from ..plan import SiteSpec
+from ..quantized_layers import is_packed
 from ..targets import make_plan
 from .data import Batch, batches_of, to_device
 from .gradients import watched
@@ -149,6 +150,9 @@ def _sites(
 
 
 def _weight(model: nn.Module, path: str) -> torch.Tensor | None:
-    """The base's [out, in] weight of a linear layer; None for a block."""
+    """The base's [out, in] weight of a linear layer, unpacked; None for a block."""
     module = model.get_submodule(path)
-    return weight_of(module).detach() if hasattr(module, "weight") else None
+    if not hasattr(module, "weight"):
+        return None
+    weight = weight_of(module)
+    return weight.dequantize() if is_packed(module) else weight.detach()

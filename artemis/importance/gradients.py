@@ -15,6 +15,7 @@ from torch import nn
 
 from ..config import HybridAdapterConfig
 from ..plan import SiteSpec
+from ..sites import with_first
 from .moments import Moments
 from .readers import Reader
 
@@ -66,7 +67,7 @@ def _hook(moments: Moments, reader: Reader, token: torch.Tensor):
             u = reader((*args, *kwargs.values())[0], y)
         moments.expect()
         y = _Watch.apply(y, u, token, moments)
-        return (y, *output[1:]) if isinstance(output, tuple) else y
+        return with_first(output, y) if isinstance(output, tuple) else y
 
     return watch
 

@@ -227,27 +227,52 @@ def _check(model: nn.Module, stored: StoredBase) -> dict[str, nn.Module]:
             wanted = f"{layer.out_features}x{layer.in_features}"
             problems.append(f"{layer.path} is {what}, in the file a linear layer of {wanted}")
     if not problems:
-        problems = _differences(model, stored)
+        problems = _differences(model, stored, layers)
     if problems:
         raise AdapterError(f"{stored.path} does not fit the model: {listed(problems)}")
     return layers
 
 
-def _differences(model: nn.Module, stored: StoredBase) -> list[str]:
+def _differences(
+    model: nn.Module, stored: StoredBase, layers: Mapping[str, nn.Module]
+) -> list[str]:
     """Tensors that only one side has, or in another shape; packed layers are compared already."""
-    weights = {f"{layer.path}.weight" for layer in stored.report.layers}
-    parts = {f"{e.path}.{part}" for e in stored.report.layers for part in (*PARTS, SAMPLE)}
+    paths = {id(module): path for path, module in layers.items()}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    parts = {f"{path}.{part}" for path in layers for part in (*PARTS, SAMPLE)}
+    # A layer may have several names: each -> the one that it is stored under.
+    my_names = {name: paths[id(m)] for name, m in modules.items() if id(m) in paths}
+    their_names = {path: path for path in layers} | {
+        _owner(name): _owner(first) for name, first in stored.aliases.items() if first in parts
+    }
+    weights = {f"{name}.weight" for name in my_names}
     mine = {name: tuple(t.shape) for name, t in _named(model) if name not in weights}
     theirs = {name: shape for name, shape in stored.shapes.items() if name not in parts}
-    theirs |= {name: stored.shapes.get(first) for name, first in stored.aliases.items()}
+    theirs |= {
+        name: stored.shapes.get(first)
+        for name, first in stored.aliases.items()
+        if first not in parts
+    }
     # Buffers outside the state may differ between versions; a model with values has its own.
     optional = set() if _is_meta(model) else mine.keys() - model.state_dict().keys()
     names = sorted((mine.keys() | theirs.keys()) - optional)
     return [
+        f"{name} is {_named_layer(my_names, name)}, in the file {_named_layer(their_names, name)}"
+        for name in sorted(my_names.keys() | their_names.keys())
+        if my_names.get(name) != their_names.get(name)
+    ] + [
         f"{name} is {mine.get(name, 'missing')}, in the file {theirs.get(name, 'missing')}"
         for name in names
         if mine.get(name) != theirs.get(name)
     ]
+
+
+def _named_layer(names: Mapping[str, str], name: str) -> str:
+    return f"another name of {names[name]}" if name in names else "none of a packed layer"
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 @contextmanager

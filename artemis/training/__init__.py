@@ -7,7 +7,8 @@ from .loss import causal_loss, lean_loss
 from .memory import keep_freed_memory
 from .progress import show_progress
 from .reallocation import RankAllocationCallback
-from .run import count_parameters, run_training, tokens_per_second
+from .run import count_parameters, run_training
+from .throughput import tokens_per_second
 from .trainer import Trainer
 
 __all__ = [

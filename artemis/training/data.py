@@ -1,6 +1,7 @@
 """Text files into equal blocks of tokens for causal language modelling.
 
-A `.jsonl` file holds one document per line, under one text column; any other file is one document.
+A `.jsonl` file (or `.JSONL`) holds one document per line, under one text column; any other file is
+one document.
 Documents are tokenized, joined (with the tokenizer's end-of-text token between them, where it has
 one) and cut into blocks of equal length, so no batch carries padding.
 """
@@ -69,17 +70,26 @@ def load_blocks(
 
 def read_documents(path: Path, text_column: str = "text") -> Iterator[str]:
     """The documents of one file (see the module's description)."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise AdapterError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    if path.suffix != ".jsonl":
+    text = read_text(path)
+    if path.suffix.lower() != ".jsonl":
         yield text
         return
     # Not splitlines(): JSON strings may hold other line separators unescaped.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield _document(line, text_column, f"{path}:{number}")
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, without the mark that some editors put before it.
+
+    Raises:
+        AdapterError: it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise AdapterError(f"{path}: not UTF-8 text (byte {error.start})") from None
 
 
 def _document(line: str, text_column: str, place: str) -> str:
@@ -95,6 +105,13 @@ def _document(line: str, text_column: str, place: str) -> str:
     if not isinstance(record[text_column], str):
         kind = type(record[text_column]).__name__
         raise AdapterError(f"{place}: column {text_column!r} must be a string, got {kind}")
+    try:
+        record[text_column].encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can write half of a character, which is no text
+        half = f"\\u{ord(record[text_column][error.start]):04x}"
+        raise AdapterError(
+            f"{place}: column {text_column!r} holds half of a surrogate pair, {half}"
+        ) from None
     return record[text_column]
 
 

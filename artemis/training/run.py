@@ -1,11 +1,22 @@
 """The job that a training file describes."""
 
+import os
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from torch import distributed
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerState,
+    default_data_collator,
+    set_seed,
+)
+from transformers.trainer import TRAINER_STATE_NAME
 
+from ..adapter_file import read_adapter
 from ..allocation import set_dynamic_rank_allocation
 from ..automatic import choose_ranks
 from ..config import AUTO, HybridAdapterConfig
@@ -13,10 +24,13 @@ from ..errors import AdapterError
 from ..hybrid import add_hybrid_adapter_to_model
 from ..quantization import quantize_adapter_model
 from ..quantized_layers import packed_numbers
-from .config import BaseConfig, DataConfig, RunConfig, TrainingConfig
+from .config import BaseConfig, DataConfig, RunConfig
 from .data import TokenBlocks, load_blocks
 from .loading import attention_for, default_device, load_base, resolve_precision
+from .output import prepare_output
+from .positions import learned_positions
 from .progress import show_progress
+from .throughput import tokens_per_second
 from .trainer import Trainer
 
 
@@ -29,10 +43,11 @@ def run_training(config: RunConfig, resume: bool = False) -> dict[str, Any]:
 
     Returns:
         What `artemis train --json` prints. Losses are means over tokens, in nats; `eval_loss` is
-        None without held-out data. `lora_rank` says what `lora_rank: auto` chose, else None.
+        None without held-out data. `lora_rank` says what `lora_rank: auto` chose, or took up from
+        the checkpoint, else None. Under torchrun every process returns it.
 
     Raises:
-        AdapterError: the model, the data or the configuration cannot be used.
+        AdapterError: the model, the data, the folder or the configuration cannot be used.
     """
     settings = config.training
     hybrid = config.hybrid_adapter is not None and config.hybrid_adapter.enabled
@@ -40,58 +55,122 @@ def run_training(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     # A frozen base may be held in bf16; weights that are trained need float32's small steps.
     arguments = settings.arguments(autocast=dtype == torch.bfloat16 and not hybrid)
     attention = attention_for(dtype, default_device(), config.data.sequence_length)
+    checkpoint = prepare_output(config, resume)
     model, tokenizer = load_base(config.model, dtype if hybrid else torch.float32, attention)
     if packed_numbers(model) and not hybrid:
         raise AdapterError(f"model: {config.model!r} is quantized, allowed: with a hybrid_adapter")
+    _check_length(model, config.data.sequence_length)
     train_data, eval_data = _load_data(config.data, tokenizer)
     chosen = None
     if hybrid:
         if config.base.bits is not None:
             _quantize(model, config.base)
-        chosen = _add_adapter(model, config.hybrid_adapter, train_data, settings)
+        chosen = _add_adapter(model, config, train_data, arguments.device, checkpoint)
 
     trainer = Trainer(
         model,
         arguments,
         train_dataset=train_data,
         eval_dataset=eval_data,
+        # The usual one pads, which needs a token for it; the blocks are equal already.
+        data_collator=default_data_collator,
         processing_class=tokenizer,
     )
     show_progress(trainer, "training")
-    outcome = trainer.train(resume_from_checkpoint=resume)
+    outcome = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     return {
         "output_dir": settings.output_dir,
         "steps": outcome.global_step,
         "train_loss": outcome.training_loss,
         "eval_loss": trainer.evaluate()["eval_loss"] if eval_data else None,
-        "tokens_per_second": tokens_per_second(outcome.metrics, config.data.sequence_length),
+        "tokens_per_second": tokens_per_second(trainer, outcome, _steps_done(checkpoint)),
         "lora_rank": chosen,
         **count_parameters(model),
     }
 
 
+def is_first_process() -> bool:
+    """Whether this process is the one that reports: under torchrun only one does."""
+    return not _several_processes() or distributed.get_rank() == 0
+
+
+def _several_processes() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def _from_first_process(value: Any, device: torch.device) -> Any:
+    """The value that the first process has, for all; `device` is this one's, to send it by."""
+    values = [value]
+    if _several_processes():
+        distributed.broadcast_object_list(values, device=device)
+    return values[0]
+
+
+def _say(message: object) -> None:
+    if is_first_process():
+        print(message, file=sys.stderr)
+
+
+def _check_length(model: PreTrainedModel, sequence_length: int) -> None:
+    most = learned_positions(model)
+    if most is not None and sequence_length > most:
+        raise AdapterError(
+            f"data.sequence_length: got {sequence_length}, allowed: up to {most}, the positions"
+            " that the model has learned"
+        )
+
+
 def _add_adapter(
     model: PreTrainedModel,
-    config: HybridAdapterConfig,
+    config: RunConfig,
     data: TokenBlocks,
-    settings: TrainingConfig,
+    device: torch.device,
+    checkpoint: str | None,
 ) -> dict[str, Any] | None:
-    """Add the adapter; return what was chosen for `lora_rank: auto`, and say it."""
-    choice = None
-    if config.lora_rank == AUTO:
-        choice = choose_ranks(model, data, config, batch_size=settings.batch_size)
-        config = choice.config
-        print(choice.reason, file=sys.stderr)
-    set_seed(settings.seed)
-    add_hybrid_adapter_to_model(model, config)
-    if choice is None:
+    """Add the adapter; return what `lora_rank: auto` chose, and say it."""
+    adapter, settings = config.hybrid_adapter, config.training
+    if adapter.lora_rank != AUTO:
+        _add(model, adapter, settings.seed)
         return None
+    if checkpoint is not None:
+        return _add_as_saved(model, adapter, settings.seed, checkpoint)
+    model.to(device)  # where the gradients to choose by are as fast as those of training
+    choice = choose_ranks(model, data, adapter, batch_size=settings.batch_size)
+    # A GPU's sums may differ in their last bits, and processes must not differ in a rank.
+    choice = _from_first_process(choice, device)
+    _say(choice.reason)
+    _add(model, choice.config, settings.seed)
     report = set_dynamic_rank_allocation(
         model, choice.scores, choice.min_rank, choice.max_rank, verbose=False
     )
-    print(report, file=sys.stderr)
+    _say(report)
     return {**choice.to_dict(), "sizes": report.sizes}
+
+
+def _add(model: PreTrainedModel, config: HybridAdapterConfig, seed: int) -> None:
+    set_seed(seed)
+    add_hybrid_adapter_to_model(model, config)
+
+
+def _add_as_saved(
+    model: PreTrainedModel, config: HybridAdapterConfig, seed: int, checkpoint: str
+) -> dict[str, Any]:
+    """Add it with the rank that was chosen when the run began; the trainer loads the sizes."""
+    saved = read_adapter(checkpoint)
+    rank = saved.config.lora_rank
+    _add(model, replace(config, lora_rank=rank), seed)
+    reason = f"lora_rank: auto took up the rank {rank}, and each module's, from {checkpoint}"
+    _say(reason)
+    sizes = {site.path: site.size for site in saved.plan.sites}
+    return {"rank": rank, "reason": reason, "sizes": sizes}
+
+
+def _steps_done(checkpoint: str | None) -> int:
+    """The steps that a run had done when the checkpoint was saved."""
+    if checkpoint is None:
+        return 0
+    return TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)).global_step
 
 
 def _quantize(model: PreTrainedModel, base: BaseConfig) -> None:
@@ -109,11 +188,6 @@ def _load_data(
     train_data = load_blocks(config.train, tokenizer, length, column)
     eval_data = load_blocks(config.eval, tokenizer, length, column) if config.eval else None
     return train_data, eval_data
-
-
-def tokens_per_second(metrics: dict[str, float], sequence_length: int) -> float:
-    """Throughput of training, from the metrics of `Trainer.train`."""
-    return metrics["train_samples_per_second"] * sequence_length
 
 
 def count_parameters(model: PreTrainedModel) -> dict[str, int]:

@@ -3,7 +3,8 @@
 What differs from the parent:
 - the model may come late: `Trainer(args=..., train_dataset=...)`, then `trainer.train(model)`;
 - a checkpoint holds the adapter, the optimizer, the scheduler, the random states and the trainer's
-  state, never the base; resuming from it continues the run bit for bit on a CPU;
+  state, never the base; resuming from it continues the run bit for bit on a CPU, trains nothing
+  where all steps are done, and warns of arguments that the checkpoint outweighs (`resuming`);
 - the orthogonality penalty is added once per optimizer step, whatever the accumulation;
 - gains and biases of the adapter are not decayed;
 - a causal language model's loss is read from its logits as they are stored (`lean_loss`);
@@ -24,7 +25,12 @@ import transformers
 from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    EvalLoopOutput,
+    TrainOutput,
+    has_length,
+)
 
 from ..adapter_file import read_adapter
 from ..allocation.resize import resize
@@ -35,6 +41,7 @@ from ..orthogonality import orthogonality_penalty
 from ..quantized_layers import packed_layers
 from .config import TrainingConfig
 from .loss import lean_loss
+from .resuming import kept_intervals, kept_rates, moved_place, rates
 
 
 class Trainer(transformers.Trainer):
@@ -70,6 +77,10 @@ class Trainer(transformers.Trainer):
                 checkpoint, True from the last complete one under `args.output_dir`.
             args, kwargs: as in the parent's `train`; `resume_from_checkpoint` may stand here
                 beside a model.
+
+        Returns:
+            As in the parent's `train`; the loss and the rates are of this call's steps, and 0 where
+            a checkpoint has all steps done.
 
         Raises:
             AdapterError: there is no model; the checkpoint is missing or incomplete; an adapter
@@ -128,8 +139,9 @@ class Trainer(transformers.Trainer):
         bank = find_bank(self.model)
         check_writable(bank, "trained")
         if self.args.ddp_broadcast_buffers is None and any(packed_layers(self.model)):
-            # DDP sends buffers round at every forward, and a packed base lies in buffers.
-            self.args.ddp_broadcast_buffers = False
+            # DDP sends buffers round at every forward, and a packed base lies in buffers. The
+            # accelerator has read the arguments already, and wraps the model by its handler.
+            self.accelerator.ddp_handler.broadcast_buffers = False
         narrow = {p.dtype for p in bank.parameters() if p.requires_grad and p.itemsize < 4}
         if narrow:
             # Attributed to who called train.
@@ -217,6 +229,29 @@ class Trainer(transformers.Trainer):
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        if resume_from_checkpoint is not None:
+            sentences = kept_intervals(self.args, self.state)
+            if has_length(train_dataloader):
+                _, steps, *_, batches, _ = self.set_initial_training_values(
+                    self.args, train_dataloader
+                )
+                sentences += moved_place(self.args, self.state, steps, batches)
+            _warn(sentences)
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        given = rates(self.optimizer)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        _warn(kept_rates(given, rates(self.optimizer)))
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed in an epoch, after the last step; the parent looks after a step only.
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def _load_best_model(self) -> None:
         if _hybrid(self.model):
             _load_adapter(self.model, self.state.best_model_checkpoint)
@@ -232,6 +267,11 @@ class _NoModel(nn.Module):
 
 def _hybrid(model: nn.Module) -> bool:
     return find_bank(model) is not None
+
+
+def _warn(sentences: list[str]) -> None:
+    for sentence in sentences:
+        warnings.warn(sentence, stacklevel=2)
 
 
 def _load_adapter(model: nn.Module, path: str) -> None:

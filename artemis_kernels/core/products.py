@@ -79,9 +79,11 @@ def project(
 def outer_gradient(left: torch.Tensor, right: torch.Tensor, alpha: float = 1.0) -> torch.Tensor:
     """`alpha·leftᵀ right` summed over rows, for left [M, P] and right [M, Q]: a weight's gradient.
 
-    In fp32 for bf16, else in their dtype. The thin factor goes first, `(rightᵀ left)ᵀ` where right
-    is the narrower one: always in bf16, in fp32 up to a few columns.
+    In fp32 for 16 bits, else in their dtype. The thin factor goes first, `(rightᵀ left)ᵀ` where
+    right is the narrower one: always in bf16, in fp32 up to a few columns.
     """
+    if left.dtype == torch.float16:  # whose sums over rows may exceed it before alpha is applied
+        left, right = left.float(), right.float()
     p, q, in_bf16 = left.shape[1], right.shape[1], left.dtype == torch.bfloat16
     if in_bf16:
         thin, wide = (right, left) if q < p else (left, right)

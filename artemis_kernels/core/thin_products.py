@@ -24,6 +24,11 @@ def available() -> bool:
     return _pass() is not None
 
 
+def expands(m: int, width: int, out: int) -> bool:
+    """Whether `multiply` takes bf16 rows [m, width] by the transpose of a matrix [out, width]."""
+    return m >= _FEW_ROWS and 0 < min(m, width, out) <= _WIDEST and available()
+
+
 def _pass() -> Callable[..., None] | None:
     handle = native.library().handle if has_bf16_dots() else None
     if handle is None or not native.has(handle, "thin_product"):

@@ -251,8 +251,12 @@ def _eight_bit(shape: Shape, chip: Chip) -> Config:
 
 
 def _round_rows(shape: Shape, chip: Chip) -> Config:
-    """block_m and block_k round; block_n and split are those of the columns' maxima, for int8."""
-    split = min(64, max(1, next_power_of_2(shape.m) // 256))
+    """block_m and block_k round; block_n and split are those of the columns' maxima, for int8.
+
+    One program reads the parts of all columns: no more of them than keep the chip busy.
+    """
+    busy = 4 * chip.processors // _tiles(max(1, shape.n), 128)
+    split = max(1, min(64, busy, next_power_of_2(shape.m) // 256))
     return Config(16, 128, 512, split=split, warps=8)
 
 
@@ -267,6 +271,13 @@ def _round_logits(shape: Shape, chip: Chip) -> Config:
 
 def _unpack(shape: Shape, chip: Chip) -> Config:
     return Config(0, 32, 256, stages=1)
+
+
+def _transpose(shape: Shape, chip: Chip) -> Config:
+    """Whole lines of 128 bytes on either side, and four accesses of 16 bytes a thread."""
+    if shape.k % 16 or shape.n % 16:
+        return Config(0, 64, 64, warps=8, stages=1)  # each byte brings its own address and mask
+    return Config(0, 128, 128, warps=8, stages=1)
 
 
 HEURISTICS: dict[str, Callable[[Shape, Chip], Config]] = {
@@ -292,6 +303,8 @@ HEURISTICS: dict[str, Callable[[Shape, Chip], Config]] = {
     "unpack_int8": _unpack,
     "unpack_fp8": _unpack,
     "unpack_int4": _unpack,
+    "transpose_int8": _transpose,
+    "transpose_fp8": _transpose,
 }
 
 

@@ -74,7 +74,7 @@ class Units(NamedTuple):
         return UnitGradients(dz, h, total[:w], total[w])
 
     def _factor(self) -> float:
-        return 1.0 if self.scale is None else float(self.scale)
+        return 1.0 if self.scale is None else float(self.scale.detach())
 
     def _dropped(self, z: torch.Tensor) -> torch.Tensor:
         h = ACTIVATIONS[self.activation].forward(z)

@@ -36,7 +36,7 @@ def of_call(members: Sequence[Case], strategies: Sequence[str], chip: Chip) -> l
     joined = [pair for pair in pairs if together and not pair[1].startswith("plain")]
     apart = [pair for pair in pairs if pair not in joined]
     looks = (look for pair in apart for look in of_strategy(*pair, chip))
-    return list(dict.fromkeys((*looks, *_joined(joined))))
+    return list(dict.fromkeys((*looks, *_joined(joined, chip))))
 
 
 def of_strategy(case: Case, strategy: str, chip: Chip) -> list[Lookup]:
@@ -57,32 +57,32 @@ def _lora_linear(case: Case, strategy: str, chip: Chip) -> Iterator[Lookup]:
         yield "one_pass", Shape(m, n, k, r, dtype)
     else:
         yield "shrink", Shape(m, k=k, r=r, dtype=dtype, masked=case.drops)
-        yield from _base(case, strategy, r)
+        yield from _base(case, strategy, chip, r)
     if case.trains:
         yield from _hidden_gradient(case)
         yield "shrink_backward", Shape(m, k=k, r=r, dtype=dtype, masked=case.drops)
-        yield from _base(case, strategy, r, back=True)
+        yield from _base(case, strategy, chip, r, back=True)
 
 
 def _adapter_linear(case: Case, strategy: str, chip: Chip) -> Iterator[Lookup]:
     _, m, k, n, r = case[:5]
     dtype = case.torch_dtype
     if strategy.startswith("plain"):
-        yield from _base(case, strategy, 0)
+        yield from _base(case, strategy, chip, 0)
         for trains in (False, True)[: 1 + case.trains]:
             alone = case._replace(op="bottleneck_adapter", in_features=0, trains=trains)
             how, _ = tuning.choose_bottleneck(Shape(m, k=n, r=r, dtype=dtype), trains, chip)
             yield from _bottleneck_adapter(alone, how, chip)
         if case.trains:
-            yield from _base(case, strategy, 0, back=True)
+            yield from _base(case, strategy, chip, 0, back=True)
         return
     yield from _dense(case)
     yield "shrink", Shape(m, k=k, r=r, dtype=dtype)
-    yield from _base(case, strategy, r)
+    yield from _base(case, strategy, chip, r)
     if case.trains:
         yield from _hidden_gradient(case)
         yield "shrink_backward", Shape(m, k=k, r=r, dtype=dtype)
-        yield from _base(case, strategy, r, back=True)
+        yield from _base(case, strategy, chip, r, back=True)
 
 
 def _bottleneck_adapter(case: Case, strategy: str, chip: Chip) -> Iterator[Lookup]:
@@ -104,9 +104,9 @@ def _bottleneck_adapter(case: Case, strategy: str, chip: Chip) -> Iterator[Looku
 
 
 def _quantized_linear(case: Case, strategy: str, chip: Chip) -> Iterator[Lookup]:
-    yield from _base(case, strategy, 0)
+    yield from _base(case, strategy, chip, 0)
     if case.trains:
-        yield from _base(case, strategy, 0, back=True)
+        yield from _base(case, strategy, chip, 0, back=True)
 
 
 def _frozen_linear(case: Case, strategy: str, chip: Chip) -> Iterator[Lookup]:
@@ -115,15 +115,15 @@ def _frozen_linear(case: Case, strategy: str, chip: Chip) -> Iterator[Lookup]:
     if strategy == "one_pass":
         yield "one_pass", Shape(m, n, k, r, dtype)
     elif case.op == FROZEN + "plain":
-        yield from _base(case, strategy, 0)
+        yield from _base(case, strategy, chip, 0)
         yield "shrink", Shape(m, k=n, r=r, dtype=dtype)
         yield "update", Shape(m, n, r=r, dtype=dtype)
     else:
         yield "shrink", Shape(m, k=k, r=r, dtype=dtype)
-        yield from _base(case, strategy, r)
+        yield from _base(case, strategy, chip, r)
 
 
-def _joined(pairs: Sequence[tuple[Case, str]]) -> Iterator[Lookup]:
+def _joined(pairs: Sequence[tuple[Case, str]], chip: Chip) -> Iterator[Lookup]:
     """Of members with low-rank terms of x: one shrink for all, one sum over x, one dX."""
     if not pairs:
         return
@@ -135,14 +135,14 @@ def _joined(pairs: Sequence[tuple[Case, str]]) -> Iterator[Lookup]:
     for case, strategy in pairs:
         if folds:
             yield from _dense(case)
-        yield from _base(case, strategy, case.width)
+        yield from _base(case, strategy, chip, case.width)
     if not first.trains:
         return
     yield "shrink_backward", across
     for place, (case, strategy) in enumerate(pairs):
         yield from _hidden_gradient(case)
         # The first product of dX takes the whole low-rank term along; the others are added to it.
-        yield from _base(case, strategy, 0 if place else r, back=True)
+        yield from _base(case, strategy, chip, 0 if place else r, back=True)
 
 
 def _hidden_gradient(case: Case) -> Iterator[Lookup]:
@@ -155,7 +155,7 @@ def _hidden_gradient(case: Case) -> Iterator[Lookup]:
         yield "shrink_backward", Shape(m, k=n, r=r, dtype=dtype)
 
 
-def _base(case: Case, strategy: str, r: int, back: bool = False) -> Iterator[Lookup]:
+def _base(case: Case, strategy: str, chip: Chip, r: int, back: bool = False) -> Iterator[Lookup]:
     """Of the base's product with a low-rank term of rank r; `back`: of dX."""
     _, m, k, n = case[:4]
     k, n = (n, k) if back else (k, n)
@@ -174,6 +174,8 @@ def _base(case: Case, strategy: str, r: int, back: bool = False) -> Iterator[Loo
             yield "expand", whole
     else:
         yield f"round_rows_{how}", Shape(m, k, dtype=dtype)
+        if back and chip.backend == "cuda":
+            yield f"transpose_{how}", Shape(1, k, n)
         if vendor:
             yield f"finish_product_{how}", Shape(m, n, r=r, dtype=dtype, masked=masked)
         else:

@@ -13,6 +13,7 @@ from ..ops.low_rank.arguments import NO_DROPOUT, Dropout
 from ..ops.packed.eight_bit import eight_bit
 from ..ops.packed.epilogue import MOST_APART, Epilogue, finish
 from ..ops.packed.round_rows import round_rows
+from ..ops.packed.transpose import transpose
 from ..ops.packed.unpack import unpack
 from ..ops.packed.weight_only import weight_only
 
@@ -54,6 +55,11 @@ def _unpack(format: str, shape: Shape, chip: Chip, new):
     return lambda config: unpack(weight, shape.dtype, config=config)
 
 
+def _transpose(format: str, shape: Shape, chip: Chip, new):
+    data = new(shape.n, shape.k, dtype=_NUMBERS[format])
+    return lambda config: transpose(data, config=config)
+
+
 def _weight(format: str, shape: Shape, new) -> QuantizedWeight:
     n, k = shape.n, shape.k
     if format != "int4":
@@ -77,4 +83,5 @@ KERNELS = (
     ("round_rows", _round_rows, tuple(_NUMBERS)),
     ("finish_product", _finish_product, tuple(_NUMBERS)),
     ("unpack", _unpack, FORMATS),
+    ("transpose", _transpose, tuple(_NUMBERS)),
 )

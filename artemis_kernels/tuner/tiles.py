@@ -59,6 +59,7 @@ _FACTS = {
     "round_rows": Facts("m", "mk", multiplies=False),
     "finish_product": Facts("mn", "mn"),
     "unpack": Facts("nk", "nk", multiplies=False),
+    "transpose": Facts("nk", "nk", multiplies=False),
 }
 
 

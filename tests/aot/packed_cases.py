@@ -7,10 +7,12 @@ from artemis_kernels.core.eight_bit_rows import Peaks
 from artemis_kernels.core.quantized import QuantizedWeight
 from artemis_kernels.core.tiling import Shape
 from artemis_kernels.ops.low_rank.arguments import NO_DROPOUT
+from artemis_kernels.ops.packed.columns_apart import weights_apart
 from artemis_kernels.ops.packed.eight_bit import eight_bit
 from artemis_kernels.ops.packed.epilogue import Epilogue, finish
 from artemis_kernels.ops.packed.round_logits import round_logits
 from artemis_kernels.ops.packed.round_rows import round_rows
+from artemis_kernels.ops.packed.transpose import transpose
 from artemis_kernels.ops.packed.unpack import unpack
 from artemis_kernels.ops.packed.weight_only import weight_only
 from tests.aot.case import BF16, FP8, WITH_FP8, Case, drawn, meta, scaled
@@ -49,6 +51,14 @@ def _unpack(n, k, format):
     return launch
 
 
+def _transpose(n, k, dtype):
+    def launch(chip):
+        config = tuning.config(f"transpose_{_format(dtype)}", Shape(1, n, k), chip)
+        transpose(meta(n, k, dtype=dtype), config=config)
+
+    return launch
+
+
 def _eight_bit(m, n, k, r, dtype, dropout=NO_DROPOUT, precise=False, adds=False):
     def launch(chip):
         shape = Shape(m, n, k, r, BF16, bool(dropout.p))
@@ -70,6 +80,14 @@ def _round_rows(m, k, dtype):
     def launch(chip):
         config = tuning.config(f"round_rows_{_format(dtype)}", Shape(m, k, dtype=BF16), chip)
         round_rows(meta(m, k, dtype=BF16), dtype, meta(k), config=config)
+
+    return launch
+
+
+def _weights_apart(n, k, transposed):
+    def launch(chip):
+        data, columns = meta(n, k, dtype=torch.int8), meta(16, dtype=torch.int64)
+        weights_apart(data, meta(n), columns, BF16, transposed=transposed)
 
     return launch
 
@@ -121,6 +139,8 @@ CASES = (
     ),
     Case("unpack int8", _unpack(4096, 4096, "int8")),
     Case("unpack int4", _unpack(4096, 4096, "int4")),
+    Case("transpose int8", _transpose(11008, 4096, torch.int8)),
+    Case("transpose fp8", _transpose(4096, 11008, FP8), chips=WITH_FP8),
     Case(
         "eight_bit int8",
         _eight_bit(8192, 4096, 4096, 16, torch.int8),
@@ -154,6 +174,8 @@ CASES = (
     Case("eight_bit int8 logits added", _logits(8192, 2048, 32000, 16, adds=True)),
     Case("eight_bit odd", _eight_bit(8192, 4097, 4097, 16, torch.int8)),
     Case("round_rows int8", _round_rows(8192, 4096, torch.int8)),
+    Case("weights_apart", _weights_apart(4096, 11008, transposed=False)),
+    Case("weights_apart transposed", _weights_apart(11008, 4096, transposed=True)),
     Case("round_rows fp8", _round_rows(8192, 4096, FP8), chips=WITH_FP8),
     Case("round_logits", _round_logits(8192, 32000)),
     Case("finish_product int32", _finish_product(8192, 4096, 16)),

@@ -28,8 +28,8 @@ TRAINING_INSTRUCTION = {
 TENSOR_CORES = {"mma.sync", "wgmma", "tcgen05", "mfma"}
 CASE = {case.name: case for case in CASES}
 NO_PRODUCT = (
-    "_finish", "_sum_parts", "_sum_gradients", "_unpack", "_round_rows", "_round_logits",
-    "_column_max", "_forward", "_backward",
+    "_finish", "_sum_parts", "_sum_gradients", "_unpack", "_transpose", "_round_rows",
+    "_round_logits", "_column_max", "_set_apart", "_weights_apart", "_forward", "_backward",
 )  # fmt: skip
 
 

@@ -37,6 +37,8 @@ for kernel, shape in {
     "round_rows_int8": Shape(8192, 4096),
     "finish_product_int8": Shape(8192, 4096, r=16),
     "unpack_fp8": Shape(1, 4096, 4096),
+    "transpose_fp8": Shape(1, 4096, 11008),
+    "transpose_int8": Shape(1, 4097, 4097),
     "weight_gradients": Shape(8192, k=4096, r=64),
 }.items():
     usual = tiling.heuristic(kernel, shape, chip)

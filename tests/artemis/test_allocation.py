@@ -256,11 +256,23 @@ def train(model, optimizer, steps: int) -> float:
 
 
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
-def test_training_goes_on(shared, kind):
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (torch.optim.AdamW, {}),
+        (torch.optim.AdamW, dict(amsgrad=True)),
+        (torch.optim.NAdam, {}),
+        (torch.optim.RAdam, {}),
+        (torch.optim.Adamax, {}),
+        (torch.optim.SGD, dict(momentum=0.9)),
+        (torch.optim.Adagrad, {}),
+        (torch.optim.Adadelta, dict(lr=3.0)),
+        (torch.optim.RMSprop, dict(lr=1e-3, momentum=0.5, centered=True)),
+    ],
+)
+def test_training_goes_on(shared, kind, options):
     model = adapted(llama(), fill=False, shared_parameters=shared)
-    options = dict(momentum=0.9) if kind is torch.optim.SGD else {}
-    optimizer = kind(model.hybrid_adapter.parameters(), lr=1e-2, **options)
+    optimizer = kind(model.hybrid_adapter.parameters(), **dict(lr=1e-2) | options)
     before = train(model, optimizer, 4)
     set_dynamic_rank_allocation(model, uneven(model), optimizer=optimizer, **BOUNDS)
     for parameter, state in optimizer.state.items():
@@ -420,13 +432,96 @@ def _unit_costs(model, kind: str) -> list[int]:
     ]
 
 
-def test_a_foreign_optimizer_state_changes_nothing():
+def bitsandbytes(parameters, name: str, *states: str) -> torch.optim.Optimizer:
+    """What bitsandbytes' optimizers keep in 32 bits, under the names that it gives them."""
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    optimizer.optimizer_name = name
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            optimizer.state[p] = {"step": 3} | {s: torch.rand_like(p) + 0.01 for s in states}
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("name", "states", "squares"),
+    [
+        ("adam", ("state1", "state2"), ("state2",)),
+        ("lion", ("state1",), ()),
+        ("rmsprop", ("state1",), ("state1",)),
+        ("adagrad", ("state1",), ("state1",)),
+    ],
+)
+def test_squares_stay_squares_whatever_they_are_called(name, states, squares):
+    """A cut rotates, with entries of either sign; the rest changes like gradients."""
+    model = adapted(llama(), shared_parameters=False)
+    optimizer = bitsandbytes(model.hybrid_adapter.parameters(), name, *states)
+    set_dynamic_rank_allocation(model, uneven(model), optimizer=optimizer, **BOUNDS)
+    lora = [*model.hybrid_adapter.lora_a.values(), *model.hybrid_adapter.lora_b.values()]
+    for state in states:
+        least = min(optimizer.state[p][state].min().item() for p in lora)
+        assert least >= 0 if state in squares else least < 0, state
+
+
+def test_squares_stay_above_the_square_of_the_mean():
+    """Of gradients that were always the same: RMSprop, centered, takes the root of nothing."""
+    model = adapted(llama(), shared_parameters=False)
+    optimizer = torch.optim.RMSprop(model.hybrid_adapter.parameters(), centered=True)
+    for p in model.hybrid_adapter.parameters():
+        mean = torch.randn_like(p)
+        optimizer.state[p] = {"square_avg": mean.square(), "grad_avg": mean}
+    set_dynamic_rank_allocation(model, uneven(model), optimizer=optimizer, **BOUNDS)
+    for p, state in optimizer.state.items():
+        assert torch.equal(state["square_avg"], state["grad_avg"].square())
+        assert state["grad_avg"].shape == p.shape and state["grad_avg"].any()
+
+
+def test_what_the_parameter_moved_by_rotates_like_the_parameter():
+    """Steps of one row alone: their mean square after a rotation is that of the rotated steps."""
+    model = adapted(llama(), shared_parameters=False)
+    optimizer = torch.optim.Adadelta(model.hybrid_adapter.parameters())
+    bank, path = model.hybrid_adapter, "model.layers.0.self_attn.q_proj"
+    key = bank.sites[path].spec.own_key
+    step = torch.zeros_like(bank.lora_a[key])
+    step[1] = torch.randn(step.shape[1])
+    for p in (bank.lora_a[key], bank.lora_b[key]):
+        optimizer.state[p] = {"step": torch.tensor(1.0), "acc_delta": torch.zeros_like(p)}
+    optimizer.state[bank.lora_a[key]]["acc_delta"] = step.square()
+    old = bank.lora_a[key].detach().clone()
+    scores = dict.fromkeys(bank.sites, 1.0) | {path: 0.0}
+    set_dynamic_rank_allocation(
+        model, scores, 2, 4, budget=cost(model) - 128, optimizer=optimizer, verbose=False
+    )
+    new = bank.lora_a[key].detach()
+    assert new.shape[0] == 2
+    rotation = torch.linalg.lstsq(old.double().T, new.double().T).solution.T  # new = rotation · old
+    moved = rotation @ step.double()
+    actual = optimizer.state[bank.lora_a[key]]["acc_delta"]
+    torch.testing.assert_close(actual.double(), moved.square(), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.ASGD, torch.optim.Rprop])
+def test_an_optimizer_that_keeps_something_else_is_refused(kind):
+    model = adapted(llama())
+    optimizer = kind(model.hybrid_adapter.parameters(), lr=1e-3)
+    train(model, optimizer, 1)
+    state, before = snapshot(model), sizes(model)
+    with pytest.raises(
+        AdapterError, match=f"{kind.__name__} keeps '(ax|step_size|prev)', of which"
+    ):
+        set_dynamic_rank_allocation(model, uneven(model), optimizer=optimizer, **BOUNDS)
+    assert_same_state(model, state)
+    assert sizes(model) == before
+
+
+@pytest.mark.parametrize("kept", [{"blocks": 7}, {"mystery": None}])
+def test_a_foreign_optimizer_state_changes_nothing(kept):
     model = adapted(llama())
     optimizer = torch.optim.SGD(model.hybrid_adapter.parameters(), lr=0.1)
     some = next(iter(model.hybrid_adapter.parameters()))
-    optimizer.state[some]["blocks"] = torch.zeros(7)
+    ((name, size),) = kept.items()
+    optimizer.state[some][name] = torch.zeros(some.shape if size is None else size)
     state, before = snapshot(model), sizes(model)
-    with pytest.raises(AdapterError, match="optimizer: SGD keeps 'blocks'"):
+    with pytest.raises(AdapterError, match=f"optimizer: SGD keeps '{name}'"):
         set_dynamic_rank_allocation(model, uneven(model), optimizer=optimizer, **BOUNDS)
     assert_same_state(model, state)
     assert sizes(model) == before

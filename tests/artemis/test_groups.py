@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from artemis import set_dynamic_rank_allocation, sites
@@ -251,6 +252,24 @@ def test_a_sibling_that_is_merged_or_moved_aside_keeps_all_alone(calls):
         layer.k_proj.forward = layer.k_proj.forward  # as accelerate's hooks set it
         model(ids)
     assert len(calls) == 1  # of the other layer
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("sibling", ["query", "value"])
+def test_a_sibling_whose_tensors_a_hook_makes_keeps_all_alone(sibling, name, calls):
+    """The hook runs at the sibling's own call; what it left before is old by then."""
+    names = ["query", "key", "value"]
+    model = adapted(bert(), target_modules=names, apply_lora_to=names, **NO_CACHE)
+    ids = tokens()
+    layer = getattr(model.bert.encoder.layer[0].attention.self, sibling)
+    prune.l1_unstructured(layer, name, 0.5)
+    calls.clear()
+    model(ids)
+    assert len(calls) == 1  # of the other layer
+    with torch.no_grad():
+        getattr(layer, f"{name}_orig").mul_(3)
+    torch.testing.assert_close(model(ids).logits, alone(model)(ids).logits, rtol=1e-4, atol=1e-5)
+    assert not any(group.dissolved for group in all_groups(model))
 
 
 def test_hooks_of_every_module_fire(calls):

@@ -1,6 +1,8 @@
 """Importance: scores against direct formulas, sources of data, and that nothing is left behind."""
 
+import copy
 import random
+from typing import NamedTuple
 
 import numpy
 import pytest
@@ -8,12 +10,19 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers.pytorch_utils import Conv1D
 
-from artemis import AdapterError, HybridAdapterConfig, analyze_layer_importance, plot_importance
+from artemis import (
+    AdapterError,
+    HybridAdapterConfig,
+    analyze_layer_importance,
+    plot_importance,
+    quantize_adapter_model,
+)
 from artemis.importance import METHODS
 from artemis.importance import moments as moments_module
 from artemis.importance.moments import Moments
 from artemis.layers import weight_of
 from artemis.plots import grid
+from artemis.quantized_layers import packed_layers
 
 from .models import adapted, assert_same_state, bert, fill_bank, gpt2, llama, snapshot, t5, tokens
 
@@ -265,6 +274,42 @@ def test_a_classifier_and_bf16():
                     apply_lora_to=["query"])  # fmt: skip
     scores = analyze_layer_importance(model, batches(labels=3))
     assert len(scores) == 4 and sum(scores.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_a_quantized_base(method, build):
+    """Scores as over the plain base that the packed numbers stand for."""
+    names = {} if build is llama else dict(
+        target_modules=["attn.c_attn", "mlp.c_fc"], apply_lora_to=["attn.c_attn"]
+    )  # fmt: skip
+    plain, data = build(), batches()
+    packed = quantize_adapter_model(copy.deepcopy(plain), activation_bits=16, progress=False)
+    with torch.no_grad():
+        for path, module in packed_layers(packed):
+            weight_of(plain.get_submodule(path)).copy_(module.weight.dequantize())
+    config = HybridAdapterConfig(**names)
+    wanted = analyze_layer_importance(plain, data, method=method, config=config)
+    got = analyze_layer_importance(packed, data, method=method, config=config)
+    assert got == pytest.approx(wanted, rel=1e-3)
+
+
+class Outputs(NamedTuple):
+    states: torch.Tensor
+    other: int
+
+
+def test_a_block_that_returns_a_named_tuple():
+    model, seen = adapted(llama(), target_modules=["q_proj", "mlp"]), []
+    for layer in model.model.layers:
+        mlp = layer.mlp.forward
+        layer.mlp.forward = lambda x, mlp=mlp: Outputs(mlp(x), 3)
+        layer.mlp.register_forward_hook(lambda m, a, y: (seen.append(type(y)), y.states)[1])
+    plain = adapted(llama(), target_modules=["q_proj", "mlp"])
+    plain.load_state_dict(model.state_dict())
+    data = batches()
+    assert analyze_layer_importance(model, data) == analyze_layer_importance(plain, data)
+    assert set(seen) == {Outputs}
 
 
 def without_labels() -> list[dict[str, torch.Tensor]]:

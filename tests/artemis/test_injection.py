@@ -3,14 +3,17 @@
 import copy
 import io
 import pickle
+from typing import NamedTuple
 
 import pytest
 import torch
 import transformers
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from artemis import HybridAdapterConfig, add_hybrid_adapter_to_model
+from artemis import HybridAdapterConfig, add_hybrid_adapter_to_model, quantize_adapter_model
+from artemis.report import count_parameters
 from tests.artemis.models import (
     adapted,
     assert_same_state,
@@ -159,6 +162,19 @@ def test_the_adapters_dtype_over_a_bf16_base(dtype):
     assert outputs(model, tokens()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("settings", [{}, BLOCKS], ids=["layers", "blocks"])
+def test_the_adapters_dtype_where_a_hook_makes_the_weights(settings):
+    """A pruned layer's `weight` stays in the dtype of the last forward until the next one."""
+    model = llama()
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            prune.l1_unstructured(module, "weight", 0.5)
+    model.to(torch.bfloat16)
+    assert model.model.layers[0].self_attn.q_proj.weight.dtype == torch.float32
+    adapted(model, adapter_dtype="model", **settings)
+    assert {p.dtype for p in model.hybrid_adapter.parameters()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("build, settings", [MODELS[0], MODELS[2], MODELS[3]])
 def test_generation_with_a_cache_equals_generation_without(build, settings):
     model, ids = adapted(build(), **settings), tokens(length=5)
@@ -209,6 +225,39 @@ def test_a_block_may_return_a_tuple():
     assert not torch.allclose(outputs(model, ids), expected, atol=1e-3)
 
 
+class Outputs(NamedTuple):
+    states: torch.Tensor
+    other: int
+
+
+class Named(nn.Module):
+    """A block that returns a named tuple, and a model that reads it by its names."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = transformers.PretrainedConfig(hidden_size=8)
+        self.block = nn.Sequential(nn.Linear(8, 8))
+        self.block.register_forward_hook(lambda module, args, y: Outputs(y, 3))
+
+    def forward(self, x):
+        outputs = self.block(x)
+        assert outputs.other == 3
+        return outputs.states
+
+
+def test_a_block_may_return_a_named_tuple():
+    model, x = Named().eval(), torch.randn(4, 8)
+    expected = model(x)
+    adapted(model, fill=False, target_modules=["block"], apply_lora_to=[])
+    assert torch.equal(model(x), expected)
+    fill_bank(model)
+    assert not torch.allclose(model(x), expected, atol=1e-3)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x))
+    torch._dynamo.reset()
+
+
 def test_initial_values():
     model = adapted(llama(hidden_size=256, num_hidden_layers=1), fill=False, adapter_size=16)
     bank = model.hybrid_adapter
@@ -244,6 +293,20 @@ def test_an_unfrozen_base_still_trains_right():
         parameter.requires_grad_(True)
     model(ids, labels=ids).loss.backward()
     assert gradients(model).keys() == {name for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize("bits", [None, 32, 8])
+def test_the_parameter_count_is_that_of_the_numbers(bits):
+    """Packed or not, the same numbers count; only what trains differs."""
+    model = adapted(llama())
+    adapter = sum(p.numel() for p in model.hybrid_adapter.parameters())
+    total = sum(p.numel() for p in model.parameters())
+    if bits is not None:
+        quantize_adapter_model(model, adapter_bits=bits, progress=False)
+    counts = count_parameters(model)
+    assert counts["all"] == total
+    assert counts["lora"] + counts["bottleneck"] + counts["gains"] == adapter
+    assert counts["trainable"] == (0 if bits == 8 else adapter)
 
 
 def test_the_parameter_count_is_printed(capsys):

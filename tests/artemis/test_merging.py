@@ -1,10 +1,13 @@
 """Merging folds what it can, says what stays, and comes apart bit for bit."""
 
 import copy
+import warnings
 
 import pytest
 import torch
 import transformers
+from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from artemis import AdapterError
 from tests.artemis.models import adapted, assert_same_state, bert, gpt2, llama, snapshot, tokens
@@ -130,3 +133,212 @@ def test_merging_also_works_with_a_trained_head():
     expected = model(ids).logits
     model.merge_adapter()
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def pruned(layer):
+    prune.l1_unstructured(layer, "weight", 0.5)
+
+
+def normed(layer):
+    with warnings.catch_warnings():  # it is deprecated, and in use
+        warnings.simplefilter("ignore")
+        nn.utils.weight_norm(layer)
+
+
+class Halved(nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+
+def parametrized(layer):
+    parametrize.register_parametrization(layer, "weight", Halved())
+
+
+def undone(layer):
+    if parametrize.is_parametrized(layer):
+        parametrize.remove_parametrizations(layer, "weight")
+    elif prune.is_pruned(layer):
+        prune.remove(layer, "weight")
+    else:
+        nn.utils.remove_weight_norm(layer)
+
+
+@pytest.mark.parametrize("change", [pruned, normed, parametrized])
+def test_a_weight_that_is_worked_out_at_each_forward_keeps_its_adapter(change):
+    model, ids = adapted(llama()), tokens()
+    path = "model.layers.0.self_attn.q_proj"
+    layer = model.get_submodule(path)
+    change(layer)
+    model.unmerge_adapter()  # nothing is merged
+    expected = model(ids).logits
+    report = model.merge_adapter()
+    assert report.active[path].startswith("the weight is worked out at each forward")
+    assert len(report.merged) == 7
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    assert torch.equal(model(ids).logits, expected)
+
+    with model.disable_adapter():
+        base = model(ids).logits
+    model.remove_adapter()
+    assert isinstance(layer, nn.Linear) and "Adapted" not in type(layer).__name__
+    torch.testing.assert_close(model(ids).logits, base)
+    undone(layer)
+    assert type(layer) is nn.Linear
+    torch.testing.assert_close(model(ids).logits, base)
+
+
+def test_a_copy_keeps_its_adapter_when_a_parametrized_one_loses_it():
+    model, ids = adapted(llama()), tokens()
+    layer = model.model.layers[0].self_attn.q_proj
+    parametrized(layer)
+    other, expected = copy.deepcopy(model), model(ids).logits
+    model.remove_adapter()
+    assert torch.equal(other(ids).logits, expected)
+
+
+@pytest.mark.parametrize("change", [pruned, normed, parametrized])
+def test_a_merged_weight_that_has_no_place_any_more(change):
+    model = adapted(llama())
+    state = snapshot(model)
+    model.merge_adapter()
+    layer = model.model.layers[0].self_attn.q_proj
+    change(layer)
+    merged = snapshot(model)
+    assert "model.layers.0.self_attn.q_proj" in model.merge_adapter().merged  # as before
+    for method in (model.unmerge_adapter, model.remove_adapter):
+        with pytest.raises(
+            AdapterError, match=r"layers\.0\.self_attn\.q_proj: .* cannot be put back"
+        ):
+            method()
+        assert_same_state(model, merged)
+    undone(layer)
+    model.unmerge_adapter()
+    assert_same_state(model, state)
+
+
+def test_a_bias_that_is_worked_out_or_tied_keeps_its_bottleneck():
+    settings = LINEAR | dict(target_modules=["c_attn", "c_fc"], apply_lora_to=["c_attn"])
+    model, ids = gpt2(), tokens()
+    model.transformer.h[1].mlp.c_fc.bias = model.transformer.h[0].mlp.c_fc.bias
+    adapted(model, **settings)
+    prune.l1_unstructured(model.transformer.h[0].attn.c_attn, "bias", 0.5)
+    expected, state = model(ids).logits, snapshot(model)
+    report = model.merge_adapter()
+    assert report.merged == ("transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn")
+    assert report.active == {
+        "transformer.h.0.mlp.c_fc": "the bias is tied to transformer.h.1.mlp.c_fc.bias",
+        "transformer.h.1.mlp.c_fc": "the bias is tied to transformer.h.0.mlp.c_fc.bias",
+    }
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    assert_same_state(model, state)
+
+    model = adapted(gpt2(), **settings)
+    prune.l1_unstructured(model.transformer.h[0].mlp.c_fc, "bias", 0.5)
+    expected = model(ids).logits
+    (reason,) = model.merge_adapter().active.values()
+    assert reason.startswith("the bias is worked out at each forward")
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_merging_while_disabled_is_refused():
+    model = adapted(llama())
+    state = snapshot(model)
+    with model.disable_adapter(), pytest.raises(AdapterError, match="the adapter is switched off"):
+        model.merge_adapter()
+    assert_same_state(model, state)
+
+
+HEAD = dict(target_modules=["q_proj", "lm_head"], apply_lora_to=["q_proj", "lm_head"])
+
+
+def test_a_replaced_head_is_named_before_anything_changes(tmp_path):
+    model = llama()
+    state, before = snapshot(model), set(vars(model))
+    adapted(model, **HEAD)
+    old = model.lm_head
+    model.resize_token_embeddings(70, mean_resizing=False)
+    assert model.lm_head is not old
+    resized = snapshot(model)
+    methods = model.merge_adapter, model.print_trainable_parameters
+    for method in (*methods, lambda: model.save_adapter_parameters(tmp_path / "a")):
+        with pytest.raises(AdapterError, match="^lm_head: replaced after the adapter was added"):
+            method()
+        assert_same_state(model, resized)
+    assert not (tmp_path / "a").exists()
+
+    model.remove_adapter()
+    assert set(vars(model)) == before
+    assert {type(m) for m in model.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
+    for name in state.keys() - {"lm_head.weight", "model.embed_tokens.weight"}:
+        assert torch.equal(model.state_dict()[name], state[name]), name
+    assert all(p.requires_grad for p in model.parameters())
+    adapted(model, **HEAD).print_trainable_parameters()
+
+
+def test_a_head_that_is_put_back_is_the_adapted_one(tmp_path):
+    model, ids = adapted(llama(), **HEAD), tokens()
+    expected, head = model(ids).logits, model.lm_head
+    model.lm_head = nn.Linear(32, 64)
+    model.lm_head = head
+    model.save_adapter_parameters(tmp_path)
+    assert len(model.merge_adapter().merged) == 3
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_merged_head_that_was_replaced_is_not_forgotten():
+    model = adapted(llama(), **HEAD)
+    state = snapshot(model)
+    model.merge_adapter()
+    head, model.lm_head = model.lm_head, nn.Linear(32, 64)
+    merged = snapshot(model)
+    for method in (model.unmerge_adapter, model.remove_adapter):
+        with pytest.raises(AdapterError, match="lm_head: replaced, .* cannot be put back"):
+            method()
+        assert_same_state(model, merged)
+    model.lm_head = head
+    model.unmerge_adapter()
+    assert_same_state(model, state)
+
+
+@pytest.mark.parametrize("target", ["q_proj", "mlp"])
+def test_layers_taken_out_of_the_model(target, tmp_path):
+    """The second layer stands where the first one stood, adapted by its own adapter."""
+    model, ids = llama(), tokens()
+    kept = copy.deepcopy(model)
+    for m in (model, kept):
+        m.config.num_hidden_layers = 1
+    del kept.model.layers[0]
+    adapted(model, target_modules=["q_proj", target], apply_lora_to=["q_proj"])
+    del model.model.layers[0]
+    model.model.layers[0].self_attn.layer_idx = kept.model.layers[0].self_attn.layer_idx = 0
+    for method in (model.merge_adapter, lambda: model.save_adapter_parameters(tmp_path)):
+        with pytest.raises(
+            AdapterError, match=r"model\.layers\.0\.self_attn\.q_proj, .*: replaced"
+        ):
+            method()
+    model.remove_adapter()
+    assert torch.equal(model(ids).logits, kept(ids).logits)
+
+
+def test_a_module_that_is_wrapped_in_its_place_is_in_its_place():
+    """As torch.compile and wrappers for checkpointing do it."""
+
+    class Wrapper(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args, **kwargs):
+            return self.inner(*args, **kwargs)
+
+    model, ids = adapted(llama(), target_modules=["q_proj", "mlp"]), tokens()
+    expected, layer = model(ids).logits, model.model.layers[1]
+    layer.mlp, layer.self_attn.q_proj = Wrapper(layer.mlp), Wrapper(layer.self_attn.q_proj)
+    report = model.merge_adapter()
+    assert report.merged == ("model.layers.0.self_attn.q_proj",)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    model.remove_adapter()
+    assert type(layer.self_attn.q_proj.inner) is nn.Linear
+    assert not layer.mlp.inner._forward_hooks

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from artemis import AdapterError, orthogonality_penalty
+from artemis import AdapterError, orthogonality_penalty, quantize_adapter_model
 from tests.artemis.models import adapted, gradients, llama
 
 
@@ -92,6 +92,19 @@ def test_rank_one_and_no_lora_cost_nothing():
     assert orthogonality_penalty(adapted(llama(), lora_rank=1)).item() == 0.0
     model = adapted(llama(), target_modules=["up_proj"], apply_lora_to=[])
     assert orthogonality_penalty(model).item() == 0.0
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["up_proj"]])
+def test_an_adapter_in_8_bits_that_has_no_parameters(targets):
+    lora = [name for name in targets if name == "q_proj"]
+    model = adapted(
+        llama(), target_modules=targets, apply_lora_to=lora, shared_parameters=False,
+        adapter_bias=False,
+    )  # fmt: skip
+    expected = orthogonality_penalty(model).item()
+    quantize_adapter_model(model, adapter_bits=8, progress=False)
+    assert not list(model.hybrid_adapter.parameters())
+    assert orthogonality_penalty(model).item() == pytest.approx(expected, abs=0.02)
 
 
 def test_a_model_without_an_adapter_is_refused():

@@ -89,6 +89,43 @@ def test_a_tied_head_of_its_own_is_no_other_base(build, tmp_path):
             load_hybrid_adapter(copy.deepcopy(target), path, strict=True)
 
 
+class Twice(nn.Module):
+    """One layer under two names, `b` being `a`, or a layer of its own, or missing."""
+
+    def __init__(self, b="a", bias=True):
+        super().__init__()
+        self.a = nn.Linear(64, 64, bias=bias)
+        if b:
+            self.b = self.a if b == "a" else nn.Linear(64, 64, bias=bias)
+        self.c = nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.c(getattr(self, "b", self.a)(self.a(x)))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_with_two_names(bias, tmp_path):
+    model, x = quantized(Twice(bias=bias)), torch.randn(3, 64)
+    save_quantized(model, tmp_path / "twice")
+    loaded = load_quantized(Twice(bias=bias), tmp_path / "twice")
+    assert loaded.b is loaded.a
+    assert_same_state(loaded, snapshot(model))
+    assert torch.equal(loaded(x), model(x))
+    save_quantized(quantized(Twice(b="own", bias=bias)), tmp_path / "own")
+    save_quantized(quantized(Twice(b=None, bias=bias)), tmp_path / "none")
+    for b, name, words in (
+        ("own", "twice", "b is none of a packed layer, in the file another name of a"),
+        (None, "twice", "b is none of a packed layer, in the file another name of a"),
+        ("a", "own", "b is NoneType, in the file a linear layer of 64x64"),
+        ("a", "none", "b is another name of a, in the file none of a packed layer"),
+    ):
+        other = Twice(b=b, bias=bias)
+        state = snapshot(other)
+        with pytest.raises(AdapterError, match=words):
+            load_quantized(other, tmp_path / name)
+        assert_same_state(other, state)
+
+
 def test_a_file_without_the_list_of_untied_layers_loads(tmp_path):
     model = quantized(llama())
     save_quantized(model, tmp_path)

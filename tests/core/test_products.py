@@ -1,5 +1,7 @@
 """Thin products: whatever orientation is computed, the value is the plain one's."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -32,10 +34,13 @@ def test_a_low_rank_term_alone_added_and_in_place(dtype, way, monkeypatch):
     if way == "plain":
         monkeypatch.setattr(native, "library", lambda: native.Native(None, "switched off"))
     y = torch.randn(21, 33).to(dtype)
-    for layout in (torch.Tensor.clone, *kit.LAYOUTS):
+    for layout, bias in itertools.product(
+        (torch.Tensor.clone, *kit.LAYOUTS), (None, torch.randn(33))
+    ):
         s, g = torch.randn(21, 5).to(dtype), torch.randn(33, 5)
-        term = products.LowRank(layout(s), layout(g), 0.5)
+        term = products.LowRank(layout(s), layout(g), 0.5, bias)
         wanted = 0.5 * s.double() @ g.to(dtype).double().T
+        wanted = wanted if bias is None else wanted + bias.double()
         room = {"rtol": 1e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
         for found, start in (
             (term.product(dtype), None),
@@ -44,6 +49,12 @@ def test_a_low_rank_term_alone_added_and_in_place(dtype, way, monkeypatch):
         ):
             total = wanted if start is None else wanted + start.double()
             torch.testing.assert_close(found, total.to(dtype), **room)
+
+
+def test_sums_over_rows_may_exceed_fp16():
+    eights = torch.full((4096, 3), 8.0, dtype=torch.float16)
+    found = products.outer_gradient(eights, eights[:, :2], 0.125)
+    assert found.tolist() == [[32768.0] * 2] * 3
 
 
 def test_sums_are_formed_in_fp32_at_least():

@@ -148,6 +148,18 @@ def test_same_bits_whatever_the_threads(m, k, n, monkeypatch):
         kit.assert_same_bits(thin_products.multiply(a, b, dtype=F32), found)
 
 
+@needs_pass
+@pytest.mark.parametrize("held", [*itertools.product((BF16, F32, INT8), repeat=2)], ids=str)
+@pytest.mark.parametrize("lay", [torch.clone, in_columns], ids=["by-rows", "by-columns"])
+def test_several_panels_of_one_thread(lay, held, monkeypatch):
+    """However many threads there are: more than a block of k, by more columns than a panel has."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    a, b = numbers(20, 300, dtype=held[0]), numbers(300, 100, dtype=held[1])
+    out = thin_products.multiply(a, lay(b), dtype=F32)
+    a64, b64 = a.to(BF16).double(), b.to(BF16).double()
+    assert within(out, a64 @ b64, a64.abs() @ b64.abs())
+
+
 REFUSED = {
     "fp16": (numbers(40, 200).half(), numbers(200, 9)),
     "nothing-thin": (numbers(200, 200), numbers(200, 200)),

@@ -14,7 +14,8 @@ from artemis_kernels.core.tiling import Config
 from artemis_kernels.ops.low_rank.arguments import NO_DROPOUT, Scale
 from artemis_kernels.ops.packed.eight_bit import eight_bit
 from artemis_kernels.ops.packed.epilogue import Epilogue, finish
-from artemis_kernels.ops.packed.round_rows import column_max, round_rows
+from artemis_kernels.ops.packed.round_rows import round_rows
+from artemis_kernels.ops.packed.transpose import transpose
 from artemis_kernels.ops.packed.unpack import unpack
 from artemis_kernels.ops.packed.weight_only import weight_only
 from tests import kit
@@ -109,6 +110,22 @@ def test_every_e4m3_number_is_read():
     kit.assert_same_bits(unpack(weight, torch.float32, config=TINY), data.float())
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize(
+    ("n", "k"),
+    [(1, 1), (1, 200), (200, 1), (7, 5), (32, 64), (33, 65), (96, 128), (41, 200), (200, 41)],
+    ids=str,
+)
+def test_transpose_moves_every_byte(n, k, dtype):
+    """Bits, e4m3's nan and −0 among them; a tile of 32 × 64 is not its own transpose."""
+    codes = torch.randint(256, (n, k), dtype=torch.uint8)
+    wanted = torch.from_numpy(codes.numpy().T.copy()).view(dtype)
+    for data in (codes.view(dtype), kit.transposed(codes).view(dtype)):
+        out = transpose(data, config=replace(TINY, block_k=64))
+        assert out.is_contiguous()
+        kit.assert_same_bits(out, wanted)
+
+
 @pytest.mark.parametrize("factor", [False, True], ids=["x", "scaled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("m", "k"), [(1, 1), (5, 33), (35, 300)], ids=str)
@@ -149,14 +166,6 @@ def test_rows_that_are_not_numbers_and_rows_of_nothing(dtype):
         broken |= ~mine.apart.isfinite().all(1)
     assert broken.tolist() == [False, False, False, True, True, False]
     assert mine.q.float().isfinite().all()
-
-
-@pytest.mark.parametrize("split", [1, 3])
-@pytest.mark.parametrize(("m", "k"), [(1, 40), (35, 33), (97, 8)], ids=str)
-def test_column_max(m, k, split):
-    x = torch.randn(m, k).half()
-    found = column_max(x.t().contiguous().t(), config=replace(TINY, split=split))
-    kit.assert_same_bits(found, x.abs().amax(0).float())
 
 
 def test_one_large_column_is_kept_apart():

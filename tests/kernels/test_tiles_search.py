@@ -64,6 +64,15 @@ def test_nothing_over_a_limit_is_even_compiled(chip):
             assert tiles.staged_bytes(kernel, shape, config) <= chip.shared_bytes
 
 
+def test_a_weight_is_transposed_where_tensor_cores_ask_for_it():
+    """For dX in 8 bits, on NVIDIA's chips; the shape is the weight's, whatever rows there are."""
+    case = Case("quantized_linear", 8192, 4096, 11008, 0, "float16", "fp8:8", trains=True)
+    looks = {name: lookups.of_calls([(case,)], CHIPS[name]) for name in ("sm_90", "gfx950")}
+    found = {name: [one for one in each if "transpose" in one[0]] for name, each in looks.items()}
+    assert found == {"sm_90": [("transpose_fp8", Shape(1, 11008, 4096))], "gfx950": []}
+    assert "round_rows_fp8" in dict(looks["gfx950"])
+
+
 def test_what_does_not_compile_within_the_chip_is_never_timed(tmp_path):
     """Spilled registers, or more shared memory than the chip has."""
     refused, timed = [], []
@@ -253,8 +262,8 @@ def test_the_whole_search_runs(tmp_path, monkeypatch):
     cases = [
         Case("lora_linear", 16, 32, 48, 8, "float32", trains=True),
         Case("bottleneck_adapter", 16, 0, 32, 8, "float32", trains=True),
-        Case("lora_linear", 16, 32, 48, 8, "float32", "int8:auto"),
-        Case("quantized_linear", 16, 32, 48, 0, "float32", "fp8:auto"),
+        Case("lora_linear", 16, 32, 48, 8, "float32", "int8:auto", trains=True),
+        Case("quantized_linear", 16, 32, 48, 0, "float32", "fp8:auto", trains=True),
         Case("lora_linear", 16, 32, 48, 8, "float32", "int4:16"),
     ]
     chip, path = CHIPS["interpreter"], tmp_path / "interpreter.json"

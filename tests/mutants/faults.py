@@ -26,6 +26,7 @@ JOINT = "tests/kernels/test_weight_gradients.py"
 
 LORA_DROPOUT = "tests/ops/test_lora_linear.py::test_dropout"
 FEW_ROWS = "tests/core/test_quantized.py::test_few_rows_of_bf16"
+COLUMNS_APART = "tests/kernels/test_columns_apart.py"
 SAME_MASK = "tests/ops/test_dropout.py::test_the_mask_used_is_the_mask_shown"
 
 CROSS_ENTROPY = "tests/ops/test_cross_entropy.py"
@@ -187,8 +188,8 @@ EAGER = (
     Fault(
         "a learned gain rounded to x's dtype",
         f"{KERNELS}/ops/lora_linear/eager.py",
-        "scale * float(scale_tensor)",
-        "scale * float(scale_tensor.to(torch.bfloat16))",
+        "scale * float(scale_tensor.detach())",
+        "scale * float(scale_tensor.detach().to(torch.bfloat16))",
         ("tests/ops/test_contract.py::test_fp32_scale_is_not_rounded",),
     ),
     Fault(
@@ -434,6 +435,8 @@ TRITON = (
     ),
 )
 
+MERGING = "tests/artemis/test_merging.py"
+
 MODEL = (
     Fault(
         "a layer's gain ignored",
@@ -492,6 +495,97 @@ MODEL = (
         ("tests/artemis/test_merging.py", "-k", "merged_model"),
     ),
     Fault(
+        "an adapter folded into a weight that the next forward works out anew",
+        "artemis/merging.py",
+        "if name not in module._parameters:",
+        "if False:",
+        (MERGING, "-k", "keeps_its"),
+    ),
+    Fault(
+        "a bottleneck folded into a bias that another module has too",
+        "artemis/merging.py",
+        'return _taken(model, module, site, "bias")',
+        "return None",
+        (MERGING, "-k", "keeps_its"),
+    ),
+    Fault(
+        "an adapter merged that is switched off",
+        "artemis/merging.py",
+        "    if not bank.enabled:\n",
+        "    if False:\n",
+        (MERGING, "-k", "disabled"),
+    ),
+    Fault(
+        "merged weights given back to whatever stands in their place",
+        "artemis/merging.py",
+        "known = module is not None and site.original.keys() <= module._parameters.keys()",
+        "known = module is not None",
+        (MERGING, "-k", "no_place"),
+    ),
+    Fault(
+        "a replaced module taken for the adapted one",
+        "artemis/layers.py",
+        '        if vars(module).get("adapter") is site or any(hook is site for hook in hooks):\n'
+        "            return module\n    return None",
+        '        if vars(module).get("adapter") is site or any(hook is site for hook in hooks):\n'
+        "            return module\n    return found",
+        (MERGING, "-k", "replaced or taken_out"),
+    ),
+    Fault(
+        "an adapter saved whose module was replaced",
+        "artemis/checkpoint.py",
+        "    check_in_place(model, bank.sites.values())\n",
+        "",
+        (MERGING, "-k", "replaced_head_is_named"),
+    ),
+    Fault(
+        "the class that a parametrization made changed for its copies too",
+        "artemis/layers.py",
+        "return type(name, bases, dict(vars(cls)))",
+        "cls.__bases__ = bases\n    return cls",
+        (MERGING, "-k", "parametrized_one"),
+    ),
+    Fault(
+        "the adapter taken out of what stands at its paths",
+        "artemis/injection.py",
+        "    for module in list(model.modules()):\n",
+        "    for module in map(model.get_submodule, bank.sites):\n",
+        (MERGING, "-k", "taken_out"),
+    ),
+    Fault(
+        "the adapter's dtype read off a weight that a hook made before a cast",
+        "artemis/injection.py",
+        "layer.weight if has_own_tensors(layer) else next(layer.parameters())",
+        "layer.weight",
+        ("tests/artemis/test_injection.py", "-k", "hook_makes"),
+    ),
+    Fault(
+        "a block's named tuple made a plain one",
+        "artemis/sites.py",
+        'if hasattr(output, "_fields"):',
+        "if False:",
+        (
+            "tests/artemis/test_injection.py",
+            "tests/artemis/test_importance.py",
+            "-k",
+            "named_tuple",
+        ),
+    ),
+    Fault(
+        "matrices in 8 bits left out of all parameters",
+        "artemis/report.py",
+        "+ count(*ROLES)",
+        '+ count("gain", "bias_down", "bias_up")',
+        ("tests/artemis/test_injection.py", "-k", "parameter_count"),
+    ),
+    Fault(
+        "a bank without parameters has no device",
+        "artemis/orthogonality.py",
+        "chain(bank.parameters(), bank.buffers())",
+        "chain(bank.parameters())",
+        ("tests/artemis/test_orthogonality.py", "-k", "no_parameters"),
+    ),
+    Fault(
         "an adapter written in place: dying in mid-save leaves half a file",
         "artemis/atomic.py",
         "            os.replace(path, directory / name)",
@@ -528,6 +622,41 @@ RANKS = (
         "Change(b, 1, columns[part], rows[part])",
         "Change(b, 1, columns[part], columns[part])",
         ("tests/artemis/test_allocation.py", "-k", "first_moment"),
+    ),
+    Fault(
+        "mean squares of steps rotated like gradients",
+        "artemis/allocation/optimizer.py",
+        "return along(change.value.square(), value, change.dim)",
+        "return along(change.moment.square(), value, change.dim)",
+        ("tests/artemis/test_allocation.py", "-k", "moved_by"),
+    ),
+    Fault(
+        "squares under another name rotated like gradients",
+        "artemis/allocation/optimizer.py",
+        'STATE1_SQUARED = ("adagrad", "rmsprop")',
+        "STATE1_SQUARED = ()",
+        ("tests/artemis/test_allocation.py", "-k", "squares"),
+    ),
+    Fault(
+        "squares rotated apart from the mean that is taken off them",
+        "artemis/allocation/optimizer.py",
+        'if "grad_avg" in moved:',
+        "if False:",
+        ("tests/artemis/test_allocation.py", "-k", "above_the_square"),
+    ),
+    Fault(
+        "what an unknown optimizer keeps changed like gradients",
+        "artemis/allocation/optimizer.py",
+        "if name not in known:",
+        "if False:",
+        ("tests/artemis/test_allocation.py", "-k", "something_else or foreign"),
+    ),
+    Fault(
+        "a packed weight multiplied as if it were a tensor",
+        "artemis/importance/analyze.py",
+        "return weight.dequantize() if is_packed(module) else weight.detach()",
+        "return weight.detach()",
+        ("tests/artemis/test_importance.py", "-k", "quantized_base"),
     ),
     Fault(
         "scores within kinds that forget what a kind costs",
@@ -731,6 +860,27 @@ QUANTIZED = (
         ("tests/ops/test_bottleneck_adapter.py",),
     ),
     Fault(
+        "the bias of a term left out where BLAS adds it",
+        f"{CORE}/products.py",
+        "return y if self.bias is None else y.add_(self.bias)",
+        "return y",
+        ("tests/core/test_products.py",),
+    ),
+    Fault(
+        "the bias of a term left out where an int8 product's own pass adds it",
+        f"{CORE}/eight_bit.py",
+        "plus.rank <= _MOST_EXPANDED and plus.bias is None",
+        "plus.rank <= _MOST_EXPANDED",
+        ("tests/core/test_eight_bit.py",),
+    ),
+    Fault(
+        "a gradient of fp16 summed over rows in fp16",
+        f"{CORE}/products.py",
+        "left, right = left.float(), right.float()",
+        "pass",
+        ("tests/core/test_products.py",),
+    ),
+    Fault(
         "the scale counted twice in a gain's gradient",
         f"{KERNELS}/ops/lora_linear/eager.py",
         "inner(before_gain, lora_b)",
@@ -864,6 +1014,20 @@ QUANTIZED = (
         ("tests/artemis/test_quantization_store.py", "-k", "round_trip"),
     ),
     Fault(
+        "the second name of a packed layer compared as a tensor of its own",
+        "artemis/quantization/store.py",
+        "        if first not in parts\n",
+        "",
+        ("tests/artemis/test_quantization_store.py", "-k", "two_names"),
+    ),
+    Fault(
+        "a layer of its own loaded as the other name of another",
+        "artemis/quantization/store.py",
+        "if my_names.get(name) != their_names.get(name)",
+        "if False",
+        ("tests/artemis/test_quantization_store.py", "-k", "two_names"),
+    ),
+    Fault(
         "an interrupted load not undone",
         "artemis/quantization/store.py",
         "undo.callback(restore)",
@@ -890,6 +1054,48 @@ QUANTIZED = (
         "if module.packing.untied:",
         "if False:",
         ("tests/artemis/test_quantization_store.py", "-k", "no_other_base"),
+    ),
+    Fault(
+        "DDP told too late to leave a packed base where it is",
+        "artemis/training/trainer.py",
+        "self.accelerator.ddp_handler.broadcast_buffers = False",
+        "self.args.ddp_broadcast_buffers = False",
+        ("tests/artemis/training/test_quantized_base.py", "-k", "ddp"),
+    ),
+    Fault(
+        "a finished run trained one step more",
+        "artemis/training/trainer.py",
+        "if self.state.global_step >= self.state.max_steps:",
+        "if self.state.global_step > self.state.max_steps:",
+        ("tests/artemis/training/test_resume.py", "-k", "steps_are_done"),
+    ),
+    Fault(
+        "rates compared with themselves",
+        "artemis/training/trainer.py",
+        "_warn(kept_rates(given, rates(self.optimizer)))",
+        "_warn(kept_rates(rates(self.optimizer), rates(self.optimizer)))",
+        ("tests/artemis/training/test_resuming.py", "-k", "learning_rate or weight_decay"),
+    ),
+    Fault(
+        "the rate of one step taken for the one that was set",
+        "artemis/training/resuming.py",
+        '"learning_rate": "initial_lr"',
+        '"learning_rate": "lr"',
+        ("tests/artemis/training/test_resuming.py", "-k", "what_is_the_same"),
+    ),
+    Fault(
+        "steps spoken of that have no effect",
+        "artemis/training/resuming.py",
+        """if getattr(args, f"{kind}_strategy") == "steps" and new != old:""",
+        "if new != old:",
+        ("tests/artemis/training/test_resuming.py", "-k", "no_effect"),
+    ),
+    Fault(
+        "the place in the data counted without accumulation",
+        "artemis/training/resuming.py",
+        "epochs + steps * args.gradient_accumulation_steps / batches_per_epoch",
+        "epochs + steps / steps_per_epoch",
+        ("tests/artemis/training/test_resuming.py", "-k", "ragged"),
     ),
     Fault(
         "a merged adapter trained",
@@ -947,10 +1153,59 @@ PACKED_KERNELS = (
     ),
     Fault(
         "columns apart counted twice",
-        f"{PACKED}/round_rows.py",
-        "kept = torch.where(stands_out, 0.0, factor[columns])",
-        "kept = factor[columns]",
+        f"{PACKED}/columns_apart.py",
+        "mask=mask_a & counts)",
+        "mask=mask_a & (columns < 0))",
         ("tests/kernels/test_packed.py", "-k", "apart"),
+    ),
+    Fault(
+        "columns that do not count copied beside q",
+        f"{PACKED}/round_rows.py",
+        "mask=mask_m[:, None] & counts[None, :]",
+        "mask=mask_m[:, None] & mask_a[None, :]",
+        (COLUMNS_APART, "-k", "rows_and_their"),
+    ),
+    Fault(
+        "four times the upper median asked for",
+        f"{PACKED}/columns_apart.py",
+        "(2 * lower >= tl.sum(numbers, 0))",
+        "(2 * lower > tl.sum(numbers, 0))",
+        (COLUMNS_APART, "-k", "sort"),
+    ),
+    Fault(
+        "nan counted among the numbers whose median is taken",
+        f"{PACKED}/columns_apart.py",
+        "numbers += (mask_k & (felt == felt)).to(tl.int32)",
+        "numbers += mask_k.to(tl.int32)",
+        (COLUMNS_APART, "-k", "median"),
+    ),
+    Fault(
+        "a nan above the others not taken for the largest",
+        f"{PACKED}/columns_apart.py",
+        "felt.to(tl.int32, bitcast=True), 0x7FFFFFFF)",
+        "felt.to(tl.int32, bitcast=True), 0)",
+        (COLUMNS_APART, "-k", "no_number"),
+    ),
+    Fault(
+        "zeros past the last column counted as columns",
+        f"{PACKED}/columns_apart.py",
+        "below += (mask_k & (felt * apart < bound))",
+        "below += (felt * apart < bound)",
+        (COLUMNS_APART, "-k", "sort"),
+    ),
+    Fault(
+        "only the first block of columns searched for the next",
+        f"{PACKED}/columns_apart.py",
+        "best = tl.maximum(best, tl.where(mask_k & (key < last), key, -1))",
+        "best = tl.where(k == 0, tl.where(mask_k & (key < last), key, -1), best)",
+        (COLUMNS_APART, "-k", "sort"),
+    ),
+    Fault(
+        "weights apart of a transpose scaled by another row",
+        f"{PACKED}/columns_apart.py",
+        "tl.load(scale_ptr + column)",
+        "tl.load(scale_ptr + a)",
+        (COLUMNS_APART, "-k", "weights"),
     ),
     Fault(
         "dY rounded without the weight's row scale",
@@ -958,6 +1213,27 @@ PACKED_KERNELS = (
         "packed.scale if weight.transposed else None",
         "None",
         ("tests/ops/test_packed_paths.py", "-k", "in_eight_bits"),
+    ),
+    Fault(
+        "a transposed weight written past the ends of its rows",
+        f"{PACKED}/transpose.py",
+        "mask = mask_k[:, None] & mask_n[None, :]",
+        "mask = mask_k[:, None]",
+        ("tests/kernels/test_packed.py", "-k", "transpose"),
+    ),
+    Fault(
+        "tiles of a transposed weight counted wrong where they are whole",
+        f"{PACKED}/transpose.py",
+        "tiles_k = tl.cdiv(K, BLOCK_K)",
+        "tiles_k = K // BLOCK_K + 1",
+        ("tests/kernels/test_packed.py", "-k", "transpose"),
+    ),
+    Fault(
+        "tiles searched for a copy of the weight that AMD's products do without",
+        f"{KERNELS}/tuner/lookups.py",
+        'if back and chip.backend == "cuda":',
+        "if back:",
+        ("tests/kernels/test_tiles_search.py", "-k", "transposed"),
     ),
     Fault(
         "the subnormal numbers of e4m3 read as zeros",
@@ -1055,6 +1331,13 @@ GROUPS = (
         "if versions != site.versions():",
         "if False:",
         (GROUP_MODULES, "-k", "adapter_changed"),
+    ),
+    Fault(
+        "a sibling's weight read before its hook has made it",
+        "artemis/groups.py",
+        "            and has_own_tensors(other)\n",
+        "",
+        (GROUP_MODULES, "-k", "hook_makes"),
     ),
     Fault(
         "a dissolved group recomputed one by one",
@@ -1300,7 +1583,159 @@ INFERENCE = (
     ),
 )
 
+TRAIN_COMMAND = "tests/artemis/cli/test_train.py"
+COMMANDS = (
+    Fault(
+        "equal blocks padded",
+        "artemis/training/run.py",
+        "        data_collator=default_data_collator,\n",
+        "",
+        (TRAIN_COMMAND, "-k", "without_padding"),
+    ),
+    Fault(
+        "a new run among an old one's checkpoints",
+        "artemis/training/output.py",
+        "elif found := _checkpoints(folder):",
+        "elif found := []:",
+        (TRAIN_COMMAND, "-k", "old_one"),
+    ),
+    Fault(
+        "nothing to resume noticed late",
+        "artemis/training/output.py",
+        "checkpoint = _complete_checkpoint(True, str(folder))",
+        "checkpoint = True",
+        (TRAIN_COMMAND, "-k", "nothing_to_resume"),
+    ),
+    Fault(
+        "a folder that cannot be written noticed late",
+        "artemis/training/output.py",
+        '    require_writable(folder, "training.output_dir")\n',
+        "",
+        (TRAIN_COMMAND, "-k", "cannot_be_written"),
+    ),
+    Fault(
+        "a folder made and not written to",
+        "artemis/training/output.py",
+        'with NamedTemporaryFile(dir=folder, prefix=".artemis-"):',
+        "if True:",
+        (TRAIN_COMMAND, "-k", "cannot_be_written"),
+    ),
+    Fault(
+        "a demo's result that cannot be written noticed late",
+        "artemis/cli/demo/__init__.py",
+        "        _check_json(args.json)\n",
+        "        pass\n",
+        ("tests/artemis/cli/test_demo.py", "-k", "a_result_that"),
+    ),
+    Fault(
+        "a base known by the spelling of its path",
+        "artemis/training/output.py",
+        "if folder.resolve() != Path(config.model).resolve():",
+        "if folder != Path(config.model):",
+        (TRAIN_COMMAND, "-k", "not_overwritten"),
+    ),
+    Fault(
+        "a folder made in the place of a model's name",
+        "artemis/training/output.py",
+        "if not (hybrid and folder.is_dir()):",
+        "if not hybrid:",
+        (TRAIN_COMMAND, "-k", "not_overwritten"),
+    ),
+    Fault(
+        "ranks chosen where training does not run",
+        "artemis/training/run.py",
+        "    model.to(device)  #",
+        "    #",
+        (TRAIN_COMMAND, "-k", "device"),
+    ),
+    Fault(
+        "ranks chosen anew when a run is resumed",
+        "artemis/training/run.py",
+        "    if checkpoint is not None:\n        return _add_as_saved",
+        "    if False:\n        return _add_as_saved",
+        (TRAIN_COMMAND, "-k", "keeps_the_ranks"),
+    ),
+    Fault(
+        "each process with the ranks it chose",
+        "artemis/training/run.py",
+        "    if _several_processes():\n        distributed.broadcast",
+        "    if False:\n        distributed.broadcast",
+        (TRAIN_COMMAND, "-k", "two_processes"),
+    ),
+    Fault(
+        "every process reports",
+        "artemis/cli/train.py",
+        "if not is_first_process():",
+        "if False:",
+        (TRAIN_COMMAND, "-k", "two_processes"),
+    ),
+    Fault(
+        "sequences beyond what a model has learned",
+        "artemis/training/run.py",
+        "if most is not None and sequence_length > most:",
+        "if most is not None and sequence_length > most + 1:",
+        (TRAIN_COMMAND, "-k", "positions"),
+    ),
+    Fault(
+        "one token more generated than there are positions",
+        "artemis/cli/generate.py",
+        "left = most + 1 - prompt",
+        "left = most + 2 - prompt",
+        ("tests/artemis/cli/test_commands.py", "-k", "learned_positions"),
+    ),
+    Fault(
+        "positions for padding taken for usable",
+        "artemis/training/positions.py",
+        "0 if table.padding_idx is None else table.padding_idx + 1",
+        "0",
+        ("tests/artemis/training/test_positions.py",),
+    ),
+    Fault(
+        "the embedding of tokens taken for positions",
+        "artemis/training/positions.py",
+        "        and module is not tokens\n",
+        "",
+        ("tests/artemis/training/test_positions.py", "-k", "vocabulary"),
+    ),
+    Fault(
+        "half of a character left to the tokenizer",
+        "artemis/training/data.py",
+        'record[text_column].encode("utf-8")',
+        'record[text_column].encode("utf-8", "surrogatepass")',
+        ("tests/artemis/training/test_data.py", "-k", "half"),
+    ),
+    Fault(
+        "the mark of an encoding trained on",
+        "artemis/training/data.py",
+        '.removeprefix("\\ufeff")',
+        "",
+        ("tests/artemis/training/test_data.py", "-k", "mark"),
+    ),
+    Fault(
+        "JSON lines known by lower case only",
+        "artemis/training/data.py",
+        "path.suffix.lower() !=",
+        "path.suffix !=",
+        ("tests/artemis/training/test_data.py", "-k", "spelling"),
+    ),
+    Fault(
+        "every batch counted as a full one",
+        "artemis/training/throughput.py",
+        "epochs * an_epoch + min(rest * accumulation * together, an_epoch)",
+        "steps * accumulation * together",
+        ("tests/artemis/training/test_throughput.py",),
+    ),
+    Fault(
+        "a resumed run's rate of all its steps",
+        "artemis/training/run.py",
+        "tokens_per_second(trainer, outcome, _steps_done(checkpoint))",
+        "tokens_per_second(trainer, outcome, 0)",
+        (TRAIN_COMMAND, "-k", "its_own_steps"),
+    ),
+)
+
 FAULTS = (
+    *COMMANDS,
     *MASK,
     *LOSS,
     *EAGER,

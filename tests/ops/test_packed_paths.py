@@ -15,6 +15,8 @@ from artemis_kernels import QuantizedWeight, explain, quantized_linear
 from artemis_kernels.core import packed_choice
 from artemis_kernels.core.device import CHIPS, why_no_triton
 from artemis_kernels.core.tiling import Shape
+from artemis_kernels.ops.packed import steps
+from artemis_kernels.ops.packed.transpose import transpose
 from tests import kit
 from tests.core.test_eight_bit import logits_gradient
 from tests.kit import Sizes
@@ -114,6 +116,23 @@ def test_in_eight_bits(operation, strategy, meaning, format, sizes, dtype, limit
         error = (actual[name].double() - wanted).norm() / wanted.norm()
         allowed = limit * (4 if format == "fp8" else 1) * (4 if wanted.numel() < 100 else 1)
         assert error < allowed, f"{name}: {error:.2g}"
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+def test_a_weight_that_lies_along_out_is_not_copied_for_dx(format, monkeypatch):
+    weight = QuantizedWeight.quantize(torch.randn(48, 64), format, activation_bits=8)
+    turned = replace(weight, data=kit.transposed(weight.data))
+    x, dy, copied = torch.randn(70, 64, requires_grad=True), torch.randn(70, 48), []
+
+    def counted(data, **options):
+        copied.append(data)
+        return transpose(data, **options)
+
+    monkeypatch.setattr(steps, "transpose", counted)
+    ys = [quantized_linear(x, one, impl="triton") for one in (weight, turned)]
+    wanted, dx = (torch.autograd.grad(y, x, dy)[0] for y in ys)
+    kit.assert_same_bits(dx, wanted)
+    assert len(copied) == 1
 
 
 @pytest.mark.parametrize(("operation", "strategy", "meaning"), IN_EIGHT_BITS)

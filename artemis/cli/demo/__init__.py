@@ -21,6 +21,7 @@ import torch
 
 from artemis.errors import AdapterError
 from artemis.training import default_device, resolve_precision
+from artemis.training.output import require_writable
 
 from .recipe import QUICK, Recipe, Workspace
 from .report import ARMS, render, share_of_improvement
@@ -51,7 +52,9 @@ def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     space = Workspace(args.directory, QUICK if args.quick else Recipe(), args.text)
     _check_text(space)
-    space.directory.mkdir(parents=True, exist_ok=True)
+    require_writable(space.directory, "--directory")
+    if args.json:
+        _check_json(args.json)
     setting = _setting(space)
     _say(f"{setting['device']}, matrix products in {setting['precision']}")
     if space.base_is_ready():
@@ -81,6 +84,12 @@ def _check_text(space: Workspace) -> None:
             f"--text: {str(space.text)!r} is too short, allowed: a text of which a tenth holds"
             f" {least * space.recipe.sequence_length:,} bytes"
         )
+
+
+def _check_json(file: Path) -> None:
+    if file.is_dir() or not file.parent.is_dir():
+        raise AdapterError(f"--json: got {str(file)!r}, allowed: a file in a folder that exists")
+    require_writable(file.parent, "--json")
 
 
 def _setting(space: Workspace) -> dict:

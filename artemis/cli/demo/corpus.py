@@ -8,7 +8,7 @@ from pydoc_data.topics import topics
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from artemis.errors import AdapterError
+from artemis.training.data import read_text
 
 END_OF_TEXT = "<|endoftext|>"
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "pydoc_data"})
@@ -64,11 +64,7 @@ def text_file(path: Path) -> tuple[list[str], list[str]]:
     Raises:
         AdapterError: the file is not UTF-8 text.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise AdapterError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    return split(passages(text))
+    return split(passages(read_text(path)))
 
 
 def passages(text: str) -> list[str]:

@@ -130,8 +130,7 @@ def _train(
     trainer = Trainer(args=_arguments(model, settings), train_dataset=data)
     show_progress(trainer, description)
     outcome = trainer.train(model)
-    speed = tokens_per_second(outcome.metrics, data.blocks.shape[1])
-    return {"tokens_per_second": speed, **count_parameters(model)}
+    return {"tokens_per_second": tokens_per_second(trainer, outcome), **count_parameters(model)}
 
 
 def _losses(model: PreTrainedModel, space: Workspace) -> dict:

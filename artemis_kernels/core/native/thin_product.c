@@ -14,7 +14,7 @@
 #define TILE_ROWS 8
 #define SUBNORMAL 0x20    /* a class of fp32 numbers, to the processor */
 #define BLOCK 64          /* pairs of k that columns are packed and multiplied for at a time */
-#define UNFINISHED (256 << 10) /* bytes of sums meanwhile: a quarter of a second-level cache */
+#define HELD (256 << 10)  /* bytes of packed columns, and of sums: each a quarter of a cache */
 #define FEW_ROWS 128      /* up to here they stay in the caches while columns pass by */
 #define AHEAD 16          /* rows of b that are asked for before they are packed */
 
@@ -371,7 +371,8 @@ static void columns(const Product *of, int64_t first, int64_t last, uint32_t *pa
 /* Threads share out the columns, each packing what it multiplies next. */
 static void share_columns(const Product *of) {
     int64_t of_a_panel = (of->m + TILE_ROWS - 1) / TILE_ROWS * (int64_t)sizeof(Tile);
-    int64_t most = UNFINISHED > of_a_panel ? UNFINISHED / of_a_panel : 1;
+    int64_t of_a_block = BLOCK * PANEL * (int64_t)sizeof(uint32_t);
+    int64_t most = HELD / (of_a_panel > of_a_block ? of_a_panel : of_a_block);
     int64_t tasks = (of->panels + most - 1) / most;
     tasks = (tasks + of->threads - 1) / of->threads * of->threads;
     _Pragma("omp parallel num_threads(of->threads) if (of->m * of->k * of->n > 65536)")

@@ -88,14 +88,15 @@ class Branch(NamedTuple):
         return Units(self.activation, self.scale_tensor, mask)
 
     def _term(self, z: torch.Tensor) -> LowRank:
-        """h, U and the bias; for BLAS the bias is a column of U that a unit of ones meets."""
+        """h, U and the bias, which is for BLAS a column of U that a unit of ones meets."""
         if self.bias_up is None:
             return LowRank(self._units.forward(z, False), self.up, self.scale)
         wide = accumulator(z.dtype)
         bias = self.bias_up.to(wide)
         if self.scale_tensor is not None:
             bias = bias * self.scale_tensor.to(wide)
-        if z.dtype == torch.bfloat16 and z.is_cpu and thin_products.available():
+        in_bf16 = z.dtype == torch.bfloat16 and z.is_cpu
+        if in_bf16 and thin_products.expands(*z.shape, self.up.shape[0]):
             return LowRank(self._units.forward(z, False), self.up, self.scale, bias * self.scale)
         up = torch.cat((self.up.to(wide), bias.unsqueeze(1)), 1)
         return LowRank(self._units.forward(z, True), up, self.scale)

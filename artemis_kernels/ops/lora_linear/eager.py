@@ -5,7 +5,7 @@ y is held twice; no gradient of the frozen weight is formed; the mask is drawn a
 backward, never kept. With `s = x̃ Aᵀ`:
 
     y  = x Wᵀ + bias + σ·s Bᵀ          dB = σ·dYᵀ s        dS = σ·dY B
-    dX = dY W + mask·(dS A)/keep       dA = dSᵀ x̃          dσ = Σ (dY B) ⊙ s
+    dX = dY W + mask·(dS A)/keep       dA = dSᵀ x̃          dσ = Σ (dYᵀ s) ⊙ B
 """
 
 import torch
@@ -84,7 +84,7 @@ def expand_gradients(
     ds = db = dscale = dbias = None
     if needs_b or needs_scale:
         before_gain = outer_gradient(dy, s, scale)
-        if needs_scale:  # Σ (dY B) ⊙ s = Σ (dYᵀ s) ⊙ B
+        if needs_scale:
             dscale = inner(before_gain, lora_b).to(scale_tensor.dtype)
         if needs_b:
             db = before_gain if scale_tensor is None else before_gain * scale_tensor
@@ -102,4 +102,4 @@ def _read(scale: float, scale_tensor: torch.Tensor | None) -> tuple[float, torch
     """σ as a number, which products take; a tensor stays one where reading it means waiting."""
     if scale_tensor is None or not scale_tensor.is_cpu:
         return scale, scale_tensor
-    return scale * float(scale_tensor), None
+    return scale * float(scale_tensor.detach()), None

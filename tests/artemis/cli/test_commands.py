@@ -12,11 +12,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from artemis import load_hybrid_adapter, quantize_adapter_model, read_adapter, save_quantized
 from artemis.cli import main
-from artemis.cli.demo.corpus import help_topics
+from artemis.cli.demo.corpus import byte_pairs, help_topics
 from artemis.cli.demo.recipe import Workspace
 from artemis.cli.generate import continue_text
 from artemis.quantized_layers import packed_layers
@@ -136,6 +136,27 @@ def test_generate_reads_a_quantized_base(workspace, int8_base, capsys):
     model, tokenizer = load_base(str(workspace.directory / "base"), torch.float32)
     quantize_adapter_model(load_hybrid_adapter(model, adapter[1]), adapter_bits=32)
     assert text == continue_text(model.eval(), tokenizer, "The ", 5)[0]
+
+
+def test_generate_counts_learned_positions_before_it_prints(tmp_path, capsys):
+    tokenizer = byte_pairs()
+    end = tokenizer.eos_token_id
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=8,
+        bos_token_id=end, eos_token_id=None,
+    )  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    arguments = ["generate", str(tmp_path), "--precision", "fp32", "--prompt"]
+    assert main([*arguments, "abcde", "--max-new-tokens", "4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["new_tokens"] == 4
+    for prompt, new, words in (
+        ("abcde", 5, "--max-new-tokens: got 5 after a prompt of 5, allowed: up to 4"),
+        ("abcdefghi", 1, "--prompt: got 9 tokens, allowed: up to 8"),
+    ):
+        assert main([*arguments, prompt, "--max-new-tokens", str(new)]) == 1
+        captured = capsys.readouterr()
+        assert captured.out == "" and words in captured.err and captured.err.count("\n") == 1
 
 
 def test_a_quantized_base_is_cast_and_keeps_its_own_tokenizer(workspace, int8_base, tmp_path):

@@ -96,6 +96,24 @@ def test_an_unusable_text_fails_before_anything_is_trained(tmp_path, capsys, con
     assert not directory.exists()
 
 
+@pytest.mark.parametrize("file", ["absent/result.json", "."])
+def test_a_result_that_cannot_be_written_fails_before_anything_is_trained(
+    tmp_path, capsys, monkeypatch, file
+):
+    monkeypatch.setattr(command, "_run_stage", None)
+    arguments = ["demo", "--quick", "--directory", str(tmp_path / "demo")]
+    assert main([*arguments, "--json", str(tmp_path / file)]) == 1
+    error = capsys.readouterr().err
+    assert "--json: got" in error and "allowed: a file in a folder that exists" in error
+
+
+def test_a_folder_of_the_demo_that_cannot_be_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "_run_stage", None)
+    (tmp_path / "file").touch()
+    assert main(["demo", "--quick", "--directory", str(tmp_path / "file")]) == 1
+    assert "--directory: got" in capsys.readouterr().err
+
+
 def test_held_out_texts_were_not_trained_on():
     for train, held_out in (help_topics(), python_sources(500_000)):
         assert held_out

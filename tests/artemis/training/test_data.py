@@ -37,6 +37,19 @@ def test_documents_are_joined_by_the_end_of_text(tmp_path):
     assert decode(blocks) == [f"abc{end}de", f"{end}f\u2028g"]  # the last end fills no block
 
 
+def test_the_mark_of_an_encoding_is_not_text(tmp_path):
+    for name, content in (("a.txt", "abcd"), ("b.jsonl", '{"text": "abcd"}')):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        blocks = load_blocks(tmp_path / name, TOKENIZER, 5)
+        assert decode(blocks) == [f"abcd{TOKENIZER.eos_token}"]
+
+
+def test_json_lines_are_known_by_any_spelling(tmp_path):
+    path = tmp_path / "DATA.JSONL"
+    path.write_text('{"text": "abcd"}')
+    assert decode(load_blocks(path, TOKENIZER, 4)) == ["abcd"]
+
+
 def test_any_column_may_hold_the_text(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps({"body": "hello", "text": "not this"}))
@@ -48,11 +61,17 @@ def test_any_column_may_hold_the_text(tmp_path):
     [
         ("short.txt", b"ab", "the text is shorter than one sequence of 4 tokens"),
         ("empty.txt", b"", "shorter than one sequence"),
+        ("mark.txt", b"\xef\xbb\xbfa\xff", r"mark.txt: not UTF-8 text \(byte 4\)"),
         ("latin.txt", "caf\u00e9s".encode("latin-1"), r"latin.txt: not UTF-8 text \(byte 3\)"),
         ("bad.jsonl", b'{"text": "a"}\n{"text"\n', "bad.jsonl:2: not JSON"),
         ("list.jsonl", b"[1]", "list.jsonl:1: expected a JSON object, got list"),
         ("column.jsonl", b'{"txt": "a"}', "column.jsonl:1: no column 'text', only txt; did you"),
         ("number.jsonl", b'{"text": 3}', "number.jsonl:1: column 'text' must be a string, got int"),
+        (
+            "half.jsonl",
+            b'{"text": "\\ud83d\\ude42"}\n{"text": "a\\ud83d"}',
+            r"half.jsonl:2: column 'text' holds half of a surrogate pair, \\ud83d",
+        ),
     ],
 )
 def test_unusable_data_is_named_with_its_place(tmp_path, name, content, message):

@@ -8,13 +8,14 @@ from transformers import set_seed
 
 from artemis import AdapterError, load_hybrid_adapter, quantize_adapter_model
 from artemis.quantized_layers import packed_layers
-from artemis.training import BaseConfig, RunConfig, run_training
+from artemis.training import BaseConfig, RunConfig, Trainer, run_training
 from artemis.training import run as run_module
 from tests.artemis.models import adapted, llama, snapshot
 from tests.artemis.training.kit import (
     assert_equal_states,
     blocks,
     hybrid,
+    settings,
     trained_state,
     trainer_for,
 )
@@ -33,7 +34,6 @@ def test_two_steps_train_the_adapter_and_nothing_else(tmp_path):
         warnings.filterwarnings("error", message="the adapter is held")
         trainer = trainer_for(model, tmp_path, max_steps=2)
         trainer.train()
-    assert trainer.args.ddp_broadcast_buffers is False
     moved = {name for name, t in model.state_dict().items() if not torch.equal(t, before[name])}
     assert moved == {name for name, p in model.named_parameters() if p.requires_grad}
     assert all(name.startswith("hybrid_adapter.") for name in moved)
@@ -44,10 +44,29 @@ def test_two_steps_train_the_adapter_and_nothing_else(tmp_path):
     assert_equal_states(trained_state(loaded), trained_state(model))
 
 
-def test_a_plain_base_keeps_the_users_ddp_settings(tmp_path):
-    trainer = trainer_for(hybrid(), tmp_path, max_steps=1)
+@pytest.mark.parametrize(
+    ("build", "asked", "sent"),
+    [
+        (quantized, None, False),
+        (quantized, True, True),
+        (hybrid, None, True),
+        (hybrid, False, False),
+    ],
+)
+def test_what_ddp_sends_round(tmp_path, build, asked, sent):
+    """By what accelerate passes to DDP, which leaves out what is DDP's default, True."""
+    arguments = settings(tmp_path, max_steps=1).arguments()
+    arguments.ddp_broadcast_buffers = asked
+    trainer = Trainer(args=arguments, train_dataset=blocks())
+    trainer.train(build())
+    assert trainer.accelerator.ddp_handler.to_kwargs().get("broadcast_buffers", True) is sent
+
+
+def test_a_plain_base_after_a_packed_one_has_its_buffers_sent(tmp_path):
+    trainer = trainer_for(quantized(), tmp_path, max_steps=1)
     trainer.train()
-    assert trainer.args.ddp_broadcast_buffers is None
+    trainer.train(hybrid())
+    assert "broadcast_buffers" not in trainer.accelerator.ddp_handler.to_kwargs()
 
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):

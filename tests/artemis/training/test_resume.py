@@ -62,6 +62,41 @@ def test_a_path_resumes_from_that_checkpoint(tmp_path):
     assert_equal_states(trained_state(model), expected)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param(dict(max_steps=6), id="within-an-epoch"),
+        pytest.param(dict(max_steps=8), id="between-epochs"),
+        pytest.param(dict(max_steps=None, epochs=1.5), id="half-an-epoch"),
+        pytest.param(dict(max_steps=None, epochs=0.4, accumulation=2), id="accumulation"),
+    ],
+)
+def test_a_run_whose_steps_are_done_trains_nothing_more(tmp_path, changes):
+    changes = dict(schedule="constant", save_steps=2, save_total_limit=None) | changes
+    whole = hybrid(**ADAPTER)
+    trainer = trainer_for(whole, tmp_path, **changes)
+    steps = trainer.train().global_step
+    assert steps == trainer.state.max_steps
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    model = hybrid(**ADAPTER)
+    again = trainer_for(model, tmp_path, **changes)
+    output = again.train(True)
+    assert_equal_states(trained_state(model), trained_state(whole))
+    assert (output.global_step, output.training_loss) == (steps, 0)
+    assert output.metrics["train_steps_per_second"] == 0
+    # The log ends with the run's summary.
+    assert [entry["step"] for entry in again.state.log_history[:-1]] == list(range(1, steps + 1))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_fewer_steps_than_are_done_train_nothing(tmp_path):
+    expected = uninterrupted(tmp_path, save_steps=2, max_steps=7)
+    model = hybrid(**ADAPTER)
+    output = trainer_for(model, tmp_path, save_steps=2, max_steps=5).train(True)
+    assert output.global_step == 7
+    assert_equal_states(trained_state(model), expected)
+
+
 def test_loss_and_rates_are_of_the_resumed_steps(tmp_path):
     uninterrupted(tmp_path, save_steps=4, save_total_limit=None)
     trainer = trainer_for(hybrid(**ADAPTER), tmp_path, save_steps=4)
