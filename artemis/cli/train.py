@@ -30,8 +30,11 @@ def run(args: argparse.Namespace) -> None:
         return
     share = result["trainable_parameters"] / result["total_parameters"]
     print(f"trained {result['trainable_parameters']:,} parameters ({share:.2%} of the model)")
-    print(f"{result['steps']:,} steps, {result['tokens_per_second']:,.0f} tokens/s")
-    print(f"mean training loss {result['train_loss']:.4f} nats per token")
+    if result["train_loss"] is None:
+        print(f"{result['steps']:,} steps, all done before")
+    else:
+        print(f"{result['steps']:,} steps, {result['tokens_per_second']:,.0f} tokens/s")
+        print(f"mean training loss {result['train_loss']:.4f} nats per token")
     if result["eval_loss"] is not None:
         print(f"held-out loss {result['eval_loss']:.4f} nats per token")
     print(f"saved in {result['output_dir']}")

@@ -7,8 +7,8 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 from ..errors import AdapterError, listed
+from .checkpoints import checkpoints, complete_checkpoint
 from .config import RunConfig
-from .trainer import _checkpoints, _complete_checkpoint
 
 
 def prepare_output(config: RunConfig, resume: bool) -> str | None:
@@ -23,8 +23,8 @@ def prepare_output(config: RunConfig, resume: bool) -> str | None:
     _refuse_the_base(config, folder)
     checkpoint = None
     if resume:
-        checkpoint = _complete_checkpoint(True, str(folder))
-    elif found := _checkpoints(folder):
+        checkpoint = complete_checkpoint(True, str(folder))
+    elif found := checkpoints(folder):
         raise AdapterError(
             f"training.output_dir: got {str(folder)!r}, which holds"
             f" {listed(path.name for path in found)} of an earlier run, allowed: --resume to go on"

@@ -1,6 +1,5 @@
 """The job that a training file describes."""
 
-import os
 import sys
 from dataclasses import replace
 from typing import Any
@@ -10,11 +9,9 @@ from torch import distributed
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    TrainerState,
     default_data_collator,
     set_seed,
 )
-from transformers.trainer import TRAINER_STATE_NAME
 
 from ..adapter_file import read_adapter
 from ..allocation import set_dynamic_rank_allocation
@@ -24,6 +21,7 @@ from ..errors import AdapterError
 from ..hybrid import add_hybrid_adapter_to_model
 from ..quantization import quantize_adapter_model
 from ..quantized_layers import packed_numbers
+from .checkpoints import saved_state
 from .config import BaseConfig, DataConfig, RunConfig
 from .data import TokenBlocks, load_blocks
 from .loading import attention_for, default_device, load_base, resolve_precision
@@ -42,9 +40,10 @@ def run_training(config: RunConfig, resume: bool = False) -> dict[str, Any]:
         resume: go on from the last complete checkpoint of an interrupted run.
 
     Returns:
-        What `artemis train --json` prints. Losses are means over tokens, in nats; `eval_loss` is
-        None without held-out data. `lora_rank` says what `lora_rank: auto` chose, or took up from
-        the checkpoint, else None. Under torchrun every process returns it.
+        What `artemis train --json` prints. Losses are means over tokens, in nats; `train_loss` is
+        None where a checkpoint had all steps done, `eval_loss` without held-out data. `lora_rank`
+        says what `lora_rank: auto` chose, or took up from the checkpoint, else None. Under torchrun
+        every process returns it.
 
     Raises:
         AdapterError: the model, the data, the folder or the configuration cannot be used.
@@ -79,12 +78,13 @@ def run_training(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     show_progress(trainer, "training")
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
+    begun = saved_state(checkpoint)["global_step"] if checkpoint else 0
     return {
         "output_dir": settings.output_dir,
         "steps": outcome.global_step,
-        "train_loss": outcome.training_loss,
+        "train_loss": outcome.training_loss if outcome.global_step > begun else None,
         "eval_loss": trainer.evaluate()["eval_loss"] if eval_data else None,
-        "tokens_per_second": tokens_per_second(trainer, outcome, _steps_done(checkpoint)),
+        "tokens_per_second": tokens_per_second(trainer, outcome, begun),
         "lora_rank": chosen,
         **count_parameters(model),
     }
@@ -164,13 +164,6 @@ def _add_as_saved(
     _say(reason)
     sizes = {site.path: site.size for site in saved.plan.sites}
     return {"rank": rank, "reason": reason, "sizes": sizes}
-
-
-def _steps_done(checkpoint: str | None) -> int:
-    """The steps that a run had done when the checkpoint was saved."""
-    if checkpoint is None:
-        return 0
-    return TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)).global_step
 
 
 def _quantize(model: PreTrainedModel, base: BaseConfig) -> None:

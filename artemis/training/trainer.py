@@ -15,7 +15,6 @@ A model without an adapter is trained and saved as transformers does it, so that
 and the hybrid can be compared under the same trainer.
 """
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,7 @@ from ..errors import AdapterError, listed
 from ..merging import check_unmerged
 from ..orthogonality import orthogonality_penalty
 from ..quantized_layers import packed_layers
+from .checkpoints import complete_checkpoint, saved_state
 from .config import TrainingConfig
 from .loss import lean_loss
 from .resuming import kept_intervals, kept_rates, moved_place, rates
@@ -96,8 +96,8 @@ class Trainer(transformers.Trainer):
             self._check_adapter()
         begun = 0
         if checkpoint:
-            checkpoint = _complete_checkpoint(checkpoint, self.args.output_dir)
-            begun = _state(checkpoint)["global_step"]
+            checkpoint = complete_checkpoint(checkpoint, self.args.output_dir)
+            begun = saved_state(checkpoint)["global_step"]
         output = super().train(checkpoint or None, *args, **kwargs)
         # transformers 5.17 divides by the steps of the whole schedule; 5.23 keeps this attribute.
         old = not hasattr(self, "_initial_global_step")
@@ -294,44 +294,3 @@ def _of_this_call(output: TrainOutput, begun: int, max_steps: int) -> TrainOutpu
         for name, value in output.metrics.items()
     }
     return TrainOutput(output.global_step, loss, metrics | {"train_loss": loss})
-
-
-def _complete_checkpoint(checkpoint: str | bool, output_dir: str) -> str:
-    """The path of the checkpoint to resume from; True stands for the last complete one.
-
-    Raises:
-        AdapterError: it does not exist, or its saving was cut short.
-    """
-    if checkpoint is True:
-        found = [path for path in _checkpoints(Path(output_dir)) if _is_complete(path)]
-        if not found:
-            raise AdapterError(f"no complete checkpoint under {output_dir!r} to resume from")
-        return str(found[-1])
-    if not _is_complete(Path(checkpoint)):
-        raise AdapterError(
-            f"{str(checkpoint)!r} is not a complete checkpoint: {TRAINER_STATE_NAME}, which is "
-            "written last, is missing or cut short"
-        )
-    return str(checkpoint)
-
-
-def _checkpoints(directory: Path) -> list[Path]:
-    """Checkpoint folders in a directory, in the order of their steps."""
-    numbered = {}
-    for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        if step.isdecimal():
-            numbered[int(step)] = path
-    return [numbered[step] for step in sorted(numbered)]
-
-
-def _state(checkpoint: str | Path) -> dict[str, Any]:
-    return json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text())
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    try:
-        _state(checkpoint)
-    except (OSError, ValueError):
-        return False
-    return True

@@ -1595,14 +1595,14 @@ COMMANDS = (
     Fault(
         "a new run among an old one's checkpoints",
         "artemis/training/output.py",
-        "elif found := _checkpoints(folder):",
+        "elif found := checkpoints(folder):",
         "elif found := []:",
         (TRAIN_COMMAND, "-k", "old_one"),
     ),
     Fault(
         "nothing to resume noticed late",
         "artemis/training/output.py",
-        "checkpoint = _complete_checkpoint(True, str(folder))",
+        "checkpoint = complete_checkpoint(True, str(folder))",
         "checkpoint = True",
         (TRAIN_COMMAND, "-k", "nothing_to_resume"),
     ),
@@ -1728,7 +1728,7 @@ COMMANDS = (
     Fault(
         "a resumed run's rate of all its steps",
         "artemis/training/run.py",
-        "tokens_per_second(trainer, outcome, _steps_done(checkpoint))",
+        "tokens_per_second(trainer, outcome, begun)",
         "tokens_per_second(trainer, outcome, 0)",
         (TRAIN_COMMAND, "-k", "its_own_steps"),
     ),

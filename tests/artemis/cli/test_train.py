@@ -84,7 +84,11 @@ def test_a_new_run_leaves_the_checkpoints_of_an_old_one(workspace, tmp_path, cap
     assert f"training.output_dir: got '{tmp_path / 'out'}'" in error
     assert "checkpoint-1, checkpoint-2 of an earlier run, allowed: --resume" in error
     assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    capsys.readouterr()
     assert main(["train", str(path), "--resume"]) == 0
+    assert "2 steps, all done before\n" in capsys.readouterr().out
+    assert main(["train", str(path), "--resume", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["train_loss"] is None
 
 
 def test_a_run_without_checkpoints_may_be_repeated(workspace, tmp_path):

@@ -34,7 +34,9 @@ def bart():
 
 
 @pytest.mark.parametrize(
-    "make, most", [(gpt2, 32), (opt, 20), (roberta, 18), (bart, 20)], ids=lambda v: str(v)
+    "make, most",
+    [(gpt2, 32), (opt, 20), (roberta, 18), (bart, 20)],
+    ids=["gpt2", "opt", "roberta", "bart"],
 )
 def test_the_last_position_that_was_learned(make, most):
     model = make().eval()

@@ -192,7 +192,7 @@ def test_a_whole_model_resumes_as_in_transformers(tmp_path):
 
 
 def test_the_state_is_written_last(tmp_path):
-    """`_complete_checkpoint` takes a readable state for a complete checkpoint."""
+    """`complete_checkpoint` takes a readable state for a complete checkpoint."""
     trainer_for(hybrid(), tmp_path, save_steps=6).train()
     checkpoint = tmp_path / "checkpoint-6"
     written = {path.name: path.stat().st_mtime_ns for path in checkpoint.iterdir()}
