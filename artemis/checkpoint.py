@@ -20,7 +20,7 @@ from .bank import BANK, check_writable, find_bank
 from .config import HybridAdapterConfig
 from .errors import AdapterError, listed
 from .identity import identify
-from .layers import check_in_place
+from .layers import replaced
 from .merging import check_unmerged
 from .plan import Plan, SiteSpec
 
@@ -42,11 +42,13 @@ def save_adapter_parameters(model: nn.Module, path: str | os.PathLike) -> None:
 
     Replaces `hybrid_adapter.safetensors` and `hybrid_adapter_config.json` there and touches nothing
     else. Killed at any moment, it leaves the old adapter or the new one. Merged or not, the same is
-    saved. Raises `AdapterError` where an adapted module was replaced.
+    saved. Warns where an adapted module was replaced.
     """
     bank = find_bank(model)
     check_writable(bank, "saved")
-    check_in_place(model, bank.sites.values())
+    problem = replaced(model, bank.sites.values())
+    if problem is not None:
+        warnings.warn(f"{problem}; saved is what it was", stacklevel=2)
     plan = bank.plan()
     tensors, base = _adapter_state(model, plan.heads), identify(model, plan.heads)
     write_adapter(Path(path), tensors, bank.config, plan, base)

@@ -142,10 +142,20 @@ def adapted_module(model: nn.Module, site: Site) -> nn.Module | None:
 
 def check_in_place(model: nn.Module, sites: Iterable[Site]) -> None:
     """Raise `AdapterError` where another module stands in the place of the one that was adapted."""
-    replaced = [site.spec.path for site in sites if adapted_module(model, site) is None]
-    if replaced:
+    problem = replaced(model, sites)
+    if problem is not None:
         raise AdapterError(
-            f"{listed(replaced)}: replaced after the adapter was added (resize_token_embeddings"
-            " replaces an output head), so that the adapter does not run there; put the module"
-            " back, or call remove_adapter() and add the adapter to the model as it is now"
+            f"{problem}; put the module back, or call remove_adapter() and add the adapter to the"
+            " model as it is now"
         )
+
+
+def replaced(model: nn.Module, sites: Iterable[Site]) -> str | None:
+    """Which modules stand in the place of adapted ones, and what that means; None for none."""
+    paths = [site.spec.path for site in sites if adapted_module(model, site) is None]
+    if not paths:
+        return None
+    return (
+        f"{listed(paths)}: replaced after the adapter was added (resize_token_embeddings replaces"
+        " an output head), so that the adapter does not run there"
+    )

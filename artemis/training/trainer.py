@@ -35,6 +35,7 @@ from ..adapter_file import read_adapter
 from ..allocation.resize import resize
 from ..bank import check_writable, find_bank
 from ..errors import AdapterError, listed
+from ..layers import check_in_place
 from ..merging import check_unmerged
 from ..orthogonality import orthogonality_penalty
 from ..quantized_layers import packed_layers
@@ -84,7 +85,8 @@ class Trainer(transformers.Trainer):
 
         Raises:
             AdapterError: there is no model; the checkpoint is missing or incomplete; an adapter
-                would be sharded (FSDP, DeepSpeed), is merged, or is held in 8 bits.
+                would be sharded (FSDP, DeepSpeed), is merged, is held in 8 bits, or acted on a
+                module that was replaced.
         """
         checkpoint = kwargs.pop("resume_from_checkpoint", None)
         if isinstance(model_or_checkpoint, nn.Module):
@@ -138,6 +140,7 @@ class Trainer(transformers.Trainer):
         check_unmerged(self.model)
         bank = find_bank(self.model)
         check_writable(bank, "trained")
+        check_in_place(self.model, bank.sites.values())
         if self.args.ddp_broadcast_buffers is None and any(packed_layers(self.model)):
             # DDP sends buffers round at every forward, and a packed base lies in buffers. The
             # accelerator has read the arguments already, and wraps the model by its handler.

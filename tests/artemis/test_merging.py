@@ -6,10 +6,14 @@ import warnings
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import parametrize, prune
+from transformers import TrainingArguments
 
 from artemis import AdapterError
+from artemis.adapter_file import PARAMETERS_FILE
+from artemis.training import Trainer
 from tests.artemis.models import adapted, assert_same_state, bert, gpt2, llama, snapshot, tokens
 
 LINEAR = dict(activation="identity")
@@ -254,19 +258,38 @@ HEAD = dict(target_modules=["q_proj", "lm_head"], apply_lora_to=["q_proj", "lm_h
 
 
 def test_a_replaced_head_is_named_before_anything_changes(tmp_path):
-    model = llama()
-    state, before = snapshot(model), set(vars(model))
-    adapted(model, **HEAD)
+    model = adapted(llama(), **HEAD)
     old = model.lm_head
     model.resize_token_embeddings(70, mean_resizing=False)
     assert model.lm_head is not old
     resized = snapshot(model)
-    methods = model.merge_adapter, model.print_trainable_parameters
-    for method in (*methods, lambda: model.save_adapter_parameters(tmp_path / "a")):
+    for method in (
+        model.merge_adapter,
+        model.print_trainable_parameters,
+        Trainer(model, TrainingArguments(tmp_path / "run", use_cpu=True)).train,
+    ):
         with pytest.raises(AdapterError, match="^lm_head: replaced after the adapter was added"):
             method()
         assert_same_state(model, resized)
-    assert not (tmp_path / "a").exists()
+
+
+def test_an_adapter_whose_head_was_replaced_is_saved_and_warned_of(tmp_path):
+    """Beside the head much may have been trained."""
+    model = adapted(llama(), **HEAD)
+    model.save_adapter_parameters(tmp_path / "before")
+    model.resize_token_embeddings(70, mean_resizing=False)
+    with pytest.warns(UserWarning, match="^lm_head: replaced after .*; saved is what it was"):
+        model.save_adapter_parameters(tmp_path / "after")
+    before, after = (load_file(tmp_path / name / PARAMETERS_FILE) for name in ("before", "after"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_an_adapter_whose_head_was_replaced_is_removed():
+    model = llama()
+    state, before = snapshot(model), set(vars(model))
+    adapted(model, **HEAD)
+    model.resize_token_embeddings(70, mean_resizing=False)
 
     model.remove_adapter()
     assert set(vars(model)) == before
@@ -303,7 +326,7 @@ def test_a_merged_head_that_was_replaced_is_not_forgotten():
 
 
 @pytest.mark.parametrize("target", ["q_proj", "mlp"])
-def test_layers_taken_out_of_the_model(target, tmp_path):
+def test_layers_taken_out_of_the_model(target):
     """The second layer stands where the first one stood, adapted by its own adapter."""
     model, ids = llama(), tokens()
     kept = copy.deepcopy(model)
@@ -313,11 +336,8 @@ def test_layers_taken_out_of_the_model(target, tmp_path):
     adapted(model, target_modules=["q_proj", target], apply_lora_to=["q_proj"])
     del model.model.layers[0]
     model.model.layers[0].self_attn.layer_idx = kept.model.layers[0].self_attn.layer_idx = 0
-    for method in (model.merge_adapter, lambda: model.save_adapter_parameters(tmp_path)):
-        with pytest.raises(
-            AdapterError, match=r"model\.layers\.0\.self_attn\.q_proj, .*: replaced"
-        ):
-            method()
+    with pytest.raises(AdapterError, match=r"model\.layers\.0\.self_attn\.q_proj, .*: replaced"):
+        model.merge_adapter()
     model.remove_adapter()
     assert torch.equal(model(ids).logits, kept(ids).logits)
 

@@ -532,11 +532,11 @@ MODEL = (
         (MERGING, "-k", "replaced or taken_out"),
     ),
     Fault(
-        "an adapter saved whose module was replaced",
+        "no word where an adapter is saved whose module was replaced",
         "artemis/checkpoint.py",
-        "    check_in_place(model, bank.sites.values())\n",
-        "",
-        (MERGING, "-k", "replaced_head_is_named"),
+        "if problem is not None:",
+        "if False:",
+        (MERGING, "-k", "saved_and_warned_of"),
     ),
     Fault(
         "the class that a parametrization made changed for its copies too",
