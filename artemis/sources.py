@@ -77,7 +77,9 @@ def takes_constants(module: nn.Module, x: torch.Tensor) -> bool:
         return False
     if torch.jit.is_tracing() or torch._C._functorch.is_functorch_wrapped_tensor(x):
         return False  # sizes are tensors there, or there is no address
-    return "forward" not in vars(module)  # accelerate sets it, and brings the weights for each call
+    if "forward" in vars(module):  # accelerate sets it, and brings the weights for each call
+        return False
+    return "bias" in module._parameters  # a pruned one is made anew by each call
 
 
 def is_captured(x: torch.Tensor) -> bool:

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from torch.nn.utils import prune
 
 from artemis import HybridAdapterConfig, add_hybrid_adapter_to_model, frozen
 from artemis.quantization import quantize_adapter_model
@@ -292,3 +293,17 @@ def test_generates_the_same_tokens(ready):
     wanted = model.generate(ids, **options)
     model.hybrid_adapter.config.cache_constants = False
     assert torch.equal(model.generate(ids, **options), wanted)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+@torch.no_grad()
+def test_a_bias_that_each_call_makes_is_no_constant(bits):
+    """Pruning keeps it in parameters of its own, from which a hook makes it."""
+    model, ids = adapted(bert(), target_modules=["query"], apply_lora_to=["query"]).eval(), tokens()
+    layer = next(m for name, m in model.named_modules() if name.endswith("query"))
+    prune.random_unstructured(layer, "bias", 0.5)
+    if bits:
+        quantize_adapter_model(model, bits=bits, progress=False, adapter_bits=32)
+    before = model(ids).logits
+    layer.bias_orig.add_(1.0)
+    assert not torch.equal(model(ids).logits, before)

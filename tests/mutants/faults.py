@@ -523,6 +523,13 @@ MODEL = (
         (MERGING, "-k", "no_place"),
     ),
     Fault(
+        "a bias that a hook makes taken for a constant",
+        "artemis/sources.py",
+        'return "bias" in module._parameters',
+        "return True",
+        ("tests/artemis/test_frozen.py", "-k", "bias_that_each"),
+    ),
+    Fault(
         "a replaced module taken for the adapted one",
         "artemis/layers.py",
         '        if vars(module).get("adapter") is site or any(hook is site for hook in hooks):\n'
