@@ -112,7 +112,8 @@ def artemis(gpu: Gpu, case: Case) -> float:
     m, k = case.rows, case.k
     seconds = gpu.passes(2 * m * k) + gpu.passes(2 * m * k, 2)  # shrink; dA
     for n in case.outs:
-        seconds += 2 * gpu.product(m, k, n) + gpu.passes(2 * m * n, 2)  # both products; dS and dB
+        parts = tuning.expand_gradient_bytes(Shape(m, n, r=RANK), True, gpu.chip)
+        seconds += 2 * gpu.product(m, k, n) + gpu.passes(2 * m * n + parts, 2)  # dS and dB
         strategy, _ = tuning.choose_lora(Shape(m, n, k, RANK), case.dropout, gpu.chip)
         if strategy == "vendor":
             seconds += gpu.passes(4 * m * n) + gpu.passes(4 * m * k)

@@ -1,29 +1,68 @@
-"""The short table of training, a model a row, from the rows of `artemis bench train`."""
+"""The short table of training, a model a row, from the rows of `artemis bench train`.
+
+*Full* is full fine-tuning under bf16 autocast by whichever loss is faster there, transformers' or
+ours: the loss is not what an adapter is about, and where two arms differ by less than a run does,
+the faster one makes no promise too large.
+An extrapolated time multiplies what a layer's errs by. So each speedup of an extrapolated model has
+its range: where the two times err in opposite directions, each by its own p20–p80.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from artemis.benchmark.arms import ARMS, BASELINE
-from artemis.benchmark.tables import Column, piped
+from artemis.benchmark.tables import Column, notes, piped
 
 Record = dict[str, Any]
-_TOKENS = 1024
+TOKENS = 1024
+_FULL = (BASELINE, "full-autocast-lean")
 _HYBRIDS = ("hybrid", "hybrid-int8")
 _BEST, _WITH_HEAD = "hybrid-int8", "hybrid-int8-head"
+_RANGES = "In brackets: the speedup if both times err in opposite directions, each by its p20–p80."
 
 
 def table(rows: Sequence[Record]) -> str:
-    """Samples a second of full fine-tuning and of the hybrids, at `_TOKENS` tokens a step."""
-    models: dict[str, dict[str, Record]] = {}
+    """Samples a second of full fine-tuning and of the hybrids, at `TOKENS` tokens a step.
+
+    Below it, how each extrapolated model was measured.
+    """
+    models: dict[tuple, dict[str, Record]] = {}
     for row in rows:
-        if row["tokens"] == _TOKENS and "ms" in row:
-            models.setdefault(_model(row), {})[row["arm"]] = row
+        if row["tokens"] == TOKENS and "ms" in row:
+            models.setdefault((name_of(row), row["sequence"]), {})[row["arm"]] = row
     whole = [by for by in models.values() if {BASELINE, _BEST} <= by.keys()]
-    return piped(_COLUMNS, [{**by[_BEST], "by": by} for by in whole])
+    lines = piped(_COLUMNS, [{**by[_BEST], "by": by} for by in whole])
+    parts = [by[_BEST] for by in whole if _is_extrapolated(by[_BEST])]
+    if not parts:
+        return lines
+    measured = "\n".join(f"- {note}" for note in notes(parts))
+    return f"{lines}\n\n{measured}\n\n{_RANGES}"
 
 
-def _model(row: Record) -> str:
+def name_of(row: Record) -> str:
+    """A model, and its mode."""
     return row["model"] + (", compiled" if row.get("compiled") else "")
+
+
+def full(by: dict[str, Record]) -> Record:
+    """Of a model's arms, full fine-tuning under bf16 autocast at its fastest."""
+    return min((by[arm] for arm in _FULL if arm in by), key=lambda row: row["ms"]["p50"])
+
+
+def speedup(by: dict[str, Record], arm: str) -> float:
+    """How many times as fast as `full` an arm of the same model is."""
+    return by[arm]["speedup"][full(by)["arm"]]
+
+
+def saved(by: dict[str, Record], baseline: str = BASELINE) -> float | None:
+    """The share of a baseline's peak that the hybrid over int8 does not need."""
+    other, own = by.get(baseline), by[_BEST]
+    measured = other and "memory" in other and "memory" in own
+    return 1 - own["memory"]["peak"] / other["memory"]["peak"] if measured else None
+
+
+def _is_extrapolated(row: Record) -> bool:
+    return row["how"].startswith("extrapolated")
 
 
 def _samples(arm: str) -> Callable[[Record], str]:
@@ -34,40 +73,48 @@ def _samples(arm: str) -> Callable[[Record], str]:
     return cell
 
 
-def _times(baseline: str, arm: str = _BEST) -> Callable[[Record], str]:
+def _times(baseline: str | None = None, arm: str = _BEST) -> Callable[[Record], str]:
+    """How many times as fast as the baseline, or `full`, an arm is; the range if extrapolated."""
+
     def cell(row: Record) -> str:
-        times = row["by"].get(arm, {}).get("speedup", {}).get(baseline)
-        return f"{times:.2f}" if times else ""
+        by = row["by"]
+        other, measured = by.get(baseline) if baseline else full(by), by.get(arm)
+        if other is None or measured is None:
+            return ""
+        times = f"{measured['speedup'][other['arm']]:.2f}"
+        if _is_extrapolated(row):
+            times += f" ({_range(other['ms'], measured['ms'])})"
+        return times
 
     return cell
+
+
+def _range(baseline: Record, arm: Record) -> str:
+    """Of the speedup; a time that may be nothing, since a difference of two, bounds no ratio."""
+    low = max(baseline["p20"], 0.0) / arm["p80"]
+    high = f"{baseline['p80'] / arm['p20']:.1f}" if arm["p20"] > 0 else "∞"
+    return f"{low:.1f}–{high}"
 
 
 def _saved(baseline: str) -> Callable[[Record], str]:
-    """What the hybrid's peak is below the baseline's."""
-
     def cell(row: Record) -> str:
-        other = row["by"].get(baseline)
-        measured = other and "memory" in other and "memory" in row
-        return f"{1 - _peak(row) / _peak(other):.0%}" if measured else ""
+        share = saved(row["by"], baseline)
+        return "" if share is None else f"{share:.0%}"
 
     return cell
 
 
-def _peak(row: Record) -> float:
-    return row["memory"]["peak"]
-
-
 _COLUMNS = (
-    Column("model", _model, words=True),
-    Column("full, samples/s", _samples(BASELINE)),
+    Column("model", name_of, words=True),
+    Column("full, samples/s", lambda row: _samples(full(row["by"])["arm"])(row)),
     *(Column(f"{ARMS[arm].what}, samples/s", _samples(arm)) for arm in _HYBRIDS),
-    Column("int8 base: speedup", _times(BASELINE)),
+    Column("int8 base: speedup", _times()),
     Column("× fp32", _times("full-fp32")),
     Column("× all bf16", _times("full-bf16")),
     Column("× torchao's int8", _times("full-int8")),
-    Column("with its head in int8", _times(BASELINE, _WITH_HEAD)),
+    Column("with its head in int8", _times(arm=_WITH_HEAD)),
     Column("less memory", _saved(BASELINE)),
     Column("than all bf16", _saved("full-bf16")),
     Column("FLOPs", lambda row: f"{row['flops_relative']:.0%}"),
-    Column("device-seconds", lambda row: f"{row['device_seconds_relative']:.0%}"),
+    Column("device-seconds", lambda row: f"{1 / speedup(row['by'], _BEST):.0%}"),
 )

@@ -8,8 +8,9 @@ NAME is `training-step`, `attention`, `training-step-ratios`, `training-step-pro
 `quantized-sizes`, `predicted-packed`, `predicted-kernels`, `predicted-training` or
 `predicted-decode` (these four are reckoned, not measured), `adapters-PART` of its study,
 `head-adaptation`, `equal-loss`, `tuned` or `demo`, or `bench-TABLE` for what
-`artemis bench TABLE --json` wrote (`bench-models`: training, in short). Of several runs of one size
-and precision on one machine, the last counts.
+`artemis bench TABLE --json` wrote (`bench-models`: training, in short;
+`promises`: what of it was promised). Of several runs of one size
+and precision, or one setting of `artemis bench`, on one machine, the last counts.
 """
 
 import argparse
@@ -19,11 +20,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from artemis.benchmark.arms import ARMS
-from artemis.benchmark.machine import identity
-from artemis.benchmark.models import MODELS
 from artemis.benchmark.runner import read
-from artemis.benchmark.tables import COLUMNS, markdown
+from artemis.benchmark.tables import COLUMNS
 from artemis.cli.demo.report import render
 
 from . import (
@@ -35,10 +33,13 @@ from . import (
     kernel_tables,
     model_tables,
     predictions,
+    promises,
     quality_tables,
     quantized_tables,
     tuned,
 )
+from .command_tables import bench_table
+from .origins import origin
 from .profile_step import GROUPS
 
 RESULTS = ROOT / "bench" / "results"
@@ -53,11 +54,6 @@ _RATIO_HEADER = [
     "| hidden × layers | ratio | measured | p20–p80 | target | |",
     "| --- | --- | ---: | ---: | ---: | --- |",
 ]
-#: What two rows of `artemis bench` must agree in to be about the same.
-_BENCH_KEYS = (
-    "model", "tokens", "sequence", "batch", "compiled", "arm",
-    "op", "layer", "m", "k", "n", "r", "dropout", "pass", "dtype", "provider",
-)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -200,92 +196,6 @@ def training_step_profile(records: list[Record]) -> str:
     return "\n".join(tables)
 
 
-def origin(head: Record) -> str:
-    """Where and with what a run was made."""
-    peaks = head.get("peaks")
-    rates = "" if peaks is None else (
-        f" Peaks in the same run: {peaks['gemm_fp32_gflops']:.0f} (fp32) and"
-        f" {peaks['gemm_bf16_gflops']:.0f} (bf16) GFLOP/s, copy {peaks['copy_gbs']:.0f} GB/s."
-    )  # fmt: skip
-    rounds = f", {head['rounds']} rounds" if "rounds" in head else ""
-    return f"{_machine(head, rounds)}; commit {_commit(head)}, {head['time'][:10]}.{rates}"
-
-
-def origins(heads: list[Record]) -> str:
-    """The same of several runs in one line a machine."""
-    commits: dict[str, dict[str, None]] = {}
-    for head in heads:
-        commits.setdefault(_machine(head), {})[_commit(head)] = None
-    return "\n\n".join(f"{where}; commits {', '.join(by)}." for where, by in commits.items())
-
-
-def _machine(head: Record, rounds: str = "") -> str:
-    flags = ", ".join(head["processor"]["flags"])
-    versions = ", ".join(
-        f"{name} {version}"
-        for name, version in head["versions"].items()
-        if name in ("python", "torch", "transformers", "peft")
-    )
-    kept = f"; allocator: {head['allocator']}" if "allocator" in head else ""
-    name, threads = head["processor"]["name"], head["threads"]
-    return f"{name} ({flags}), {threads} threads{rounds}{kept}; {versions}"
-
-
-def _commit(head: Record) -> str:
-    state = " with uncommitted changes" if head["dirty"] else ""
-    return f"`{(head['commit'] or 'unknown')[:12]}`{state}"
-
-
-def bench_table(
-    table: str,
-    records: list[Record],
-    render: Callable[[list[Record]], str] | None = None,
-    short: bool = False,
-) -> str:
-    """What `artemis bench` wrote, a table a machine; of rows about the same, the last counts.
-
-    A model measured with an allocator that keeps memory is not shown without it once more.
-    """
-    heads = {record["run"]: record for record in records if record.get("kind") == "run"}
-    records = _with_best_allocator(records, heads)
-    last: dict[tuple, dict[str, Record]] = {}
-    for record in records:
-        if record.get("kind") == "row" and record.get("table") == table:
-            machine_of = identity(heads[record["run"]])
-            key = str([record.get(name) for name in _BENCH_KEYS])
-            last.setdefault(machine_of, {})[key] = record
-    parts = []
-    for rows in sorted(last.values(), key=lambda rows: _as_it_comes(rows, heads)):
-        order = sorted(rows.values(), key=lambda row: _place(row, list(rows.values())))
-        runs = dict.fromkeys(row["run"] for row in order)
-        made = render(order) if render else markdown(table, order)
-        each = "\n\n".join(dict.fromkeys(origin(heads[run]) for run in runs))
-        parts.append(f"{made}\n\n{origins([heads[run] for run in runs]) if short else each}\n")
-    return "\n".join(parts)
-
-
-def _with_best_allocator(records: list[Record], heads: dict[str, Record]) -> list[Record]:
-    def about(row: Record) -> tuple:
-        return row.get("table"), row.get("model"), row.get("tokens"), row.get("sequence")
-
-    keeps = {run for run, head in heads.items() if "allocator" in head}
-    rows = [record for record in records if record.get("kind") == "row"]
-    better = {about(row) for row in rows if row["run"] in keeps}
-    return [row for row in rows if row["run"] in keeps or about(row) not in better]
-
-
-def _as_it_comes(rows: dict[str, Record], heads: dict[str, Record]) -> bool:
-    """Whether the allocator of these rows was: such tables come last."""
-    return all("allocator" not in heads[row["run"]] for row in rows.values())
-
-
-def _place(row: Record, rows: list[Record]) -> tuple[int, ...]:
-    """Models and arms in their own order, all rows of one model together."""
-    models = [*MODELS, *dict.fromkeys(each.get("model") for each in rows)]
-    arms = [*ARMS, *dict.fromkeys(each.get("arm") for each in rows)]
-    return models.index(row.get("model")), row.get("tokens", 0), arms.index(row.get("arm"))
-
-
 def demo(records: list[Record]) -> str:
     """What `artemis demo --json` wrote last, as the demo prints it."""
     runs = [record for record in records if "share_of_improvement" in record]
@@ -322,6 +232,7 @@ SECTIONS: dict[str, Callable[[list[Record]], str]] = {
     },
     **{f"bench-{table}": partial(bench_table, table) for table in COLUMNS},
     "bench-kernels": partial(bench_table, "kernels", render=kernel_tables.table),
+    "promises": promises.table,
     "bench-models": partial(bench_table, "train", render=model_tables.table, short=True),
 }
 

@@ -15,7 +15,8 @@ from torch import nn
 
 from .arms import TrainingStep
 
-_WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float32}
+#: The dtype of a model -> that of its truth.
+WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float32}
 _FACTOR = 1.25  # of the composed error: intermediates are rounded in either path
 #: Of the dropout masks. The errors of a step's scalars go together, since they share the rounding
 #: of its activations: one step says little about them, however many they are.
@@ -67,7 +68,7 @@ def check(
         other.batch = step.batch
         return outcome(other, masks)
 
-    truth = of_reference(_WIDER[dtype])
+    truth = of_reference(WIDER[dtype])
     if tolerance is not None:
         return compare(outcome(step, masks), truth, truth, 4 * tolerance)
     return compare(outcome(step, masks), of_reference(None), truth, torch.finfo(dtype).eps)

@@ -66,7 +66,8 @@ def measure(
         for name, run in ways.items()
         if rows[name]["gate"]["passed"]
     }
-    for name, times in timer.rows(calls).items():
+    # As in `measure`: a backward alone cannot be captured.
+    for name, times in timer.rows(calls, graphs=group.which != "backward").items():
         rows[name] |= times
     timed = [rows[name]["ms"]["p50"] for name in PEERS if "ms" in rows.get(name, {})]
     for name, row in rows.items():

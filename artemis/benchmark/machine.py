@@ -10,11 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..version import __version__
+
 _PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "numpy", "torchao")
 _DECISIVE_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
 
-
-_KEEPS, _AS_IT_COMES = "keeps freed memory", "as it comes"
+#: What `allocator` of a run says of the malloc that its times were taken with.
+KEEPS, AS_IT_COMES = "keeps freed memory", "as it comes"
+#: Where a change makes another measurement: not in tests, documents and results.
+_CODE = (":/artemis", ":/artemis_kernels", ":/bench", ":(top,exclude)bench/results")
 
 
 class Identity(NamedTuple):
@@ -37,7 +41,7 @@ def facts(keeps_memory: bool = False) -> dict[str, Any]:
         "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "allocator": _KEEPS if keeps_memory else _AS_IT_COMES,
+        "allocator": KEEPS if keeps_memory else AS_IT_COMES,
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "versions": versions(),
         **source(),
@@ -76,8 +80,8 @@ def accelerator() -> dict[str, Any] | None:
 
 
 def versions() -> dict[str, str]:
-    """Python and the packages that take part."""
-    found = {"python": platform.python_version()}
+    """Python, Artemis, and the packages that take part."""
+    found = {"python": platform.python_version(), "artemis": __version__}
     for package in _PACKAGES:
         try:
             found[package] = version(package)
@@ -87,16 +91,14 @@ def versions() -> dict[str, str]:
 
 
 def source() -> dict[str, Any]:
-    """Commit, and whether any tracked or new file but a result differs from it.
+    """Commit, and whether any code of the packages or of `bench` differs from it, or is new.
 
     None and False where the package is installed, not a git checkout of its own.
     """
     package = Path(__file__).resolve().parent.parent
     if _git("ls-files", "--error-unmatch", str(package / "__init__.py")) is None:
         return {"commit": None, "dirty": False}
-    changed = _git(
-        "status", "--porcelain", "--", ":/", ":(top,exclude)bench/results", ":(top,exclude)docs"
-    )
+    changed = _git("status", "--porcelain", "--", *_CODE)
     return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(changed)}
 
 
@@ -108,7 +110,7 @@ def identity(facts: dict[str, Any]) -> Identity:
         facts["threads"],
         gpu.get("name"),
         facts["versions"]["torch"],
-        facts.get("allocator", _AS_IT_COMES),
+        facts.get("allocator", AS_IT_COMES),
     )
 
 

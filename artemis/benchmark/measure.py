@@ -82,7 +82,8 @@ def measure(
             calls[name] = _call(run, own, work.which, learns)
         except failures as failure:
             rows[name]["gate"] = _failed(failure)
-    for name, times in timer.rows(calls).items():
+    # A backward of what ran before it belongs to that stream, and cannot be captured on another.
+    for name, times in timer.rows(calls, graphs=work.which != "backward").items():
         rows[name] |= times
     choices = _choices(work, tensors, weights, impl)
     for name, choice in choices.items():

@@ -50,12 +50,25 @@ class Step(NamedTuple):
     @property
     def estimated_bytes(self) -> float:
         """About how much memory it takes: what the base's weights cost, and activations."""
-        arm, cell = ARMS[self.arm], self.cell
-        sizes, size = cell.architecture, ARMS[self.arm].dtype.itemsize
-        if self.workload in ("prefill", "decode"):
-            return sizes.parameters * size + cell.tokens * sizes.hidden * 64
-        a_token = sizes.layers * (12 * sizes.hidden + 5 * sizes.intermediate) * size
-        return sizes.parameters * arm.state_bytes + cell.tokens * (a_token + 14 * sizes.vocabulary)
+        arm = ARMS[self.arm]
+        return _needed(self.workload, self.cell, arm.state_bytes, arm.dtype.itemsize)
+
+    @property
+    def reference_bytes(self) -> float:
+        """About how much more the gate takes for a while: the reference in the wider precision."""
+        cell, size = self.cell, accuracy.WIDER[ARMS[self.arm].dtype].itemsize
+        if not cell.whole:
+            cell = dataclasses.replace(cell, batch=min(cell.batch, _GATE_SEQUENCES))
+        return _needed(self.workload, cell, size, size)
+
+
+def _needed(workload: str, cell: Cell, state_bytes: float, size: int) -> float:
+    """Bytes, where a weight costs `state_bytes` in training, and all numbers have `size`."""
+    sizes = cell.architecture
+    if workload in ("prefill", "decode"):
+        return sizes.parameters * size + cell.tokens * sizes.hidden * 64
+    a_token = sizes.layers * (12 * sizes.hidden + 5 * sizes.intermediate) * size
+    return sizes.parameters * state_bytes + cell.tokens * (a_token + 14 * sizes.vocabulary)
 
 
 class Prepared(NamedTuple):

@@ -99,7 +99,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
 def text(table: str, rows: Sequence[Record]) -> str:
     """Aligned columns under their titles, and how each model was measured; a table a mode."""
     return "\n\n".join(
-        "\n".join([*heading, aligned(_filled(table, group), group), *_notes(group)])
+        "\n".join([*heading, aligned(_filled(table, group), group), *notes(group)])
         for heading, group in _by_mode(rows)
     )
 
@@ -108,8 +108,8 @@ def markdown(table: str, rows: Sequence[Record]) -> str:
     """The same as Markdown tables, their notes below."""
     parts = []
     for heading, group in _by_mode(rows):
-        notes = "\n".join(f"- {note}" for note in _notes(group))
-        parts += [*heading, piped(_filled(table, group), group), notes]
+        below = "\n".join(f"- {note}" for note in notes(group))
+        parts += [*heading, piped(_filled(table, group), group), below]
     return "\n\n".join(parts)
 
 
@@ -153,6 +153,6 @@ def _cells(columns: Sequence[Column], rows: Sequence[Record]) -> list[list[str]]
     return [[column.cell(row) for column in columns] for row in rows]
 
 
-def _notes(rows: Sequence[Record]) -> list[str]:
-    """`model: how`, each once."""
+def notes(rows: Sequence[Record]) -> list[str]:
+    """How each model was measured, `model: how`, each once."""
     return list(dict.fromkeys(f"{row['model']}: {row['how']}" for row in rows if "how" in row))

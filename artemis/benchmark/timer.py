@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,12 +25,18 @@ class Timer:
         size = _FLUSHED_BYTES if flush else 1
         self.flushed = torch.empty(size, dtype=torch.uint8, device=device)
 
-    def milliseconds(self, call: Callable[[], object]) -> float:
+    def milliseconds(self, call: Callable[[], object], idle: bool = True) -> float:
+        """Of one call. `idle`: a GPU has nothing else to do when it comes.
+
+        Else what Python and launches cost is hidden, for as long as the buffer is being written.
+        """
         self.flushed.zero_()
         if not self.on_gpu:
             start = time.perf_counter()
             call()
             return (time.perf_counter() - start) * 1e3
+        if idle:
+            torch.cuda.synchronize()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()
@@ -39,34 +46,43 @@ class Timer:
 
     def best(self, call: Callable[[], object]) -> float:
         """Seconds of the fastest of several calls."""
-        return min(self.interleaved({"": call})[""]) / 1e3
+        return min(self.interleaved({"": call}, idle=False)[""]) / 1e3
 
-    def interleaved(self, calls: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+    def interleaved(
+        self, calls: dict[str, Callable[[], object]], idle: bool = True
+    ) -> dict[str, list[float]]:
         """Milliseconds of each call in each round, in an order of its own per round."""
         times: dict[str, list[float]] = {name: [] for name in calls}
-        for number, name, ms in in_turns(calls, self.warmup + self.rounds, self.milliseconds):
+        measure = partial(self.milliseconds, idle=idle)
+        for number, name, ms in in_turns(calls, self.warmup + self.rounds, measure):
             if number >= self.warmup:
                 times[name].append(ms)
         return times
 
-    def rows(self, calls: dict[str, Callable[[], object]]) -> dict[str, dict[str, Any]]:
-        """`{"ms": spread}` of each call, all in turns.
+    def rows(
+        self, calls: dict[str, Callable[[], object]], graphs: bool = True
+    ) -> dict[str, dict[str, Any]]:
+        """`{"ms": spread}` of each call, all in turns, and all of one kind.
 
-        On a GPU that is the time of the call's CUDA graph, without what Python and launches cost a
-        short one; the call as it is stands beside it, `eager_ms`, and `graph` says whether there is
-        a graph.
+        On a GPU the kind is `graph`: whether all times are those of CUDA graphs, without what
+        Python and launches cost a short call. They are not where `graphs` is false, or where any of
+        the calls cannot be captured. Both kinds stand beside: `eager_ms` of the call as it is, and
+        `graph_ms` where there is a graph.
         """
         rows = {name: {"ms": spread} for name, spread in self._spreads(calls).items()}
         if self.on_gpu:
-            graphs = {name: graph for name, call in calls.items() if (graph := captured(call))}
-            for name, row in rows.items():
-                row |= {"eager_ms": row["ms"], "graph": name in graphs}
-            for name, spread in self._spreads(graphs).items():
-                rows[name]["ms"] = spread
+            found = {n: graph for n, call in calls.items() if graphs and (graph := captured(call))}
+            everybody = found.keys() == calls.keys()
+            for row in rows.values():
+                row |= {"eager_ms": row["ms"], "graph": everybody}
+            for name, spread in self._spreads(found, idle=False).items():
+                rows[name] |= {"graph_ms": spread, "ms": spread if everybody else rows[name]["ms"]}
         return rows
 
-    def _spreads(self, calls: dict[str, Callable[[], object]]) -> dict[str, dict[str, float]]:
-        times = self.interleaved(calls).items()
+    def _spreads(
+        self, calls: dict[str, Callable[[], object]], idle: bool = True
+    ) -> dict[str, dict[str, float]]:
+        times = self.interleaved(calls, idle).items()
         return {name: Spread.of(milliseconds).to_dict(5) for name, milliseconds in times}
 
 

@@ -8,11 +8,11 @@ decide the defaults; tuning; operations beside their peers, groups of layers and
 weights; training steps and decoding. Each section runs in processes of its own, so that one that
 crashes or runs out of time leaves what it had; each writes JSON lines, one by one, to
 OUT/gpu_SECTION.jsonl, and OUT/gpu_summary.md sums up: eight files. Exit status 1 where anything of
-Artemis is inaccurate or a section fails.
+Artemis is inaccurate, in time or not, or a section breaks off.
 """
 
 import argparse
-import json
+import contextlib
 import subprocess
 import sys
 import time
@@ -26,15 +26,22 @@ import torch
 
 from artemis.benchmark import machine
 from artemis.benchmark.operations import OPERATIONS
-from artemis.benchmark.runner import append
+from artemis.benchmark.runner import append, read
 
 from .. import ROOT
-from .accuracy import STRATEGIES, check
+from . import accuracy, frozen
 from .summary import summary
+
+#: Of the first section; each is a process.
+PROVED = tuple(
+    f"{operation}/{way}"
+    for operation, ways in (accuracy.STRATEGIES | {"frozen_linear": frozen.BASES}).items()
+    for way in ways
+)
 
 #: Name -> (its parts, each a process, side by side; the share of all minutes after which it ends).
 SECTIONS = {
-    "accuracy": (tuple(f"{op}/{way}" for op, ways in STRATEGIES.items() for way in ways), 0.24),
+    "accuracy": (PROVED, 0.24),
     "products": (("",), 0.31),
     "tuning": (("",), 0.40),
     "kernels": (("",), 0.62),
@@ -44,13 +51,16 @@ SECTIONS = {
 }
 #: Timed rounds of what is not tiny, where they are not 20.
 ROUNDS = {"tuning": 9, "models": 10}
+#: Of a GPU's memory that the process of a rehearsal may take: accuracy is proved beside six.
+REHEARSED_SHARE = 0.12
 Row = dict[str, Any]
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     if options.section is not None:
-        return _run_section(options)
+        _run_section(options)
+        return 0
     start, run = time.monotonic(), uuid.uuid4().hex[:12]
     header = {
         "kind": "run", "run": run, **machine.facts(), "gpu": machine.accelerator(),
@@ -61,11 +71,11 @@ def main(arguments: list[str] | None = None) -> int:
         for name, (parts, share) in SECTIONS.items():
             append(_file(options.out, name), [header])
             deadline = start + 60 * options.minutes * share
-            states[name] = _wait(_start(options, name, parts, run), deadline)
+            ended = _wait(_start(options, name, parts, run), deadline)
             _stop(rehearsals)
-            _end_line(_file(options.out, name))
-            append(_file(options.out, name), [{"kind": "end", "run": run, "state": states[name]}])
             rows = _rows(options.out, name, run)
+            states[name] = _state(ended, rows)
+            append(_file(options.out, name), [{"kind": "end", "run": run, "state": states[name]}])
             print(f"{name}: {states[name]}, {len(rows)} rows", flush=True)
             _summarize(options.out, header, states)
     finally:
@@ -132,39 +142,49 @@ def _stop(processes: list[subprocess.Popen]) -> None:
 
 def _wait(processes: list[subprocess.Popen], deadline: float) -> str:
     """`passed`, `failed`, or `out of time` where a process had to be stopped."""
-    in_time = True
     try:
         for process in processes:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(deadline - time.monotonic(), 0))
-            except subprocess.TimeoutExpired:
-                in_time = False
+        statuses = [process.poll() for process in processes]  # None: still running
     finally:
         _stop(processes)
-    if any(process.returncode > 0 or process.returncode < 0 and in_time for process in processes):
+    if any(statuses):
         return "failed"
-    return "passed" if in_time else "out of time"
+    return "out of time" if None in statuses else "passed"
 
 
-def _run_section(options: argparse.Namespace) -> int:
-    """Write the rows of one part of a section as they come; 1 where Artemis is inaccurate."""
-    device, failed, once = torch.device(options.device), False, options.tiny or options.rehearse
+def _state(ended: str, rows: list[Row]) -> str:
+    """How a section ended, its rows considered, which also stand where it was stopped.
+
+    `failed` if Artemis is wrong in any of them; `incomplete` if some of it did not run.
+    """
+    own = [row for row in rows if str(row.get("provider", "artemis")).startswith("artemis")]
+    verdicts = [row["passed"] for row in own if "passed" in row]
+    if False in verdicts:
+        return "failed"
+    return "incomplete" if ended == "passed" and None in verdicts else ended
+
+
+def _run_section(options: argparse.Namespace) -> None:
+    """Write the rows of one part of a section as they come."""
+    device, once = torch.device(options.device), options.tiny or options.rehearse
+    if options.rehearse and device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(REHEARSED_SHARE)
     rounds = 1 if once else ROUNDS.get(options.section, 20)
     for row in _section(options.section, options.part, device, options.tiny, rounds):
-        if options.rehearse:
-            continue
-        append(_file(options.out, options.section), [{"run": options.run, **row}])
-        ours = str(row.get("provider", "artemis")).startswith("artemis")
-        failed |= ours and row.get("passed") is False
-    return 1 if failed else 0
+        if not options.rehearse:
+            append(_file(options.out, options.section), [{"run": options.run, **row}])
 
 
 def _section(name: str, part: str, device: torch.device, tiny: bool, rounds: int) -> Iterator[Row]:
     """The rows of a section; later ones import only what they need, so that none fails another."""
     if name == "accuracy":
-        wanted, strategy = part.split("/")
+        wanted, way = part.split("/")
+        if wanted == "frozen_linear":
+            return frozen.check(way, device, tiny)
         (operation,) = (op for op in OPERATIONS if op.name == wanted)
-        return check(operation, strategy, device, tiny)
+        return accuracy.check(operation, way, device, tiny)
     if name == "groups":
         from .groups import groups
         from .loss import losses
@@ -185,24 +205,8 @@ def _section(name: str, part: str, device: torch.device, tiny: bool, rounds: int
 
 def _rows(out: Path, section: str, run: str) -> list[Row]:
     path = _file(out, section)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    every = [row for row in map(_row, lines) if row]
+    every = read(path) if path.exists() else []
     return [r for r in every if r["run"] == run and r["kind"] not in ("run", "end")]
-
-
-def _end_line(path: Path) -> None:
-    """End the last line, which a stopped process may have left without its end."""
-    if not path.read_bytes().endswith(b"\n"):
-        with path.open("a", encoding="utf-8") as file:
-            file.write("\n")
-
-
-def _row(line: str) -> Row:
-    """The row of a line; none for one that a stopped process left unfinished."""
-    try:
-        return json.loads(line)
-    except ValueError:
-        return {}
 
 
 def _summarize(out: Path, header: Row, states: dict[str, str]) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
 
 from artemis.benchmark.operations import (
     SEED,
@@ -21,9 +20,8 @@ from artemis.benchmark.operations import (
     operands,
 )  # fmt: skip
 
-#: What a launch or a compilation can end in (descriptors check by asserting); it fails one case,
-#: not the run.
-FAILURES = (RuntimeError, ValueError, TypeError, AssertionError, triton.TritonError)
+from .failures import FAILURES, failure
+
 STRATEGIES = {
     "lora_linear": ("one_pass", "split", "vendor"),
     "adapter_linear": ("folded", "folded_vendor", "plain"),
@@ -84,16 +82,29 @@ def check(
     dtypes = (torch.float32, torch.float16) if tiny else (torch.bfloat16, torch.float16)
     for case in cases(operation, tiny):
         for dtype in dtypes[:1] if tiny and case.get("branch_only") else dtypes:
-            torch.manual_seed(0)
             if strategy == "one_pass" and case["dropout"]:
                 continue  # it has no dropout, and is never chosen with it
-            tensors = operands(operation, case["sizes"], dtype, device)
-            yield _check_case(operation, strategy, case, tensors)
+            row = {
+                "kind": "accuracy", "op": operation.name, "strategy": strategy,
+                "dtype": str(dtype).removeprefix("torch."), **case,
+                "sizes": case["sizes"]._asdict(),
+            }  # fmt: skip
+            try:
+                verdict = _judged(operation, strategy, case, dtype, device).to_dict()
+            except FAILURES as error:
+                verdict = {"ratio": None} | failure(error)
+            yield row | verdict
 
 
-def _check_case(
-    operation: Operation, strategy: str, case: dict[str, Any], tensors: Tensors
-) -> dict[str, Any]:
+def _judged(
+    operation: Operation,
+    strategy: str,
+    case: dict[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Verdict:
+    torch.manual_seed(0)
+    tensors = operands(operation, case["sizes"], dtype, device)
     if case.get("branch_only"):  # a small term hides behind the rounding of a large one
         for name in ("weight", "residual"):
             if name in tensors and operation.name != "adapter_linear":
@@ -102,13 +113,4 @@ def _check_case(
     if operation.activated:
         options["activation"] = case.get("activation", "gelu")
     truth = Truth(operation, tensors, operation.trained, **options)
-    row = {
-        "kind": "accuracy", "op": operation.name, "strategy": strategy,
-        "dtype": str(tensors["x"].dtype).removeprefix("torch."), **case,
-        "sizes": case["sizes"]._asdict(),
-    }  # fmt: skip
-    try:
-        verdict = truth.judge(lambda given: forced(operation, strategy, given, **options))
-    except FAILURES as error:
-        verdict = Verdict(None, f"{type(error).__name__}: {error}"[:300])
-    return row | verdict.to_dict()
+    return truth.judge(lambda given: forced(operation, strategy, given, **options))

@@ -12,7 +12,8 @@ from artemis.benchmark.peaks import copy, gemm
 from artemis.benchmark.peers import Run
 from artemis.benchmark.timer import Timer
 
-from .accuracy import FAILURES, STRATEGIES, forced
+from .accuracy import STRATEGIES, forced
+from .failures import FAILURES
 
 _COMPILED = (0, 6)  # workloads that `torch.compile` is timed on: one of LoRA, one of a bottleneck
 _ONE_READ = 2048  # up to this width a row block finds x in the cache again

@@ -14,7 +14,7 @@ from artemis.benchmark.operations import OPERATIONS, Sizes, Tensors, Truth, oper
 from artemis.benchmark.timer import Timer
 from artemis_kernels import QuantizedWeight, explain
 
-from .accuracy import FAILURES
+from .failures import FAILURES, failure
 
 FORMATS = ("int8", "fp8", "int4")
 RANK = 16
@@ -52,24 +52,25 @@ def packed(device: torch.device, tiny: bool, rounds: int) -> Iterator[dict[str, 
         weights = {
             f"artemis, {format}": QuantizedWeight.quantize(every["weight"], format)
             for format in FORMATS
-        }
+        } | {"artemis, 16 bits": every["weight"]}
         rows = {name: _judged(weight, tensors, work.backward) for name, weight in weights.items()}
         runs = {n: of_packed.provider(_LORA, w, 0.0, "triton") for n, w in weights.items()}
-        runs |= {
-            "artemis, 16 bits": lambda t: _LORA.public(t, impl="triton"),
-            "bare": lambda t: functional.linear(t["x"], t["weight"]),
-        }
+        runs["bare"], rows["bare"] = _bare, {"passed": True}
         calls = {
             name: _call(run, tensors, work.backward, name == "bare")
-            for name, run in runs.items() if rows.get(name, {"passed": True})["passed"]
+            for name, run in runs.items() if rows[name]["passed"]
         }  # fmt: skip
         for name, times in timer.rows(calls).items():
-            rows[name] = rows.get(name, {"passed": True}) | times
+            rows[name] |= times
         bare = rows["bare"]["ms"]["p50"]
         for name, row in rows.items():
             if "ms" in row:
                 row["over_bare"] = row["ms"]["p50"] / bare
             yield {"kind": "packed", "provider": name, **work._asdict(), **row}
+
+
+def _bare(t: Tensors) -> torch.Tensor:
+    return functional.linear(t["x"], t["weight"])
 
 
 def _call(run, tensors: Tensors, backward: bool, bare: bool):
@@ -81,16 +82,21 @@ def _call(run, tensors: Tensors, backward: bool, bare: bool):
     return lambda: torch.autograd.grad(run(leaves), [leaves[name] for name in learns], dy)
 
 
-def _judged(weight: QuantizedWeight, tensors: Tensors, backward: bool) -> dict[str, Any]:
+def _judged(
+    weight: QuantizedWeight | torch.Tensor, tensors: Tensors, backward: bool
+) -> dict[str, Any]:
     """The path, the largest error over its limit, and the verdict."""
     given = {"scale": 1.0} | tensors | {"weight": weight}
     strategy = explain("lora_linear", **given, impl="triton").strategy
-    stands_for = {"weight": weight.dequantize(tensors["x"].dtype)}
-    truth = Truth(_LORA, tensors | stands_for, _LEARN if backward else ("x",))
-    run = of_packed.provider(_LORA, weight, 0.0, "triton")
+    run, learn = of_packed.provider(_LORA, weight, 0.0, "triton"), _LEARN if backward else ("x",)
     try:
-        verdict = of_packed.judge(_LORA, weight, run, truth, "triton")
+        if isinstance(weight, torch.Tensor):
+            verdict = Truth(_LORA, tensors, learn).judge(run)
+        else:
+            stands_for = {"weight": weight.dequantize(tensors["x"].dtype)}
+            truth = Truth(_LORA, tensors | stands_for, learn)
+            verdict = of_packed.judge(_LORA, weight, run, truth, "triton")
     except FAILURES as error:
-        return {"passed": False, "strategy": strategy, "where": repr(error)[:300]}
+        return {"strategy": strategy} | failure(error)
     passed = {"passed": verdict.passed, "where": verdict.where}
     return {"strategy": strategy, "error": verdict.ratio} | passed

@@ -7,45 +7,47 @@ Row = dict[str, Any]
 _TABLES = {
     ("products", "product"): (
         "Products with a low-rank epilogue, by pointers, descriptors and the vendor's GEMM",
-        "m|k|n|r|dX|provider|ms|TFLOP/s|÷ pointers|error",
-        "m k n r back provider ms tflops over_pointers error",
+        "m|k|n|r|dX|provider|ms|of graphs|TFLOP/s|÷ pointers|error",
+        "m k n r back provider ms graph tflops over_pointers error",
     ),
-    ("tuning", "tuned"): (
+    ("tuning", "tuning"): (
         "Tuning: what was chosen and what is usual",
         "operation|part|case or kernel and shape|chosen|usual|milliseconds (20 %, median, 80 %)",
         "op part key chosen usual times",
     ),
     ("kernels", "kernel"): (
         "Operations",
-        "operation|m|k|n|r|dropout|pass|provider|strategy|ms|eager ms|GFLOP/s|GB/s|÷ floor"
-        "|÷ best peer|of a copy|error",
-        "op m k n r dropout pass provider strategy ms eager_ms gflops gbs over_floor"
+        "operation|m|k|n|r|dropout|pass|provider|strategy|ms|of graphs|eager ms|GFLOP/s|GB/s"
+        "|÷ floor|÷ best peer|of a copy|error",
+        "op m k n r dropout pass provider strategy ms graph eager_ms gflops gbs over_floor"
         " over_best_peer of_copy error",
     ),
     ("groups", "group"): (
         "Layers that read one x",
-        "members|rows|in|outs|r|dropout|provider|ms|eager ms|÷ group|error ÷ limit",
-        "members rows k outs r dropout provider ms eager_ms over_joined error",
+        "members|rows|in|outs|r|dropout|provider|ms|of graphs|eager ms|÷ group|error ÷ limit",
+        "members rows k outs r dropout provider ms graph eager_ms over_joined error",
     ),
     ("groups", "loss"): (
         "The loss of a language model, forward and backward",
-        "rows|classes|provider|ms|eager ms|× torch|error ÷ limit",
-        "rows classes provider ms eager_ms over_torch error",
+        "rows|classes|provider|ms|of graphs|eager ms|× torch|error ÷ limit",
+        "rows classes provider ms graph eager_ms over_torch error",
     ),
     ("packed", "packed"): (
         "LoRA over a packed base",
-        "rows|in|out|backward|base|strategy|ms|÷ 16-bit bare|error ÷ limit",
-        "rows k n backward provider strategy ms over_bare error",
+        "rows|in|out|backward|base|strategy|ms|of graphs|÷ 16-bit bare|error ÷ limit",
+        "rows k n backward provider strategy ms graph over_bare error",
     ),
     ("models", "train"): (
         "Training step",
-        "model|layers|tokens|arm|ms|tokens/s|peak GB|trained parameters",
-        "model layers tokens arm ms tokens_per_second peak_gb trained_parameters",
+        "model|layers|tokens|arm|ms|× full bf16 autocast|× full bf16|tokens/s|peak GB"
+        "|trained parameters|error ÷ limit",
+        "model layers tokens arm ms full-autocast full-bf16 tokens_per_second peak_gb"
+        " trained_parameters error",
     ),
     ("models", "decode"): (
         "Decoding, adapters unmerged",
-        "model|layers|tokens|arm|ms a token|tokens/s|peak GB",
-        "model layers tokens arm ms tokens_per_second peak_gb",
+        "model|layers|tokens|arm|ms a token|× plain bf16|tokens/s|peak GB|error ÷ limit",
+        "model layers tokens arm ms full-bf16 tokens_per_second peak_gb error",
     ),
 }
 
@@ -78,24 +80,36 @@ def summary(header: Row, states: dict[str, str], rows: dict[str, list[Row]]) -> 
 
 def _accuracy(rows: list[Row]) -> list[str]:
     lines = ["", "## Accuracy: largest error over its limit (passes up to 1)", ""]
-    lines += _header(["operation", "strategy", "dtype", "cases", "failed", "worst", "where"])
+    titles = "operation|strategy|dtype|cases|failed|did not run|worst|where"
+    lines += _header(titles.split("|"))
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["op"], row["strategy"], row["dtype"]), []).append(row)
     for key, each in groups.items():
-        worst = max(each, key=lambda row: float("inf") if row["ratio"] is None else row["ratio"])
-        failed = sum(not row["passed"] for row in each)
+        worst = max(each, key=_badness)
+        count = [sum(row["passed"] is verdict for row in each) for verdict in (False, None)]
         sizes = "×".join(str(size) for size in worst["sizes"].values())
         where = f"{worst['where']} at {sizes}, dropout {worst['dropout']}"
-        lines.append(_line(*key, len(each), failed, worst["ratio"], where))
+        lines.append(_line(*key, len(each), *count, worst["ratio"], where))
     return lines
 
 
+def _badness(row: Row) -> float:
+    """What did not run counts least, what is wrong beyond measure most."""
+    if row["passed"] is None:
+        return -1.0
+    return float("inf") if row["ratio"] is None else row["ratio"]
+
+
 def _cell(row: Row, key: str) -> Any:
+    """Speeds against full fine-tuning, keyed by its arm, are shown with their spread."""
     if key == "ms":
         return row["ms"]["p50"] if "ms" in row else f"not timed: {row.get('where')}"
     if key == "eager_ms":
         return row["eager_ms"]["p50"] if "eager_ms" in row else None
+    if key.startswith("full-"):
+        speed = row.get("speedup", {}).get(key)
+        return speed and "{p50:.3g} ({p20:.3g}–{p80:.3g})".format(**speed)
     return row.get(key)
 
 
@@ -104,5 +118,11 @@ def _header(titles: list[str]) -> list[str]:
 
 
 def _line(*cells: Any) -> str:
-    shown = (f"{c:.4g}" if isinstance(c, float) else "" if c is None else str(c) for c in cells)
-    return "| " + " | ".join(cell.replace("\n", " ").replace("|", "/") for cell in shown) + " |"
+    shown = (_shown(cell).replace("\n", " ").replace("|", "/") for cell in cells)
+    return f"| {' | '.join(shown)} |"
+
+
+def _shown(cell: Any) -> str:
+    if cell is None or isinstance(cell, bool):
+        return {None: "", True: "yes", False: "no"}[cell]
+    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)

@@ -76,5 +76,6 @@ def _new(folder: Path, seen: set[tuple[str, str]], op: str) -> Iterator[dict[str
             for key in entries.keys() - {key for of, key in seen if of == part}:
                 seen.add((part, key))
                 about = {name: entries[key][name] for name in ("chosen", "usual", "rounds")}
-                row = {"kind": "tuned", "op": op, "part": part, "key": key}
+                # "tuned" is a row of bench/tuned.py, and results are read together.
+                row = {"kind": "tuning", "op": op, "part": part, "key": key}
                 yield row | about | {"times": entries[key]["ms"]}

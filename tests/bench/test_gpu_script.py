@@ -1,21 +1,26 @@
 """`make gpu` where there is no GPU: the same script at tiny sizes through the interpreter."""
 
+import argparse
 import json
 import os
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
+import pytest
 import torch
 
-from artemis.benchmark.steps import Step, prepare
+from artemis.benchmark.runner import read
+from bench import report
 from bench.gpu import __main__ as script
-from bench.gpu import models, tuning
 from bench.gpu.__main__ import SECTIONS
 from bench.gpu.accuracy import STRATEGIES
+from bench.gpu.frozen import BASES
 
 ROOT = Path(__file__).resolve().parents[2]
+FROZEN = [("frozen_linear", f"{of} over {base}") for of in ("lora", "bottleneck") for base in BASES]
 
 
 def test_every_section_runs_and_leaves_its_rows(tmp_path):
@@ -36,7 +41,8 @@ def test_every_section_runs_and_leaves_its_rows(tmp_path):
         assert rows[0]["kind"] == "run" and rows[0]["versions"]["torch"] == version("torch")
         assert rows[-1] == {"kind": "end", "run": rows[0]["run"], "state": "passed"}, name
     checked = {(row["op"], row["strategy"]) for row in found["accuracy"] if "op" in row}
-    assert checked == {(name, strategy) for name, every in STRATEGIES.items() for strategy in every}
+    forced = {(name, strategy) for name, every in STRATEGIES.items() for strategy in every}
+    assert checked == forced | set(FROZEN)
     products = found["products"][1:-1]
     ways = ("pointers", "descriptors", "vendor, then update")
     assert {row["provider"] for row in products} == {"bare", *(f"artemis, {way}" for way in ways)}
@@ -66,8 +72,18 @@ def test_every_section_runs_and_leaves_its_rows(tmp_path):
     for kind in ("train", "decode"):
         arms = {row["arm"] for row in found["models"] if row["kind"] == kind}
         assert {"full-bf16", "hybrid", "hybrid-int8"} <= arms
+    adapted = [row for row in found["models"] if row.get("arm", "").startswith(("peft", "hybrid"))]
+    assert all(row["error"] <= 1 and row["speedup"]["full-bf16"]["p50"] > 0 for row in adapted)
     assert len(list(tmp_path.iterdir())) <= 8
     assert "failed" not in (tmp_path / "gpu_summary.md").read_text().partition("## ")[0]
+    check_that_documents_are_as_before([row for rows in found.values() for row in rows])
+
+
+def check_that_documents_are_as_before(rows: list[dict]):
+    """All results are read together: a GPU's rows are none of any table that is there."""
+    document = "\n".join(f"<!-- begin: {n} -->\n<!-- end: {n} -->" for n in report.SECTIONS)
+    known = [row for path in sorted(report.RESULTS.glob("*.jsonl")) for row in read(path)]
+    assert report.filled(document, known + rows) == report.filled(document, known)
 
 
 def test_rows_of_a_stopped_process_are_read_up_to_where_it_stopped(tmp_path):
@@ -77,23 +93,57 @@ def test_rows_of_a_stopped_process_are_read_up_to_where_it_stopped(tmp_path):
     assert script._rows(tmp_path, "products", "a") == rows[:1]
 
 
-def test_an_arm_that_fails_leaves_the_others(monkeypatch):
-    def prepared(workload, arm, cell):
-        if arm == "hybrid":
-            raise torch.OutOfMemoryError("too large")
-        return prepare(Step("train", "full-bf16", cell))
-
-    monkeypatch.setattr(models, "_prepared", prepared)
-    rows = list(models.models(torch.device("cpu"), tiny=True, rounds=1))
-    failed = [row["arm"] for row in rows if row.get("passed") is False]
-    assert failed == ["hybrid", "hybrid"] and len(rows) > 4
-    assert all("ms" in row or "too large" in row["where"] for row in rows)
+def run_of(code: str, *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-S", "-c", code, *arguments])
 
 
-def test_tuned_entries_come_as_they_are_written(tmp_path):
-    entry = {"chosen": "a", "usual": "b", "rounds": 1, "ms": {}}
-    table, seen = tmp_path / "chip.json", set()
-    table.write_text(json.dumps({"strategies": {}, "tiles": {"one": entry}}))
-    assert [row["key"] for row in tuning._new(tmp_path, seen, "op")] == ["one"]
-    table.write_text(json.dumps({"strategies": {"one": entry}, "tiles": {"one": entry}}))
-    assert [row["part"] for row in tuning._new(tmp_path, seen, "op")] == ["strategies"]
+def test_a_wrong_row_fails_the_run_though_its_section_was_stopped(tmp_path, monkeypatch):
+    row = {
+        "kind": "accuracy", "op": "lora_linear", "strategy": "split", "dtype": "bfloat16",
+        "sizes": {"m": 1}, "dropout": 0.0, "ratio": 2.0, "where": "y", "passed": False,
+    }  # fmt: skip
+    code = "import sys, time; open(sys.argv[1], 'a').write(sys.argv[2]); time.sleep(60)"
+
+    def start(options, section, parts, run, *more):
+        line = json.dumps(row | {"run": run}) + "\n"
+        return [run_of(code, tmp_path / f"gpu_{section}.jsonl", line)]
+
+    monkeypatch.setattr(script, "_start", start)
+    monkeypatch.setattr(script, "_rehearsals", lambda options, run: [])
+    monkeypatch.setattr(script, "SECTIONS", {"accuracy": (("",), 1.0)})
+    options = ["--device", "cpu", "--tiny", "--minutes", "0.07", "--out", str(tmp_path)]
+    assert script.main(options) == 1
+    assert "- accuracy: failed" in (tmp_path / "gpu_summary.md").read_text()
+
+
+def test_a_process_that_died_is_seen_beside_one_that_was_stopped():
+    died, slow = "import os; os.kill(os.getpid(), 9)", "import time; time.sleep(60)"
+    assert script._wait([run_of(slow), run_of(died)], time.monotonic() + 2) == "failed"
+    assert script._wait([run_of(slow), run_of("")], time.monotonic() + 2) == "out of time"
+    assert script._wait([run_of("")], time.monotonic() + 60) == "passed"
+
+
+@pytest.mark.parametrize(
+    ("ended", "verdicts", "state"),
+    [
+        ("passed", {"artemis": True, "peft": False}, "passed"),
+        ("passed", {"artemis": True, "artemis, int8": None}, "incomplete"),
+        ("out of time", {"artemis": None}, "out of time"),
+        ("out of time", {"artemis": None, "artemis, int8": False}, "failed"),
+        ("failed", {"artemis": True}, "failed"),
+    ],
+)
+def test_how_a_section_ended(ended, verdicts, state):
+    rows = [{"provider": name, "passed": passed} for name, passed in verdicts.items()]
+    assert script._state(ended, [{"kind": "peaks"}, *rows]) == state
+
+
+@pytest.mark.parametrize("rehearse", [True, False])
+def test_a_rehearsal_leaves_memory_to_what_is_proved_beside_it(monkeypatch, rehearse):
+    shares = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    monkeypatch.setattr(script, "_section", lambda *given: iter(()))
+    options = argparse.Namespace(device="cuda", tiny=False, rehearse=rehearse, section="", part="")
+    script._run_section(options)
+    beside = len(SECTIONS) - 1
+    assert [beside * share < 0.75 for share in shares] == [True] * rehearse

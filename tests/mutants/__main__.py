@@ -16,7 +16,7 @@ from tqdm import tqdm
 from tests.mutants.faults import FAULTS, Fault
 
 ROOT = Path(__file__).resolve().parents[2]
-COPIED = ("artemis_kernels", "artemis", "tests", "examples", "pyproject.toml")
+COPIED = ("artemis_kernels", "artemis", "bench", "tests", "examples", "pyproject.toml")
 GREEN, RED = 0, 1  # pytest's exit statuses: all passed, some failed
 
 

@@ -1,5 +1,6 @@
 """Labelled text files as tokenized examples, and their batches."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,14 @@ class Task:
     test: Examples
     classes: int
     pad: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Of its tokens and labels."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.test):
+            digest.update(json.dumps([list(part.tokens), part.labels.tolist()]).encode())
+        return digest.hexdigest()[:16]
 
     def split(self, held_out: int) -> tuple[Examples, Examples]:
         """The training examples without `held_out` of them, and these; the same at each call."""

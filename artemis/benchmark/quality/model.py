@@ -1,5 +1,6 @@
 """The model of every arm: a pretrained encoder, the mean of its outputs, a linear head."""
 
+import hashlib
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,16 @@ class Pretrained:
     path: Path
     dtype: torch.dtype
     length: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the files at `path`."""
+        digest = hashlib.sha256()
+        for file in sorted(file for file in self.path.iterdir() if file.is_file()):
+            with file.open("rb") as content:
+                digest.update(file.name.encode())
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+        return digest.hexdigest()[:16]
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Raises AdapterError where there is none at `path`."""

@@ -64,16 +64,27 @@ class Study:
     def __post_init__(self) -> None:
         self._features: dict[str, torch.Tensor] = {}
         self._heads: dict[tuple[str, int], nn.Linear] = {}
+        self._data = {name: task.fingerprint for name, task in self.tasks.items()}
 
     @cached_property
     def setting(self) -> Record:
         """Equal for records that may stand in one table."""
         return {
             "model": self.pretrained.path.name,
+            "files": self.pretrained.fingerprint,
             "precision": str(self.pretrained.dtype).removeprefix("torch."),
             "length": self.pretrained.length,
             "examples": self.limit,
             **asdict(self.recipe),
+        }
+
+    def about(self, job: Trial | Cell) -> Record:
+        """Which job it is, on which model and data: equal for records of the same."""
+        return {
+            "kind": _kind(job),
+            "setting": self.setting,
+            "data": self._data[job.dataset],
+            **asdict(job),
         }
 
     def jobs(self) -> list[Trial | Cell]:
@@ -100,7 +111,7 @@ class Study:
 
     def find(self, job: Trial | Cell) -> Record | None:
         """What is known of a job; of a cell, with the setting that its family has by now."""
-        wanted = {"kind": _kind(job), "setting": self.setting, **asdict(job)}
+        wanted = self.about(job)
         if isinstance(job, Cell):
             wanted["choice"] = self.choice(job.dataset, ARMS[job.arm].family)
         for record in self.session.records:
@@ -116,7 +127,7 @@ class Study:
     def measure(self, job: Trial | Cell) -> None:
         """Run one job and save its record."""
         found = self._try(job) if isinstance(job, Trial) else self._run(job)
-        self.session.save({"kind": _kind(job), "setting": self.setting, **asdict(job), **found})
+        self.session.save({**self.about(job), **found})
 
     def choice(self, dataset: str, family: str) -> float | None:
         """The setting with the highest held-out accuracy; of equal ones that of the lowest loss.

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from artemis.benchmark import packed, peers
-from artemis.benchmark.costs import cost_of_pass
+from artemis.benchmark import groups, packed, peers
+from artemis.benchmark.costs import PASSES, cost_of_pass
 from artemis.benchmark.measure import measure
 from artemis.benchmark.operations import OPERATIONS, Operation, Sizes, Truth, operands
 from artemis.benchmark.timer import Timer
@@ -49,6 +49,25 @@ def test_what_is_wrong_or_fails_is_not_timed(monkeypatch):
     timed = [rows[name]["ms"]["p50"] for name in ("plain", "addmm", "peft")]
     assert rows["artemis"]["over_best_peer"] == rows["artemis"]["ms"]["p50"] / min(timed)
     assert {"artemis, int8", "artemis, int4", "bare"} <= rows.keys()
+
+
+@pytest.mark.parametrize("which", PASSES)
+def test_a_backward_alone_is_captured_by_nobody(monkeypatch, which):
+    """It belongs to the stream that its forward ran on."""
+    asked = []
+
+    class Asked(Timer):
+        def rows(self, calls, graphs=True):
+            asked.append(graphs)
+            return super().rows(calls, graphs)
+
+    for module in (peers, groups):
+        monkeypatch.setattr(module, "can_compile", lambda device: False)
+    timer, peaks = Asked(CPU, 1, flush=False), {"gflops": 1.0, "gbs": 1.0}
+    list(measure(Work(which=which), torch.float32, CPU, timer, peaks))
+    group = groups.Group(LORA, (Work().sizes,) * 2, 0.0, which, "layers")
+    list(groups.measure(group, torch.float32, CPU, timer, peaks))
+    assert asked == [which != "backward"] * 2
 
 
 @pytest.mark.parametrize("compiles", [True, False])

@@ -1,6 +1,7 @@
 """artemis bench quality on a tiny encoder: arms, what they share, resuming, refusals."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -125,6 +126,28 @@ def test_a_cell_of_a_setting_that_is_no_longer_the_best_is_measured_anew(folder,
     assert main(wanted) == 0
     (head, new) = records(path)[len(before) :]
     assert head["kind"] == "run" and (new["arm"], new["choice"]) == ("full", other["choice"])
+
+
+def test_other_weights_or_texts_of_the_same_names_are_other_results(folder, tmp_path):
+    copied = tmp_path / "copy"
+    shutil.copytree(folder, copied)
+    path = tmp_path / "quality.jsonl"
+
+    def measured() -> int:
+        """Cells that a run of one arm and seed adds."""
+        before = len(records(path)) if path.exists() else 0
+        wanted = arguments(copied, "--seeds", "1", "--arms", "frozen", "--resume", str(path))
+        assert main(wanted) == 0
+        return sum(record["kind"] == "quality" for record in records(path)[before:])
+
+    assert [measured(), measured()] == [1, 0]
+    encoder = transformers.BertModel.from_pretrained(copied / "model")
+    encoder.embeddings.word_embeddings.weight.data[5] += 1.0
+    encoder.save_pretrained(copied / "model")
+    assert [measured(), measured()] == [1, 0]
+    train = copied / "toy.train.jsonl"
+    train.write_text(train.read_text().replace('"label": 1', '"label": 0', 1))
+    assert [measured(), measured()] == [1, 0]
 
 
 # --- the parts

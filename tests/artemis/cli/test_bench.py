@@ -10,6 +10,7 @@ import torch
 
 from artemis.benchmark import worker
 from artemis.benchmark.arms import ARMS, hybrid
+from artemis.benchmark.steps import Step
 from artemis.cli import main
 
 TRAIN = [
@@ -22,8 +23,27 @@ def records(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def of_first_run(path: Path) -> list[dict]:
+    found = records(path)
+    return [record for record in found if record["run"] == found[0]["run"]]
+
+
+def written(path: Path, lines: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def committed():
+    """All runs are of one commit, whatever the state of this checkout."""
+    source = {"commit": "c" * 40, "dirty": False}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("artemis.benchmark.machine.source", lambda: source)
+        yield
+
+
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
+def trained(tmp_path_factory, committed) -> Path:
     """The file that a first run leaves."""
     path = tmp_path_factory.mktemp("bench") / "train.jsonl"
     assert main([*TRAIN, "--json", str(path)]) == 0
@@ -58,7 +78,7 @@ def test_resuming_measures_nothing_twice(trained, capsys, monkeypatch):
     def refuse(*arguments, **options):
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr("artemis.benchmark.session._lines", refuse)
+    monkeypatch.setattr("artemis.benchmark.jobs.lines", refuse)
     before = [r for r in records(trained) if r["kind"] == "row"]
     assert main([*TRAIN, "--resume", str(trained)]) == 0
     after = [r for r in records(trained) if r["kind"] == "row"][len(before) :]
@@ -70,13 +90,19 @@ def test_resuming_measures_nothing_twice(trained, capsys, monkeypatch):
         main([*TRAIN, "--rounds", "4", "--resume", str(trained)])
 
 
-def test_results_of_another_commit_are_taken_with_a_warning(trained, tmp_path, capsys):
-    lines = records(trained)
+def test_results_of_another_commit_are_measured_anew(trained, tmp_path, capsys, monkeypatch):
+    lines = of_first_run(trained)
     lines[0]["commit"] = "0" * 40
-    path = tmp_path / "older.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path = written(tmp_path / "older.jsonl", lines)
+    monkeypatch.setattr("artemis.benchmark.jobs.lines", worker.run)
     assert main([*TRAIN, "--resume", str(path)]) == 0
-    assert f"warning: --resume: {path} holds results of another commit" in capsys.readouterr().err
+    warning = f"--resume: {path}: results left out: 8 (another commit)\n"
+    assert warning in capsys.readouterr().err
+    steps, again = (
+        [Step.from_dict(record) for record in found if record["kind"] == "step"]
+        for found in (lines, records(path)[len(lines) :])
+    )
+    assert len(steps) == 8 and set(steps) == set(again)
 
 
 def test_a_file_of_another_machine_is_not_resumed(trained, tmp_path, capsys):
@@ -89,15 +115,15 @@ def test_a_file_of_another_machine_is_not_resumed(trained, tmp_path, capsys):
     assert "was measured on Abacus" in error and error.count("\n") == 1
 
 
-def test_times_with_another_allocator_are_measured_anew(trained, tmp_path, monkeypatch):
+def test_times_with_another_allocator_are_measured_anew(trained, tmp_path, capsys, monkeypatch):
     """Only memory, which is measured without, is taken over from an older file."""
-    lines = [line for line in records(trained) if line["run"] == records(trained)[0]["run"]]
+    lines = of_first_run(trained)
     assert lines[0]["allocator"] == "keeps freed memory"
     del lines[0]["allocator"]
-    path = tmp_path / "older.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    monkeypatch.setattr("artemis.benchmark.session._lines", worker.run)
+    path = written(tmp_path / "older.jsonl", lines)
+    monkeypatch.setattr("artemis.benchmark.jobs.lines", worker.run)
     assert main([*TRAIN, "--resume", str(path)]) == 0
+    assert "results left out: 4 (another allocator)" in capsys.readouterr().err
     new = records(path)[len(lines) :]
     assert new[0]["kind"] == "run" and new[0]["allocator"] == "keeps freed memory"
     steps = [record for record in new if record["kind"] == "step"]
@@ -112,7 +138,7 @@ def test_times_with_another_allocator_are_measured_anew(trained, tmp_path, monke
 def traced(monkeypatch):
     """Compiled graphs run as torch's own operations, and in this process."""
     monkeypatch.setattr("artemis.training.compiling.can_compile", lambda device: True)
-    monkeypatch.setattr("artemis.benchmark.session._lines", worker.run)
+    monkeypatch.setattr("artemis.benchmark.jobs.lines", worker.run)
     monkeypatch.setattr(
         "artemis.benchmark.steps.compile_model",
         lambda model: model.compile(fullgraph=True, dynamic=False, backend="aot_eager"),
@@ -161,7 +187,7 @@ def test_a_wrong_arm_is_not_timed(tmp_path, capsys, monkeypatch):
 
     arm = replace(ARMS["hybrid"], name="wrong", what="a step that drops dX", adapt=wrong)
     monkeypatch.setitem(ARMS, "wrong", arm)
-    monkeypatch.setattr("artemis.benchmark.session._lines", worker.run)  # where the arm is known
+    monkeypatch.setattr("artemis.benchmark.jobs.lines", worker.run)  # where the arm is known
     path = tmp_path / "wrong.jsonl"
     arguments = ["bench", "train", "--models", "64x1", "--tokens", "32", "--sequence", "16"]
     arguments += ["--arms", "wrong", "hybrid", "--rounds", "2", "--json", str(path)]
@@ -170,6 +196,64 @@ def test_a_wrong_arm_is_not_timed(tmp_path, capsys, monkeypatch):
     found = {row["arm"]: row for row in records(path) if row["kind"] == "row"}
     assert "ms" in found["hybrid"] and "ms" not in found["wrong"]
     assert not any("ms" in r for r in records(path) if r.get("arm") == "wrong")
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_an_arm_that_runs_out_of_memory_costs_only_itself(tmp_path, capsys, monkeypatch, alone):
+    """It is tried again by itself; where it does not fit even so, it is left out."""
+    prepare, tried = worker.prepare, []
+
+    def full(step):
+        tried.append(step.arm)
+        if step.arm == "hybrid" and (alone or tried.count("hybrid") == 1):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return prepare(step)
+
+    monkeypatch.setattr("artemis.benchmark.worker.prepare", full)
+    monkeypatch.setattr("artemis.benchmark.jobs.lines", worker.run)
+    path = tmp_path / "full.jsonl"
+    arguments = ["bench", "train", "--models", "64x1", "--tokens", "32", "--sequence", "16"]
+    arguments += ["--arms", "full-bf16", "hybrid", "full-fp32"]
+    arguments += ["--rounds", "2", "--json", str(path)]
+    assert main(arguments) == 0
+    assert tried == ["full-bf16", "hybrid", "full-fp32", "hybrid"]
+    rows = {row["arm"]: row for row in records(path) if row["kind"] == "row"}
+    assert "ms" in rows["full-bf16"] and "ms" in rows["full-fp32"]
+    captured = capsys.readouterr()
+    said = [line for line in captured.err.splitlines() if "out of memory" in line]
+    if alone:
+        assert rows["hybrid"]["failed"] == "out of memory" and "ms" not in rows["hybrid"]
+        assert said == [
+            "not measured: train by hybrid, 64x1: 1 layer, a vocabulary of 4,096, 2 × 16 tokens:"
+            " out of memory"
+        ]
+    else:
+        assert rows["hybrid"]["gate"]["passed"] and "ms" in rows["hybrid"] and not said
+
+
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("artemis.benchmark.session.measured_peaks", lambda: 1 / 0)
+    assert main([*TRAIN, "--json", str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and str(tmp_path) in captured.err
+
+
+def test_a_file_that_was_cut_short_is_resumed(trained, tmp_path, monkeypatch):
+    """As a full disk leaves it: what is not whole is measured again."""
+    lines = of_first_run(trained)
+    path = written(tmp_path / "cut.jsonl", lines)
+    last_step = [json.dumps(record) for record in lines if record["kind"] == "step"][-1]
+    text = path.read_text()
+    cut = text[: text.index(last_step) + len(last_step) // 2]
+    path.write_text(cut)
+    monkeypatch.setattr("artemis.benchmark.jobs.lines", worker.run)
+    assert main([*TRAIN, "--resume", str(path)]) == 0
+    assert path.read_text().startswith(f"{cut}\n")
+    new = [json.loads(line) for line in path.read_text()[len(cut) :].splitlines()[1:]]
+    assert [record["kind"] for record in new] == ["run", "step", "row", "row"]
+    assert Step.from_dict(new[1]) == Step.from_dict(json.loads(last_step))
 
 
 def test_decode_and_its_picture(tmp_path, capsys):

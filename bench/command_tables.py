@@ -1,0 +1,94 @@
+"""The tables of what `artemis bench TABLE` wrote, a table a machine.
+
+A row's ratios are to other rows of its own run. So the rows of one setting (a model on a batch, or
+an operation on a layer) are those of the last run that has it, and of no other.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from artemis.benchmark.arms import ARMS
+from artemis.benchmark.machine import KEEPS, identity
+from artemis.benchmark.models import MODELS
+from artemis.benchmark.tables import markdown
+
+from .origins import origin, origins
+
+Record = dict[str, Any]
+#: What rows of one setting agree in.
+_SETTING = (
+    "model", "tokens", "sequence", "batch", "compiled",
+    "op", "layer", "m", "k", "n", "r", "dropout", "pass", "dtype",
+)  # fmt: skip
+
+
+def bench_table(
+    table: str,
+    records: list[Record],
+    render: Callable[[list[Record]], str] | None = None,
+    short: bool = False,
+) -> str:
+    """What `artemis bench` wrote last of each setting, by `render` if it is not as it prints it.
+
+    What was measured with an allocator that keeps memory is not shown without it once more;
+    `short`: the runs of a machine in one line.
+    """
+    heads = _heads(records)
+    machines: dict[tuple, list[Record]] = {}
+    for row in last_rows(table, records):
+        machines.setdefault(identity(heads[row["run"]]), []).append(row)
+    parts = []
+    for own in sorted(machines, key=lambda each: each.allocator != KEEPS):
+        order = sorted(machines[own], key=lambda row: _place(row, machines[own]))
+        runs = [heads[run] for run in dict.fromkeys(row["run"] for row in order)]
+        made = render(order) if render else markdown(table, order)
+        each = "\n\n".join(dict.fromkeys(map(origin, runs)))
+        parts.append(f"{made}\n\n{origins(runs) if short else each}\n")
+    return "\n".join(parts)
+
+
+def last_rows(table: str, records: list[Record]) -> list[Record]:
+    """The rows that the table shows, of all machines."""
+    heads = _heads(records)
+    rows = [r for r in records if r.get("kind") == "row" and r.get("table") == table]
+    return _of_last_runs(_with_best_allocator(rows, heads), heads)
+
+
+def _heads(records: list[Record]) -> dict[str, Record]:
+    return {record["run"]: record for record in records if record.get("kind") == "run"}
+
+
+def _of_last_runs(rows: list[Record], heads: dict[str, Record]) -> list[Record]:
+    """Of every machine and setting, and in that run, what it wrote last."""
+
+    def setting(row: Record) -> tuple:
+        return identity(heads[row["run"]]), *map(row.get, _SETTING)
+
+    last = {setting(row): row["run"] for row in rows}
+    kept = {
+        (setting(row), row.get("arm"), row.get("provider")): row
+        for row in rows
+        if row["run"] == last[setting(row)]
+    }
+    return list(kept.values())
+
+
+def _with_best_allocator(rows: list[Record], heads: dict[str, Record]) -> list[Record]:
+    """Without what another run measured on the same chips with freed memory kept."""
+
+    def about(row: Record) -> tuple:
+        where = identity(heads[row["run"]])
+        return where.processor, where.threads, where.gpu, *map(row.get, _SETTING)
+
+    def keeps(row: Record) -> bool:
+        return identity(heads[row["run"]]).allocator == KEEPS
+
+    better = {about(row) for row in rows if keeps(row)}
+    return [row for row in rows if keeps(row) or about(row) not in better]
+
+
+def _place(row: Record, rows: list[Record]) -> tuple[int, ...]:
+    """Models and arms in their own order, all rows of one model together."""
+    models = [*MODELS, *dict.fromkeys(each.get("model") for each in rows)]
+    arms = [*ARMS, *dict.fromkeys(each.get("arm") for each in rows)]
+    return models.index(row.get("model")), row.get("tokens", 0), arms.index(row.get("arm"))

@@ -1,0 +1,155 @@
+"""What the method's document promises against what was measured here, a promise a row."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from artemis.benchmark.machine import identity
+from artemis.benchmark.quality.results import datasets
+from artemis.benchmark.tables import Column, piped
+
+from .command_tables import last_rows
+from .model_tables import TOKENS, name_of, saved, speedup
+
+Record = dict[str, Any]
+Figures = list[tuple[str, float]]  # where, how much
+
+SPEED, MEMORY, COMPUTE = 2.7, 0.65, 0.30
+_ARM, _PLAIN = "hybrid-int8", "full-bf16"
+_COLUMNS = tuple(
+    Column(title, lambda row, title=title: row[title], words=True)
+    for title in ("promised", "measured", "verdict")
+)
+
+
+def table(records: list[Record]) -> str:
+    """The promises in their document's order, on the machine that trained last.
+
+    What has no measurement is left out.
+    """
+    heads = {record["run"]: record for record in records if record.get("kind") == "run"}
+
+    def machine(row: Record) -> tuple:
+        where = identity(heads[row["run"]])
+        return where.processor, where.threads, where.gpu
+
+    rows = {name: last_rows(name, records) for name in ("train", "decode")}
+    here = [machine(row) for row in rows["train"]][-1:]
+    own = {name: [row for row in rows[name] if machine(row) in here] for name in rows}
+    trained = _steps(own["train"])
+    decoded = [row for row in own["decode"] if row["arm"] == _ARM]
+    lines = []
+    if decoded:
+        lines.append(_inference(decoded))
+    if trained:
+        lines += [_throughput(trained), _memory(trained), _compute(trained)]
+    if found := _quality(records):
+        lines.append(found)
+    return piped(_COLUMNS, lines) + "\n" if lines else ""
+
+
+def _steps(rows: Iterable[Record]) -> list[dict[str, Record]]:
+    """The arms of every model and mode in which the hybrid over int8 was timed."""
+    models: dict[str, dict[str, Record]] = {}
+    for row in rows:
+        if row["tokens"] == TOKENS and "ms" in row:
+            models.setdefault(name_of(row), {})[row["arm"]] = row
+    return [by for by in models.values() if _ARM in by]
+
+
+def _inference(rows: list[Record]) -> Record:
+    def of(part: str, label: str = "") -> Figures:
+        return [
+            (f"{row['model']}, {row['sequence']:,} tokens{label}", row[part]["speedup"][_PLAIN])
+            for row in rows
+        ]
+
+    return {
+        "promised": f"{SPEED}× inference",
+        "measured": f"decoding {_range(of('decode'), '{:.2f}×')}, prompts"
+        f" {_range(of('prefill'), '{:.2f}×')} the plain model in bf16",
+        "verdict": _verdict(
+            of("decode", " in decoding") + of("prefill", " in prompts"), at_least=SPEED
+        ),
+    }
+
+
+def _throughput(models: list[dict[str, Record]]) -> Record:
+    found = [(name_of(by[_ARM]), speedup(by, _ARM)) for by in models]
+    return {
+        "promised": f"{SPEED}× the training throughput",
+        "measured": f"{_range(found, '{:.2f}×')} full fine-tuning",
+        "verdict": _verdict(found, at_least=SPEED),
+    }
+
+
+def _memory(models: list[dict[str, Record]]) -> Record:
+    shares = [(name_of(by[_ARM]), saved(by)) for by in models]
+    found = [(where, share) for where, share in shares if share is not None]
+    return {
+        "promised": f"{MEMORY:.0%} less memory",
+        "measured": f"{_range(found, '{:.0%}')} less, training",
+        "verdict": _verdict(found, at_least=MEMORY),
+    }
+
+
+def _compute(models: list[dict[str, Record]]) -> Record:
+    def of(key: str) -> Figures:
+        return [(name_of(by[_ARM]), by[_ARM][key]) for by in models]
+
+    times = [(name_of(by[_ARM]), 1 / speedup(by, _ARM)) for by in models]
+    return {
+        "promised": f"{COMPUTE:.0%} of the training compute",
+        "measured": f"a step: {_range(of('flops_relative'), '{:.0%}')} of the FLOPs,"
+        f" {_range(times, '{:.0%}')} of the device-seconds",
+        "verdict": _verdict(of("flops_relative"), at_most=COMPUTE),
+    }
+
+
+def _quality(records: list[Record]) -> Record | None:
+    settings: dict[str, list[Record]] = {}
+    for record in records:
+        if record.get("kind") == "quality":
+            settings.setdefault(str(record["setting"]), []).append(record)
+    targets = [
+        target
+        for cells in settings.values()
+        for found in datasets(cells)
+        for target in found.targets()
+        if target["what"] == "retention" and target["measured"]["low"] is not None
+    ]
+    if not targets:
+        return None
+    return {
+        "promised": f"{targets[0]['target']:.1%} of the quality",
+        "measured": "; ".join(map(_retention, targets)),
+        "verdict": "; ".join(f"{each['dataset']}: {each['verdict']}" for each in targets),
+    }
+
+
+def _retention(target: Record) -> str:
+    found = target["measured"]
+    return (
+        f"{target['dataset']} {found['value']:.1%}"
+        f" ({100 * found['low']:.1f} to {100 * found['high']:.1f})"
+    )
+
+
+def _range(found: Figures, form: str) -> str:
+    """From the least to the largest, each with where it was."""
+    (low_at, low), *_, (high_at, high) = sorted([*found, found[0]], key=lambda each: each[1])
+    if low == high:
+        return form.format(low)
+    return f"{form.format(low)} ({low_at}) to {form.format(high)} ({high_at})"
+
+
+def _verdict(found: Figures, at_least: float | None = None, at_most: float | None = None) -> str:
+    """Where the promise is kept, the best first."""
+    best_first = sorted(found, key=lambda each: each[1], reverse=at_least is not None)
+    kept = [
+        where
+        for where, value in best_first
+        if (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
+    ]
+    if len(kept) == len(found):
+        return "met"
+    return f"met by {', '.join(kept)}" if kept else "missed"

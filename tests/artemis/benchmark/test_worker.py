@@ -1,0 +1,48 @@
+"""The worker: a step for which memory does not suffice ends by itself."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from artemis.benchmark import worker
+from artemis.benchmark.models import Cell
+from artemis.benchmark.steps import Prepared, Step
+
+CELL = Cell("64x2", 2, 96, 2, 16, whole=True)
+NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
+
+
+def job(workload: str, *arms: str) -> dict:
+    steps = [Step(workload, arm, CELL).to_dict() for arm in arms]
+    return {"steps": steps, "check": [], "rounds": 4, "warmup": 1}
+
+
+@pytest.mark.parametrize("call", [0, 1, 3])
+def test_a_step_ends_at_the_call_that_finds_no_memory(monkeypatch, call):
+    """The 0th: building it. What was timed before stays, and the other step has all its rounds."""
+    calls = {"full-bf16": 0, "hybrid": 0}
+
+    def prepare(step: Step) -> Prepared:
+        def run() -> None:
+            if step.arm == "hybrid" and calls[step.arm] == call:
+                raise NO_MEMORY
+            calls[step.arm] += 1
+
+        run()
+        return Prepared(run, 1, SimpleNamespace(trained_parameters=1))
+
+    monkeypatch.setattr("artemis.benchmark.worker.prepare", prepare)
+    lines = list(worker.run(job("train", "full-bf16", "hybrid")))
+    rounds = [sum("ms" in line for line in lines if line["step"] == step) for step in (0, 1)]
+    assert rounds == [4, max(call - 2, 0)]  # one was building it, one warming up
+    assert [line for line in lines if "failed" in line] == [{"step": 1, "failed": "out of memory"}]
+    assert calls["full-bf16"] == 6
+
+
+def test_a_peak_beyond_the_memory_is_no_figure(monkeypatch):
+    def measure(step: Step):
+        raise NO_MEMORY
+
+    monkeypatch.setattr("artemis.benchmark.worker.measure_memory", measure)
+    assert list(worker.run(job("memory", "hybrid"))) == [{"step": 0, "failed": "out of memory"}]
