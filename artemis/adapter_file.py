@@ -2,7 +2,8 @@
 
     hybrid_adapter.safetensors      tensors, and in the header's metadata, under "hybrid_adapter",
                                     one JSON object: format, library version, configuration,
-                                    adapted modules with their ranks, heads, the base's identity
+                                    adapted modules with their ranks, heads, the base's identity;
+                                    under "base_samples", some of the base's numbers
     hybrid_adapter_config.json      that JSON object, for people
 
 Only the first is read. No pickle.
@@ -32,6 +33,8 @@ PARAMETERS_FILE = "hybrid_adapter.safetensors"
 CONFIG_FILE = "hybrid_adapter_config.json"
 FORMAT_VERSION = 1
 _METADATA_KEY = "hybrid_adapter"
+#: Apart from the description, and so not in its copy: no one reads it. Older files lack it.
+_SAMPLES_KEY = "base_samples"
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ def write_adapter(
         },
         indent=2,
     )
+    metadata = {_METADATA_KEY: header, _SAMPLES_KEY: base.samples}
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     if directory.exists() and not directory.is_dir():
         raise AdapterError(f"{directory}: got a file, allowed: a directory to save the adapter in")
@@ -106,7 +110,7 @@ def write_adapter(
         directory,
         {
             CONFIG_FILE: lambda path: path.write_text(header + "\n", encoding="utf-8"),
-            PARAMETERS_FILE: lambda path: save_file(contiguous, path, {_METADATA_KEY: header}),
+            PARAMETERS_FILE: lambda path: save_file(contiguous, path, metadata),
         },
     )
 
@@ -131,12 +135,13 @@ def read_adapter(path: str | os.PathLike) -> AdapterFile:
         raise AdapterError(f"{file_path}: damaged, or no safetensors file ({error})") from None
     if _METADATA_KEY not in metadata:
         raise AdapterError(f"{file_path}: a safetensors file, but not a hybrid adapter's")
-    adapter = _parse(file_path, metadata[_METADATA_KEY], tensors)
+    samples = metadata.get(_SAMPLES_KEY, "")
+    adapter = _parse(file_path, metadata[_METADATA_KEY], samples, tensors)
     _check_tensors(adapter)
     return adapter
 
 
-def _parse(path: Path, text: str, tensors: dict) -> AdapterFile:
+def _parse(path: Path, text: str, samples: str, tensors: dict) -> AdapterFile:
     try:
         header = json.loads(text)
         version = header["format_version"]
@@ -153,7 +158,7 @@ def _parse(path: Path, text: str, tensors: dict) -> AdapterFile:
                 tuple(SiteSpec(**_typed(SiteSpec, site)) for site in header["sites"]),
                 tuple(_of_type(head, str) for head in header["heads"]),
             ),
-            base=BaseIdentity(**_typed(BaseIdentity, header["base"])),
+            base=BaseIdentity(**_typed(BaseIdentity, header["base"] | {"samples": samples})),
             tensors=tensors,
         )
     except AdapterError:

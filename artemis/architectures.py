@@ -1,6 +1,9 @@
 """What Artemis knows about model architectures: one table, no function per model."""
 
+import re
+
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from .quantized_layers import QuantizedConv1D, QuantizedLinear
@@ -18,15 +21,15 @@ READ_TOGETHER = (
 )
 #: Names of modules in which the queries come from another tensor than the keys and values.
 CROSS_ATTENTION = ("encoder_attn", "crossattention", "cross_attn", "EncDecAttention")
-#: Endings of the model classes whose head starts untrained.
-CLASSIFIERS = (
-    "ForSequenceClassification",
-    "ForTokenClassification",
-    "ForMultipleChoice",
-    "ForQuestionAnswering",
-    "ForImageClassification",
-    "ForAudioClassification",
+#: In the names of the model classes whose head starts untrained.
+CLASSIFIERS = re.compile(
+    r"For(\w*(Classification|QuestionAnswering)|MultipleChoice|SemanticSegmentation|Regression"
+    r"|CTC|\w*XVector)"
 )
+#: The same of those whose heads come with the checkpoint.
+PRETRAINED = re.compile(r"For(\w*(LM|Generation|Modeling)|Pre[Tt]raining|NextSentencePrediction)")
+#: Prefix of a base model -> the head of a classifier that it holds itself.
+INNER_HEADS = {"perceiver": "decoder"}
 #: Class of a module -> its linear layers whose weight it reads (or writes) itself, always or on
 #: some paths (at inference, in training, with a fused kernel): there the layer's own forward may
 #: not run.
@@ -82,10 +85,18 @@ def reader_of(model: nn.Module, path: str) -> str | None:
 
 
 def is_block(module: nn.Module) -> bool:
-    """Whether `module` is a block with linear layers in it, whose output can be adapted."""
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+    """Whether `module` is a block of layers, whose output can be adapted.
+
+    Layers need not be linear ones: experts and routers of some models are plain parameters.
+    """
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)) or parametrize.is_parametrized(module):
         return False
-    return any(linear_features(child) for child in module.modules() if child is not module)
+    return any(_has_weights(child) for child in module.modules() if child is not module)
+
+
+def _has_weights(module: nn.Module) -> bool:
+    own = module.parameters(recurse=False)
+    return linear_features(module) is not None or any(p.is_floating_point() for p in own)
 
 
 def hidden_size(model: nn.Module) -> int | None:
@@ -108,13 +119,29 @@ def input_of(path: str) -> str:
 
 
 def classifier_heads(model: nn.Module) -> tuple[str, ...]:
-    """Paths of the heads of a classification model: what stands beside its base model.
+    """Paths of the heads of a classification model: what stands beside its base model."""
+    if not CLASSIFIERS.search(type(model).__name__):
+        return ()
+    base = getattr(model, "base_model_prefix", "")
+    inner = INNER_HEADS.get(base)
+    return _beside_base(model) or ((f"{base}.{inner}",) if inner else ())
+
+
+def unknown_heads(model: nn.Module) -> tuple[str, ...]:
+    """Paths of what may be a new head, in a model for a task that the tables do not name."""
+    name = type(model).__name__
+    known = CLASSIFIERS.search(name) or PRETRAINED.search(name)
+    if known or not re.search("For[A-Z]", name) or output_head(model) is not None:
+        return ()
+    return _beside_base(model)
+
+
+def _beside_base(model: nn.Module) -> tuple[str, ...]:
+    """Paths of what `model` holds beside its base model, with parameters.
 
     Some hold no base model under its usual name but its parts (CLIP's `vision_model`, Whisper's
     `encoder`; T5's `shared`, `encoder` and `decoder`): models, or an embedding, themselves.
     """
-    if not type(model).__name__.endswith(CLASSIFIERS):
-        return ()
     base = getattr(model, "base_model_prefix", "")
     return tuple(
         name

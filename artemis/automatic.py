@@ -12,6 +12,7 @@ from .errors import AdapterError
 from .importance import analyze_layer_importance
 from .importance.analyze import Loss, gradient_moments
 from .importance.data import batches_of
+from .importance.gradients import own_generators
 from .targets import make_plan
 
 #: What of the energy that two halves of the data agree on the rank should carry.
@@ -101,7 +102,8 @@ def choose_ranks(
             `analyze_layer_importance` refuses.
     """
     config = replace(config or HybridAdapterConfig(), lora_rank=_SCORED)
-    seen = list(batches_of(dataset, batches, batch_size, collate))
+    with own_generators(next(model.parameters()).device):  # a DataLoader may shuffle
+        seen = list(batches_of(dataset, batches, batch_size, collate))
     if len(seen) < _LEAST_BATCHES:
         raise AdapterError(
             f"dataset: got {len(seen)} batches, allowed: {_LEAST_BATCHES} or more to choose a rank"

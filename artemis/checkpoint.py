@@ -31,6 +31,7 @@ __all__ = [
     "load_adapter_parameters",
     "read_adapter",
     "save_adapter_parameters",
+    "trained_and_not_saved",
 ]
 
 #: Settings that change what the parameters mean; the others may differ from the file's.
@@ -42,16 +43,33 @@ def save_adapter_parameters(model: nn.Module, path: str | os.PathLike) -> None:
 
     Replaces `hybrid_adapter.safetensors` and `hybrid_adapter_config.json` there and touches nothing
     else. Killed at any moment, it leaves the old adapter or the new one. Merged or not, the same is
-    saved. Warns where an adapted module was replaced.
+    saved. Warns where an adapted module was replaced, and of what else of the base trains.
     """
     bank = find_bank(model)
     check_writable(bank, "saved")
     problem = replaced(model, bank.sites.values())
     if problem is not None:
         warnings.warn(f"{problem}; saved is what it was", stacklevel=2)
+    if names := trained_and_not_saved(model):
+        warnings.warn(
+            f"{listed(names)}: not saved, although they train; name their modules in"
+            " modules_to_save, or save them apart",
+            stacklevel=2,
+        )
     plan = bank.plan()
     tensors, base = _adapter_state(model, plan.heads), identify(model, plan.heads)
     write_adapter(Path(path), tensors, bank.config, plan, base)
+
+
+def trained_and_not_saved(model: nn.Module) -> list[str]:
+    """Names of the parameters that require a gradient and are no part of an adapter file."""
+    bank = find_bank(model)
+    saved = {
+        id(parameter)
+        for module in (bank, *map(model.get_submodule, bank.heads))
+        for parameter in module.parameters()
+    }
+    return [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in saved]
 
 
 def load_adapter_parameters(
@@ -106,7 +124,7 @@ def _checked(
     doubts = []
     if base.name != file.base.name and base.name and file.base.name:
         doubts.append(f"the base is called {base.name!r}, the file's {file.base.name!r}")
-    if base.fingerprint != file.base.fingerprint:
+    if not base.same_weights(file.base):
         doubts.append("the base's weights are not those that the adapter was trained on")
     tensors = {}
     if not problems:
@@ -123,11 +141,16 @@ def _checked(
 
 
 def _adapter_state(model: nn.Module, heads: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """What an adapter file holds of `model.state_dict()`: the model's own tensors."""
+    """What an adapter file holds of `model.state_dict()`: the model's own tensors.
+
+    A tensor that a head holds under several names is there under the first.
+    """
     bank = find_bank(model)
     state = {} if bank is None else dict(bank.state_dict(prefix=f"{BANK}."))
     for head in heads:
-        state.update(model.get_submodule(head).state_dict(prefix=f"{head}."))
+        own = model.get_submodule(head).state_dict(prefix=f"{head}.", keep_vars=True)
+        first = {id(tensor): name for name, tensor in reversed(own.items())}
+        state.update((name, t) for name, t in own.items() if first[id(t)] == name)
     return state
 
 

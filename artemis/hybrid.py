@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from functools import partial
 
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .adapter_file import read_adapter
 from .bank import find_bank
@@ -37,11 +37,7 @@ def add_hybrid_adapter_to_model(model: nn.Module, config: HybridAdapterConfig) -
     Raises `AdapterError` before anything is changed: nothing matches, a target is no linear layer,
     the model has an adapter already, ...
     """
-    if not isinstance(model, nn.Module) or isinstance(model, DistributedDataParallel):
-        raise AdapterError(
-            f"got a {type(model).__name__}, allowed: a torch.nn.Module that is not wrapped for"
-            " several processes yet"
-        )
+    _check_model(model)
     if not isinstance(config, HybridAdapterConfig):
         raise AdapterError(
             f"got {config!r} as config, allowed: a HybridAdapterConfig (from_yaml, from_dict)"
@@ -67,6 +63,7 @@ def load_hybrid_adapter(
     and changes nothing then. Another name or other weights of the base give one warning, or with
     `strict` an error.
     """
+    _check_model(base_model)
     _check_free(base_model)
     file = read_adapter(path)
     tensors = check_for_base(base_model, file, strict)
@@ -122,6 +119,18 @@ def _attach(model: nn.Module) -> None:
     """
     for name, function in _METHODS.items():
         setattr(model, name, partial(function, model))
+
+
+def _check_model(model: nn.Module) -> None:
+    """Refuse what is no model or wraps one: the adapter would be the wrapper's, and get lost."""
+    wrapped = isinstance(model, (DataParallel, DistributedDataParallel))
+    # That of torch.compile by its child: to import the class is to import the compiler.
+    if isinstance(model, nn.Module) and not wrapped and "_orig_mod" not in model._modules:
+        return
+    raise AdapterError(
+        f"got a {type(model).__name__}, allowed: a torch.nn.Module that is not wrapped yet; compile"
+        " it, or wrap it for several devices or processes, after the adapter was added"
+    )
 
 
 def _check_free(model: nn.Module) -> None:

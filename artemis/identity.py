@@ -5,7 +5,8 @@ another module: quantizing does not make another base of it.
 """
 
 import hashlib
-from dataclasses import asdict, dataclass
+from base64 import b64decode, b64encode
+from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any
 
@@ -14,6 +15,9 @@ from torch import nn
 
 from .bank import BANK, find_bank
 from .quantized_layers import SAMPLE, packed_layers, sample
+
+#: How the samples of a base are marked of which some were held in fp16.
+_FP16 = "float16:"
 
 
 @dataclass(frozen=True)
@@ -24,10 +28,30 @@ class BaseIdentity:
     name: str
     parameters: int
     fingerprint: str
+    #: The numbers behind the fingerprint, as text; empty in files of older versions.
+    samples: str = field(default="", repr=False)
+
+    def __post_init__(self) -> None:
+        _numbers(self.samples)  # a ValueError where they are damaged
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, as an adapter file holds them."""
-        return asdict(self)
+        """Return plain values, as an adapter file's description holds them: without samples."""
+        values = asdict(self)
+        del values["samples"]
+        return values
+
+    def same_weights(self, other: "BaseIdentity") -> bool:
+        """Whether both may be the same weights, in whatever dtypes the models are held.
+
+        Rounded to fp16 first, a number may round to the next bf16, or, near zero, lose more.
+        """
+        if self.fingerprint == other.fingerprint:
+            return True
+        (rounded, mine), (other_rounded, theirs) = _numbers(self.samples), _numbers(other.samples)
+        if rounded == other_rounded or mine.shape != theirs.shape:
+            return False
+        step = torch.maximum(mine.abs(), theirs.abs()) * 2**-7 + 2**-24
+        return bool(((mine - theirs).abs() <= step).all())
 
 
 def identify(model: nn.Module, heads: tuple[str, ...]) -> BaseIdentity:
@@ -37,12 +61,14 @@ def identify(model: nn.Module, heads: tuple[str, ...]) -> BaseIdentity:
     tensors = named | _originals(model)
     packed = _packed(model)
     values = {name: (tuple(t.shape), sample(t)) for name, t in tensors.items()} | packed
+    values = {n: v for n, v in sorted(values.items()) if not n.startswith(trained)}
     return BaseIdentity(
         class_name=type(model).__name__,
         name=str(getattr(getattr(model, "config", None), "_name_or_path", "") or ""),
         parameters=sum(p.numel() for p in named.values())
         + sum(prod(shape) for shape, _ in packed.values()),
-        fingerprint=_fingerprint({n: v for n, v in values.items() if not n.startswith(trained)}),
+        fingerprint=_fingerprint(values),
+        samples=_text([numbers for _, numbers in values.values()]),
     )
 
 
@@ -70,13 +96,27 @@ def _originals(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _fingerprint(tensors: dict[str, tuple[tuple[int, ...], torch.Tensor]]) -> str:
-    """Hash names, shapes and some values of each tensor, the same on any device.
-
-    Values count as bf16, so that a base loaded in bf16 is known as the one saved in fp32.
-    """
+    """Hash names, shapes and some values of each tensor, the same on any device."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, (shape, values) in sorted(tensors.items()):
-        values = values.to(torch.float32).to(torch.bfloat16).cpu()
+    for name, (shape, values) in tensors.items():
         digest.update(f"{name} {shape}\n".encode())
-        digest.update(values.view(torch.int16).numpy().tobytes())
+        digest.update(_bytes(values))
     return digest.hexdigest()
+
+
+def _bytes(values: torch.Tensor) -> bytes:
+    """In bf16, so that a base loaded in bf16 is known as the one saved in fp32."""
+    values = values.to(torch.float32).to(torch.bfloat16).cpu()
+    return values.view(torch.int16).numpy().tobytes()
+
+
+def _text(samples: list[torch.Tensor]) -> str:
+    mark = _FP16 if any(values.dtype == torch.float16 for values in samples) else ""
+    return mark + b64encode(b"".join(map(_bytes, samples))).decode()
+
+
+def _numbers(text: str) -> tuple[bool, torch.Tensor]:
+    """Whether some were held in fp16, and the numbers that `_text` wrote, in fp32."""
+    data = bytearray(b64decode(text.removeprefix(_FP16), validate=True))
+    values = torch.frombuffer(data, dtype=torch.bfloat16) if data else torch.zeros(0)
+    return text.startswith(_FP16), values.float()

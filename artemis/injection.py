@@ -2,15 +2,17 @@
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import architectures
 from .bank import BANK, AdapterBank, find_bank
 from .config import HybridAdapterConfig
-from .errors import AdapterError
+from .errors import AdapterError, listed
 from .groups import InputGroup, Shelf
 from .layers import adapt, has_own_tensors, restore
+from .norms import hold_statistics, release_statistics
 from .plan import Plan, SiteSpec
-from .quantized_layers import LayerWeight
+from .quantized_layers import LayerWeight, packed_layers
 from .sites import SITES, SharedSeed
 
 
@@ -34,6 +36,7 @@ def inject(model: nn.Module, config: HybridAdapterConfig, plan: Plan) -> Adapter
             adapt(module, site)
     _group(model, plan)
     _freeze(model, bank)
+    hold_statistics(model, bank.heads)
     if (head := architectures.output_head(model)) is not None:
         bank.head_hook = head.register_forward_pre_hook(_row_after_row)
     model.add_module(BANK, bank)
@@ -41,7 +44,7 @@ def inject(model: nn.Module, config: HybridAdapterConfig, plan: Plan) -> Adapter
 
 
 def eject(model: nn.Module) -> None:
-    """Undo `inject`: classes, hooks and `requires_grad` as before; heads keep what they learned.
+    """Undo `inject`: classes, hooks, norms and `requires_grad`; heads keep what they learned.
 
     Modules are known by their site, not by their path, where another may stand by now.
     """
@@ -56,6 +59,7 @@ def eject(model: nn.Module) -> None:
     if bank.head_hook is not None:
         bank.head_hook.remove()
     delattr(model, BANK)
+    release_statistics(model)
     trained = set(bank.trained_before)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
@@ -83,9 +87,12 @@ def check_injection(model: nn.Module, plan: Plan) -> None:
         module = model.get_submodule(spec.path)
         if "forward" in vars(module):
             raise AdapterError(
-                f"{spec.path} carries a forward of its own (as accelerate's device map sets it),"
-                " which would bypass the adapter; add the adapter before that"
+                f"{spec.path} carries a forward of its own (as accelerate sets it for a device_map"
+                " of several devices, and for offloading), which would bypass the adapter; allowed:"
+                " a model on one device, without offloading"
             )
+        if spec.kind != "block":
+            _check_weight(spec.path, *_weights(model, spec))
     devices = {p.device for spec in plan.sites for p in _weights(model, spec)}
     if len(devices) > 1:
         raise AdapterError(
@@ -96,11 +103,29 @@ def check_injection(model: nn.Module, plan: Plan) -> None:
         _check_head(model, head)
 
 
+def _check_weight(path: str, weight: torch.Tensor | LayerWeight) -> None:
+    """Refuse a tensor that stands for others: its numbers are not where operations read them.
+
+    A DTensor passes: at the layer's call FSDP has put a plain tensor in its place.
+    """
+    if is_traceable_wrapper_subclass(weight) and not hasattr(weight, "placements"):
+        raise AdapterError(
+            f"the weight of {path} is a {type(weight).__name__} (as torchao's quantization makes"
+            " it), allowed: a plain tensor; quantize_adapter_model holds a base in 8 or 4 bits"
+        )
+
+
 def _check_head(model: nn.Module, head: str) -> None:
     module = model.get_submodule(head)
     own = {id(p) for p in module.parameters()}
     if not own:
         raise AdapterError(f"modules_to_save: {head} has no parameters to train")
+    packed = [".".join(filter(None, (head, path))) for path, _ in packed_layers(module)]
+    if packed:
+        raise AdapterError(
+            f"modules_to_save: {head} is packed ({listed(packed)}), and so cannot train; add the"
+            " adapter before quantizing, or have quantize_adapter_model leave it"
+        )
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) in own and not name.startswith(f"{head}."):
             raise AdapterError(
@@ -112,11 +137,14 @@ def _check_head(model: nn.Module, head: str) -> None:
 def _weights(model: nn.Module, spec: SiteSpec) -> list[torch.Tensor | LayerWeight]:
     """The weights that `spec` adapts: the layer's own, or those of the block's linear layers.
 
-    Where a hook makes the weight of parameters at each forward (pruning, weight norms), one of
-    those stands for it: the weight itself is as the last forward left it, wherever the model is.
+    A block without any has its parameters, as experts do. Where a hook makes the weight of
+    parameters at each forward (pruning, weight norms), one of those stands for it: the weight
+    itself is as the last forward left it, wherever the model is.
     """
     module = model.get_submodule(spec.path)
     layers = [m for m in module.modules() if architectures.linear_features(m)]
+    if not layers:
+        return [p for p in module.parameters() if p.is_floating_point()]
     return [
         layer.weight if has_own_tensors(layer) else next(layer.parameters()) for layer in layers
     ]

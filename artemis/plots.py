@@ -51,9 +51,7 @@ def _draw(panels: list[tuple[str, Mapping[str, float], str]], path: str | os.Pat
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise AdapterError(
-            "pictures need matplotlib: pip install 'artemis-hybrid-adapters[plot]'"
-        ) from None
+        raise AdapterError("pictures need matplotlib: pip install matplotlib") from None
     grids = [grid(values) for _, values, _ in panels]
     height = max(len(rows) for rows, _, _ in grids)
     widths = [len(columns) for _, columns, _ in grids]

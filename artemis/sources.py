@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 #: Where a tensor is held: a dictionary of tensors, and the name in it.
 Place = tuple[dict[str, torch.Tensor | None], str]
@@ -74,6 +75,8 @@ def takes_constants(module: nn.Module, x: torch.Tensor) -> bool:
     if type(x) is not torch.Tensor or x.device.type not in ("cpu", "cuda"):
         return False
     if torch.is_autocast_enabled(x.device.type):
+        return False
+    if forward_ad._current_level >= 0:  # a tensor may have a tangent, which constants would lose
         return False
     if torch.jit.is_tracing() or torch._C._functorch.is_functorch_wrapped_tensor(x):
         return False  # sizes are tensors there, or there is no address

@@ -67,8 +67,18 @@ def make_plan(model: nn.Module, config: HybridAdapterConfig) -> Plan:
 def find_heads(
     model: nn.Module, config: HybridAdapterConfig, paths: Iterable[str]
 ) -> tuple[str, ...]:
-    """Paths of the modules to train and save as they are; those inside another are left out."""
+    """Paths of the modules to train and save as they are; those inside another are left out.
+
+    Warns where nobody said whether a model for another task than classification has a new head.
+    """
     if config.modules_to_save is None:
+        if unknown := architectures.unknown_heads(model):
+            warnings.warn(
+                f"{type(model).__name__}: {listed(unknown)}, beside the base model, will stay"
+                " frozen and not be saved; if that is a new head, name it in modules_to_save"
+                " ([] ends this warning)",
+                stacklevel=4,
+            )
         return architectures.classifier_heads(model)
     _check_entries("modules_to_save", config.modules_to_save, paths)
     heads = tuple(path for path in paths if matching(config.modules_to_save, path))
@@ -84,7 +94,7 @@ def _site(model: nn.Module, config: HybridAdapterConfig, path: str, target: str)
     elif wants_lora or not architectures.is_block(module):
         raise AdapterError(
             f"hybrid_adapter.target_modules: {path} is a {type(module).__name__}; allowed:"
-            " torch.nn.Linear or transformers' Conv1D, or, without LoRA, a block that contains them"
+            " torch.nn.Linear or transformers' Conv1D, or, without LoRA, a block of layers"
         )
     else:
         kind, features = "block", _block_features(model, path)

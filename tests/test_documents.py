@@ -11,8 +11,10 @@ import pytest
 import yaml
 
 from artemis import HybridAdapterConfig
+from artemis.cli.demo.corpus import byte_pairs
 from artemis.hybrid import _METHODS
 from artemis.training import BaseConfig, DataConfig, RunConfig, TrainingConfig
+from tests.artemis.models import llama
 
 ROOT = Path(__file__).parents[1]
 API, GUIDE = ROOT / "docs/api.md", ROOT / "docs/user-guide.md"
@@ -76,7 +78,8 @@ def test_api_signatures(name):
         assert names == [p.name for p in parameters], entry
         defaults = [ast.literal_eval(d) for d in (*given.defaults, *given.kw_defaults) if d]
         real = [p.default for p in parameters if p.default is not p.empty]
-        assert [d for d in defaults if d != []] == [d for d in real if isinstance(d, PLAIN)]
+        written, real = ([d for d in ds if isinstance(d, PLAIN)] for ds in (defaults, real))
+        assert written == real, entry
 
 
 def test_api_names_the_methods_on_the_model():
@@ -144,6 +147,16 @@ def test_links_lead_somewhere(document):
         assert not anchor or anchor in anchors(target), link
 
 
+def test_every_document_is_linked_from_another():
+    linked = set()
+    for document in DOCUMENTS:
+        targets = LINK.findall(FENCE.sub("", document.read_text(encoding="utf-8")))
+        paths = {(document.parent / target.partition("#")[0]).resolve() for target in targets}
+        linked |= paths - {document.resolve(), document.parent.resolve()}
+    alone = set(ROOT.glob("docs/*.md")) - linked
+    assert not alone
+
+
 @pytest.mark.parametrize("document", [ROOT / "README.md", GUIDE], ids=lambda path: path.name)
 def test_snippets_parse_and_their_imports_work(document):
     snippets = blocks(document, "python")
@@ -152,3 +165,24 @@ def test_snippets_parse_and_their_imports_work(document):
         tree = ast.parse(text)
         imports = [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]
         exec(compile(ast.Module(imports, []), str(document), "exec"), {})
+
+
+def test_the_guide_runs_in_order(tmp_path, monkeypatch):
+    """A reader who types its blocks one after another, with a small model, its text and its YAML.
+
+    No block leaves the model in training mode, with dropout on.
+    """
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    tokenizer = byte_pairs()
+    size = dict(vocab_size=len(tokenizer), bos_token_id=256, eos_token_id=256, pad_token_id=256)
+    llama(**size).save_pretrained("path/to/llama")
+    tokenizer.save_pretrained("path/to/llama")
+    Path("train.txt").write_text(GUIDE.read_text(encoding="utf-8")[:4000], encoding="utf-8")
+    Path("config.yaml").write_text(blocks(GUIDE, "yaml")[0])
+    names = {}
+    for number, text in enumerate(blocks(GUIDE, "python"), 1):
+        exec(compile(text, f"{GUIDE.name}, python block {number}", "exec"), names)
+        assert "model" not in names or not names["model"].training, text
+    made = ("my-adapter", "base-int8", "ranks.png", "out-longer")
+    assert all(Path(name).exists() for name in made)

@@ -12,7 +12,7 @@ from ..config import HybridAdapterConfig
 from ..errors import AdapterError, listed
 from ..merging import check_unmerged
 from ..plan import SiteSpec
-from .apportion import Claim, apportion
+from .apportion import Claim, apportion, apportion_by_kind
 from .report import ModuleAllocation, RankAllocation
 from .resize import resize
 
@@ -49,8 +49,9 @@ def set_dynamic_rank_allocation(
             configuration's `lora_rank` and `adapter_size` would cost everywhere. It is met to
             within one unit; the bounds win over the default, and an explicit budget outside them
             is an error.
-        within: "kind": scores count only among modules of their kind, so that LoRA and bottlenecks
-            each keep their share of what the uniform configuration costs; None: among all.
+        within: "kind": scores count only among modules of their kind; LoRA and bottlenecks each
+            spend their share of what the uniform configuration costs, but where all modules of one
+            are at a bound; None: among all.
         optimizer: one that trains the adapter; its state follows.
         verbose: print the returned report.
 
@@ -61,10 +62,11 @@ def set_dynamic_rank_allocation(
     bounds = _bounds(bank.config, min_rank, max_rank, min_width, max_width)
     specs = bank.plan().sites
     _check_scores(scores, specs)
-    judged = _judged(bank, scores, within)
-    claims = [_claim(spec, bank.config, float(judged[spec.path]), bounds) for spec in specs]
+    if within not in ("kind", None):
+        raise AdapterError(f"within: got {within!r}, allowed: 'kind' or None")
+    claims = [_claim(spec, bank.config, float(scores[spec.path]), bounds) for spec in specs]
     given = _budget(budget, claims)
-    sizes = dict(zip((s.path for s in specs), apportion(claims, given), strict=True))
+    sizes = _given_out(specs, claims, given, within)
     stored_before = _stored(bank)
     errors = resize(bank, sizes, optimizer)
     modules = tuple(
@@ -83,29 +85,15 @@ def set_dynamic_rank_allocation(
     return report
 
 
-def _judged(
-    bank: AdapterBank, scores: Mapping[str, float], within: str | None
-) -> Mapping[str, float]:
-    if within not in ("kind", None):
-        raise AdapterError(f"within: got {within!r}, allowed: 'kind' or None")
-    return scores if within is None else scores_within_kinds(bank, scores)
-
-
-def scores_within_kinds(bank: AdapterBank, scores: Mapping[str, float]) -> dict[str, float]:
-    """Scores over their kind's mean, weighted by what the uniform configuration costs.
-
-    A kind whose scores are all 0 keeps its share, too, evenly.
-    """
-    kinds: dict[str, list[SiteSpec]] = {}
-    for spec in bank.plan().sites:
-        kinds.setdefault(spec.kind, []).append(spec)
-    scaled = {}
-    for specs in kinds.values():
-        costs = [unit_cost(spec, bank.config) * usual_size(spec, bank.config) for spec in specs]
-        spent = sum(scores[spec.path] * cost for spec, cost in zip(specs, costs, strict=True))
-        for spec in specs:
-            scaled[spec.path] = scores[spec.path] * sum(costs) / spent if spent else 1.0
-    return scaled
+def _given_out(
+    specs: tuple[SiteSpec, ...], claims: list[Claim], budget: int, within: str | None
+) -> dict[str, int]:
+    """Module path -> size."""
+    if within is None:
+        sizes = apportion(claims, budget)
+    else:
+        sizes = apportion_by_kind([spec.kind for spec in specs], claims, budget)
+    return dict(zip((spec.path for spec in specs), sizes, strict=True))
 
 
 def unit_cost(spec: SiteSpec, config: HybridAdapterConfig) -> int:

@@ -52,7 +52,10 @@ def check_states(optimizer: torch.optim.Optimizer, changes: Iterable[Change]) ->
 
 
 def move_states(optimizer: torch.optim.Optimizer, changes: Iterable[Change]) -> None:
-    """Change what is remembered of gradients as gradients change; new units start from nothing."""
+    """Change what is remembered of gradients as gradients change.
+
+    New units start from nothing (docs/importance.md says what that does under Adam).
+    """
     for change in changes:
         state = optimizer.state.get(change.parameter, {})
         moved = {

@@ -42,13 +42,24 @@ def resize(
     if optimizer is not None:
         move_states(optimizer, changes)
     for change, value in zip(changes, values, strict=True):
-        # The object stays, so that optimizers and wrappers keep it; only its storage is replaced.
-        change.parameter.grad = None
-        change.parameter.data = value
+        _replace(change.parameter, value)
     for site in bank.sites.values():
         site.spec = replace(site.spec, size=sizes[site.spec.path])
         site.layout = site_tensors(site.spec, bank.config)
     return errors
+
+
+def _replace(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+    """Give it new storage; the object stays, so that optimizers and wrappers keep it.
+
+    A graph that is still alive (a loss that somebody holds) keeps the node that gathers gradients
+    of the old shape, and the next graph would use it again. torch drops it only where the dtype
+    changes, so the dtype changes in between.
+    """
+    other = torch.float16 if value.dtype == torch.float32 else torch.float32
+    parameter.grad = None
+    parameter.data = value.new_empty(0, dtype=other)
+    parameter.data = value
 
 
 def _groups(bank: AdapterBank) -> list[list[Site]]:

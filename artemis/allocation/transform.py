@@ -45,11 +45,11 @@ def rotate(
 ) -> Transform:
     """Return the transform of a LoRA group to `sizes` that loses least of all `gain · B A`.
 
-    A = L Q with orthonormal rows Q, so ‖B A‖ = ‖B L‖. Directions are taken away from the last
-    position backwards: position k is lost to the modules whose size is below it, so it gets the
-    direction that matters least to those: the smallest eigenvectors of `Σ (B L)ᵀ B L` over them.
-    For one module that is the truncated singular value decomposition. Where no module loses
-    anything, nothing is rotated.
+    A = L Q with orthonormal rows Q, so ‖B A‖ = ‖B L‖. Positions get directions, eigenvectors of
+    `Σ (B L)ᵀ B L` over the modules that have a stake in them, in two ways: from the last position
+    backwards, the least to those that lose it; from the first forwards, the most to those that
+    keep it. What loses less in total is taken. For one module both are the truncated singular
+    value decomposition. Where no module loses anything, nothing is rotated.
 
     Args:
         a: [rank, in]. bs: [out, rank of the module] each. sizes: of the modules afterwards.
@@ -64,23 +64,43 @@ def rotate(
     for b, gain in zip(bs, gains, strict=True):
         product = gain * b.double() @ lower[: b.shape[1]]
         energies.append(product.t() @ product)
-    basis = _ordered(energies, sizes)
+    orders = _taken_from_the_end(energies, sizes), _given_from_the_front(energies, sizes)
+    basis = min(orders, key=lambda order: sum(_lost(energies, sizes, order)))
     # The rows keep A's length, and with it the speed at which it learns.
     length = (a.norm() / old**0.5) or 1.0
     rows = length * basis.t() @ torch.linalg.pinv(lower)
     columns = basis.t() @ lower.t() / length
-    errors = [_lost(e, basis[:, n:]) for e, n in zip(energies, sizes, strict=True)]
+    errors = [
+        (lost / energy.trace().item()) ** 0.5 if lost else 0.0
+        for lost, energy in zip(_lost(energies, sizes, basis), energies, strict=True)
+    ]
     return Transform(rows[:new], columns[:new], errors)
 
 
-def _lost(energy: torch.Tensor, directions: torch.Tensor) -> float:
-    """The root of the share of `energy` that lies along `directions`."""
-    whole = energy.trace()
-    lost = (directions * (energy @ directions)).sum().clamp(min=0)
-    return (lost / whole).sqrt().item() if whole > 0 else 0.0
+def _lost(
+    energies: Sequence[torch.Tensor], sizes: Sequence[int], basis: torch.Tensor
+) -> list[float]:
+    """How much of each module's energy lies along the directions beyond its size."""
+    return [
+        (basis[:, size:] * (energy @ basis[:, size:])).sum().clamp(min=0).item()
+        for energy, size in zip(energies, sizes, strict=True)
+    ]
 
 
-def _ordered(energies: Sequence[torch.Tensor], sizes: Sequence[int]) -> torch.Tensor:
+def _given_from_the_front(energies: Sequence[torch.Tensor], sizes: Sequence[int]) -> torch.Tensor:
+    """As below, but chosen from the first position on, for the modules that will use each."""
+    count = energies[0].shape[0]
+    rest = torch.eye(count, dtype=torch.float64, device=energies[0].device)
+    first, given = [], 0
+    for bound in sorted({min(size, count) for size in sizes}):
+        using = sum(e for e, size in zip(energies, sizes, strict=True) if size > given)
+        vectors = torch.linalg.eigh(rest.t() @ using @ rest).eigenvectors.flip(1)
+        first.append(rest @ vectors[:, : bound - given])
+        rest, given = rest @ vectors[:, bound - given :], bound
+    return torch.cat([*first, rest], dim=1)
+
+
+def _taken_from_the_end(energies: Sequence[torch.Tensor], sizes: Sequence[int]) -> torch.Tensor:
     """An orthonormal basis [k, k], its columns in the order in which they should be kept."""
     count = energies[0].shape[0]
     rest = torch.eye(count, dtype=torch.float64, device=energies[0].device)

@@ -18,6 +18,7 @@ from transformers.utils import logging
 from artemis_kernels import Unavailable
 
 from ..errors import AdapterError
+from ..version import __version__
 from . import bench, demo, generate, info, train, tune
 
 COMMANDS = (demo, train, generate, info, bench, tune)
@@ -61,6 +62,7 @@ def _one_line(message: object) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="artemis", description="Hybrid adapters for transformer models.")
+    parser.add_argument("--version", action="version", version=f"artemis {__version__}")
     commands = parser.add_subparsers(
         dest="command", metavar="COMMAND", required=True, parser_class=_Parser
     )

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from dataclasses import asdict
 
 import torch
@@ -63,12 +64,22 @@ def run(args: argparse.Namespace) -> None:
             raise AdapterError(f"--rows: got {rows}, allowed: integers from 1")
     if args.chip and not args.show:
         raise AdapterError("--chip: nothing is measured on a chip that is not here; add --show")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise AdapterError(f"--device: got {args.device!r}, and torch sees no GPU; allowed: cpu")
+    if args.table and args.show:
+        raise AdapterError(
+            "--table: --show tells what calls read, which is no FOLDER; leave it out"
+        )
+    _check_device(args.device)
     try:
         print(_shown(args, shapes) if args.show else _measured(args, shapes))
     except (ValueError, artemis_kernels.Unavailable) as error:
         raise AdapterError(str(error)) from None
+
+
+def _check_device(device: str) -> None:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise AdapterError(f"--device: got {device!r}, allowed: cpu, cuda or cuda:N")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise AdapterError(f"--device: got {device!r}, and torch sees no GPU; allowed: cpu")
 
 
 def _shape(text: str) -> tuple[int, int, int]:

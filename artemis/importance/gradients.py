@@ -49,7 +49,7 @@ def watched(
     token = torch.zeros((), device=device, requires_grad=True)
     found: dict[str, Moments] = {}
     with ExitStack() as stack:
-        stack.enter_context(_own_generators(device))
+        stack.enter_context(own_generators(device))
         stack.enter_context(_frozen(model))
         for spec in sites:
             reader, features = reading(spec, config, device)
@@ -91,7 +91,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _own_generators(device: torch.device) -> Iterator[None]:
+def own_generators(device: torch.device) -> Iterator[None]:
     """Python's, numpy's and torch's generators start at 0, and go on afterwards as they were."""
     python, numpys = random.getstate(), numpy.random.get_state()
     try:

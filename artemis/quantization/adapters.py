@@ -8,9 +8,23 @@ from torch import nn
 from artemis_kernels import QuantizedWeight
 
 from ..bank import AdapterBank
+from ..errors import AdapterError
 from ..quantized_layers import FixedBuffers
 
 _MATRICES = ("lora_a", "lora_b", "down", "up")
+
+
+def check_adapter(bank: AdapterBank, bits: int, model_dtype: torch.dtype) -> None:
+    """Raise `AdapterError` where `hold` could not pack a matrix in 8 bits."""
+    if bits != 8:
+        return
+    narrow = _narrow(model_dtype)
+    for name, matrix in bank.named_parameters():
+        if name.partition(".")[0] in _MATRICES and not matrix.to(narrow).isfinite().all():
+            raise AdapterError(
+                f"adapter_bits: got 8, and the adapter's {name} holds inf or nan, or numbers beyond"
+                f" {narrow}; allowed: finite matrices, or 16 or 32"
+            )
 
 
 def hold(bank: AdapterBank, bits: int, model_dtype: torch.dtype) -> None:
@@ -18,7 +32,7 @@ def hold(bank: AdapterBank, bits: int, model_dtype: torch.dtype) -> None:
 
     16 bits are the model's own where it has such, else bf16.
     """
-    narrow = model_dtype if model_dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
+    narrow = _narrow(model_dtype)
     if bits != 8:
         bank.to(torch.float32 if bits == 32 else narrow)
         return
@@ -28,6 +42,10 @@ def hold(bank: AdapterBank, bits: int, model_dtype: torch.dtype) -> None:
         table = getattr(bank, role)
         if not isinstance(table, PackedTable):  # an interrupted call may have packed it
             setattr(bank, role, PackedTable(table, narrow))
+
+
+def _narrow(model_dtype: torch.dtype) -> torch.dtype:
+    return model_dtype if model_dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
 
 
 class PackedTable(FixedBuffers, nn.Module):

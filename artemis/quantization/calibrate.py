@@ -19,41 +19,58 @@ def column_importance(
 ) -> dict[str, torch.Tensor]:
     """Path -> E[x²] fp32 [in] of each layer over at most 16 batches of `data`; then as before.
 
-    Of a dataset of examples, 16 batches of 8 are drawn, always the same. A layer that was not
-    called is left out.
+    Of a dataset of examples, 16 batches of 8 are drawn, always the same. Tokens that a batch's
+    `attention_mask` leaves out do not count. A layer that was not called is left out.
 
     Raises `AdapterError` where there is no batch, or a layer reads inf or nan.
     """
-    sums: dict[str, torch.Tensor] = {}
-    rows: dict[str, int] = {}
+    squares = _Squares()
     device = next(model.parameters()).device
     modes = [(module, module.training) for module in model.modules()]
     batches = 0
     with ExitStack() as stack:
         for path, module in layers.items():
-            hook = _adder(path, sums, rows)
-            handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+            handle = module.register_forward_pre_hook(squares.adder(path), with_kwargs=True)
             stack.callback(handle.remove)
         try:
             model.eval()
             for batch in batches_of(data, BATCHES, BATCH_SIZE, None):
-                model(**to_device(batch, device))
+                batch = to_device(batch, device)
+                squares.mask = batch.get("attention_mask")
+                model(**batch)
                 batches += 1
         finally:
             for module, training in modes:
                 module.training = training
     if not batches:
         raise AdapterError("data: got no batch, allowed: at least one")
-    for path, total in sums.items():
+    for path, total in squares.sums.items():
         if not torch.isfinite(total).all():
             raise AdapterError(f"data: {path} reads inf or nan, allowed: finite numbers")
-    return {path: total / rows[path] for path, total in sums.items() if rows[path]}
+    return {p: total / squares.rows[p] for p, total in squares.sums.items() if squares.rows[p]}
 
 
-def _adder(path: str, sums: dict[str, torch.Tensor], rows: dict[str, int]):
-    def add(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        x = (*args, *kwargs.values())[0].flatten(0, -2).float()
-        sums[path] = sums.get(path, 0.0) + x.square().sum(0)
-        rows[path] = rows.get(path, 0) + x.shape[0]
+class _Squares:
+    """Sums of x² by column of each layer, over the rows that are not padding."""
 
-    return add
+    def __init__(self):
+        self.sums: dict[str, torch.Tensor] = {}
+        self.rows: dict[str, int] = {}
+        #: The batch's `attention_mask`: padding is 0.
+        self.mask: torch.Tensor | None = None
+
+    def adder(self, path: str):
+        """A forward pre-hook."""
+
+        def add(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            x = self._without_padding((*args, *kwargs.values())[0]).float()
+            self.sums[path] = self.sums.get(path, 0.0) + x.square().sum(0)
+            self.rows[path] = self.rows.get(path, 0) + x.shape[0]
+
+        return add
+
+    def _without_padding(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in] -> [rows, in]; all rows where the mask is of another shape than they."""
+        if self.mask is None or self.mask.shape != x.shape[:-1]:
+            return x.flatten(0, -2)
+        return x[self.mask.bool()]

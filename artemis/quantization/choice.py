@@ -1,6 +1,6 @@
 """What to pack and how: options and model in, checked layers out; nothing is changed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -35,6 +35,7 @@ class Options:
     adapter_bits: int
     include_head: bool
     calibrated: bool
+    leave: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def begun(model: nn.Module) -> Begun | None:
 
 
 def checked_options(
-    bits, format, group_size, activation_bits, adapter_bits, include_head, calibrated
+    bits, format, group_size, activation_bits, adapter_bits, include_head, calibrated, leave=()
 ) -> Options:
     """The options, or one `AdapterError` for the first that makes no sense."""
     if (bits, format) not in _FORMATS or isinstance(bits, bool):
@@ -81,9 +82,12 @@ def checked_options(
         raise AdapterError(f"data: got some for {packed}, allowed: with bits=4, which it serves")
     if not isinstance(include_head, bool):
         raise AdapterError(f"include_head: got {include_head!r}, allowed: True or False")
+    if isinstance(leave, str):
+        raise AdapterError(f"leave: got {leave!r}, allowed: a list of paths of modules")
     return Options(
-        packed, group_size, activation_bits, adapter_bits, include_head, bool(calibrated)
-    )
+        packed, group_size, activation_bits, adapter_bits, include_head, bool(calibrated),
+        tuple(leave),
+    )  # fmt: skip
 
 
 def choose_layers(
@@ -130,13 +134,19 @@ def _check_model(model: nn.Module, options: Options) -> None:
     if quantized or getattr(model, "is_quantized", False):
         raise AdapterError(f"{type(model).__name__} is quantized already")
     check_unmerged(model)
+    paths = {path for path, _ in model.named_modules() if path}
+    unknown = [path for path in options.leave if path not in paths]
+    if unknown:
+        raise AdapterError(f"leave: {type(model).__name__} has no module {listed(unknown)}")
 
 
 def _why_not(model: nn.Module, path: str, module: nn.Module, options: Options) -> str | None:
     bank = find_bank(model)
     heads = architectures.classifier_heads(model) if bank is None else bank.heads
-    if any(path == head or path.startswith(f"{head}.") for head in heads):
+    if _within(path, heads):
         return "a head that trains"
+    if _within(path, options.leave):
+        return "left as it is, as asked"
     is_output = module is architectures.output_head(model)
     if is_output and not options.include_head:
         return "the output head; include_head=True takes it too"
@@ -154,6 +164,10 @@ def _why_not(model: nn.Module, path: str, module: nn.Module, options: Options) -
     if not module.weight.is_floating_point():
         return f"its weight is {module.weight.dtype}"
     return None
+
+
+def _within(path: str, modules: Iterable[str]) -> bool:
+    return any(f"{path}.".startswith(f"{module}.") for module in modules)
 
 
 def tied_to(model: nn.Module, module: nn.Module) -> str | None:

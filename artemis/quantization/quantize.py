@@ -15,7 +15,7 @@ from ..layers import PACKED, weight_of
 from ..quantized_layers import pack, packed_layers, sample
 from . import adapters
 from .calibrate import column_importance
-from .choice import BEGUN, Begun, begun, checked_options, choose_layers, tied_to
+from .choice import BEGUN, Begun, Options, begun, checked_options, choose_layers, tied_to
 from .report import LayerReport, QuantizationReport
 
 _CHUNK = 1 << 22  # weights whose error is worked out at a time
@@ -32,6 +32,7 @@ def quantize_adapter_model(
     activation_bits: int | str = "auto",
     data: Iterable[Any] | None = None,
     include_head: bool = False,
+    leave: Iterable[str] = (),
     progress: bool = True,
 ) -> nn.Module:
     """Hold the linear layers of `model` in few bits, in place, and return the model.
@@ -49,28 +50,31 @@ def quantize_adapter_model(
         group_size: with 4 bits, how many weights share a scale; None: 128 from 2,048 inputs on,
             else 64, or what divides.
         activation_bits: 16: products read x as it is. 8: x and dY are rounded to 8 bits, row by
-            row (int8 weights). "auto": 8 where it is faster, else 16.
+            row (int8 and fp8 weights). "auto": 8 where it is faster, else 16.
         data: with 4 bits, batches (or a dataset of examples) of the model's arguments, to weigh
             the error of a column by the mean square of what it multiplies.
         include_head: take the output head too. One that is tied to the embedding becomes a matrix
             of its own: products are faster, and memory grows by it, since the embedding stays.
+        leave: paths of modules to leave as they are, all that is in them included: those that an
+            adapter added later will train whole (`modules_to_save`), since packed ones cannot.
         progress: show a progress bar where standard error is a terminal.
 
     Raises:
         AdapterError: options that make no sense, a model quantized already or merged, a layer
-            whose shape or values do not fit; before anything is changed.
+            (or, with adapter_bits=8, an adapter) whose shape or values do not fit; before anything
+            is changed.
     """
     options = checked_options(
-        bits, format, group_size, activation_bits, adapter_bits, include_head, data is not None
-    )
+        bits, format, group_size, activation_bits, adapter_bits, include_head, data is not None,
+        leave,
+    )  # fmt: skip
     layers, skipped = choose_layers(model, options)
-    importance = {} if data is None else column_importance(model, layers, data)
-    state = begun(model)
-    if state is None:
-        dtype = weight_of(next(iter(layers.values()))).dtype
-        state = Begun(options, dtype, _model_bytes(model))
-        setattr(model, BEGUN, state)
+    state = begun(model) or _begin(model, layers, options)
     bank = find_bank(model)
+    if bank is not None:
+        adapters.check_adapter(bank, options.adapter_bits, state.dtype)
+    importance = {} if data is None else column_importance(model, layers, data)
+    setattr(model, BEGUN, state)
     if bank is not None:
         bank.forget()
     _pack_all(model, layers, state, importance, progress)
@@ -82,6 +86,11 @@ def quantize_adapter_model(
     )
     delattr(model, BEGUN)
     return model
+
+
+def _begin(model: nn.Module, layers: Mapping[str, nn.Module], options: Options) -> Begun:
+    dtype = weight_of(next(iter(layers.values()))).dtype
+    return Begun(options, dtype, _model_bytes(model))
 
 
 def _pack_all(

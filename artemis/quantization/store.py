@@ -2,39 +2,34 @@
 
     quantized_base.safetensors   the packed weights and every other tensor of the base, each once;
                                  in the header's metadata, under "quantized_base", one JSON object:
-                                 format, library version, the model's class and configuration, how
-                                 each layer is packed (the report), which names stand for the same
-                                 tensor, and which layers packing untied from another
+                                 format, library version, the model's class and its configurations
+                                 (of generation, too), how each layer is packed (the report), which
+                                 names stand for the same tensor, and which layers packing untied
+                                 from another
 
 Adapters are saved apart, as always: `model.save_adapter_parameters`.
 """
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 
-from artemis_kernels import QuantizedWeight
-
-from ..architectures import output_head
 from ..atomic import replace_files
-from ..bank import BANK, find_bank
+from ..bank import BANK
 from ..errors import AdapterError, listed
-from ..layers import weight_of
 from ..merging import check_unmerged
-from ..quantized_layers import PARTS, QUANTIZED, SAMPLE, pack, packed_layers
+from ..quantized_layers import PARTS, SAMPLE, packed_layers
 from ..version import __version__
-from .report import LayerReport, QuantizationReport
+from .report import QuantizationReport
 
 FILE = "quantized_base.safetensors"
 FORMAT_VERSION = 1
@@ -50,6 +45,8 @@ class StoredBase:
     class_name: str
     #: Of a transformers model, its configuration as plain values; else None.
     config: Mapping[str, Any] | None
+    #: Of a model that generates, how (end of text, sampling) as plain values; else None.
+    generation: Mapping[str, Any] | None
     report: QuantizationReport
     #: Another name of a tensor -> the name that it is stored under.
     aliases: Mapping[str, str]
@@ -80,6 +77,7 @@ def save_quantized(model: nn.Module, path: str | os.PathLike) -> None:
             "library_version": __version__,
             "class_name": type(model).__name__,
             "config": _plain(getattr(model, "config", None)),
+            "generation_config": _plain(getattr(model, "generation_config", None)),
             "report": report.to_dict(),
             "aliases": aliases,
             "untied": [path for path, module in packed_layers(model) if module.packing.untied],
@@ -87,36 +85,6 @@ def save_quantized(model: nn.Module, path: str | os.PathLike) -> None:
     )
     directory.mkdir(parents=True, exist_ok=True)
     replace_files(directory, {FILE: lambda file: save_file(tensors, file, {_METADATA_KEY: header})})
-
-
-def load_quantized(
-    model_or_config: nn.Module | PretrainedConfig, path: str | os.PathLike
-) -> nn.Module:
-    """Return the model that `save_quantized` saved in `path`.
-
-    Args:
-        model_or_config: a model of the saved one's class and sizes, neither quantized nor adapted,
-            whose tensors are replaced in place (on its device; one on the meta device lands on
-            the CPU); or its configuration, from which transformers' class of the saved name is
-            built without ever holding the full weights.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        AdapterError: a damaged or foreign file, or another model than the saved one.
-
-    After these, and after an interruption, the model is as it was.
-    """
-    stored = read_stored(path)
-    model = model_or_config
-    if isinstance(model, PretrainedConfig):
-        model = _empty(model, stored)
-    layers = _check(model, stored)
-    with safe_open(stored.path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    with _all_or_nothing(model):
-        _put(model, stored, layers, tensors)
-        model.quantization_report = stored.report
-    return model
 
 
 def holds_base(path: str | os.PathLike) -> bool:
@@ -130,7 +98,7 @@ def _tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]
     names: dict[int, str] = {}
     tensors, aliases = {}, {}
     storages = set()
-    for name, tensor in _named(model):
+    for name, tensor in named_tensors(model):
         if id(tensor) in names:
             aliases[name] = names[id(tensor)]
             continue
@@ -142,7 +110,7 @@ def _tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]
     return tensors, aliases
 
 
-def _named(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+def named_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """Parameters and buffers of the base, those that `state_dict` leaves out included."""
     both = (
         *model.named_parameters(remove_duplicate=False),
@@ -172,8 +140,9 @@ def read_stored(path: str | os.PathLike) -> StoredBase:
             raise AdapterError(f"{path}: got format version {version!r}, allowed: {FORMAT_VERSION}")
         report = QuantizationReport.from_dict(header["report"])
         stored = StoredBase(
-            path, header["library_version"], header["class_name"], header.get("config"), report,
-            header["aliases"], tuple(header.get("untied", ())), shapes,
+            path, header["library_version"], header["class_name"], header.get("config"),
+            header.get("generation_config"), report, header["aliases"],
+            tuple(header.get("untied", ())), shapes,
         )  # fmt: skip
     except AdapterError:
         raise
@@ -186,177 +155,6 @@ def read_stored(path: str | os.PathLike) -> StoredBase:
     return stored
 
 
-def _empty(config: PretrainedConfig, stored: StoredBase) -> nn.Module:
-    """A model of the saved class on the meta device."""
-    cls = getattr(transformers, stored.class_name, None)
-    if cls is None:
-        raise AdapterError(
-            f"{stored.path}: transformers has no class {stored.class_name}; give the model itself"
-        )
-    with torch.device("meta"):
-        model = cls(config).eval()
-    for module in model.modules():
-        lost = [n for n, v in vars(module).items() if isinstance(v, torch.Tensor) and v.is_meta]
-        if lost:  # neither parameters nor buffers, so no file holds them
-            raise AdapterError(
-                f"{stored.class_name} keeps tensors that are not saved ({listed(lost)}); give the"
-                " model itself"
-            )
-    return model
-
-
-def _check(model: nn.Module, stored: StoredBase) -> dict[str, nn.Module]:
-    """The layers to pack by path; `AdapterError` where the file is not this model's."""
-    name = type(model).__name__
-    if find_bank(model) is not None or any(packed_layers(model)):
-        raise AdapterError(
-            f"{name} is adapted or quantized already, allowed: a plain model; load the adapter"
-            " after the base"
-        )
-    problems = []
-    if name != stored.class_name:
-        problems.append(f"the model is a {name}, the file's a {stored.class_name}")
-    modules, layers = dict(model.named_modules()), {}
-    for layer in stored.report.layers:
-        module = modules.get(layer.path)
-        shape = tuple(weight_of(module).shape) if type(module) in QUANTIZED else None
-        if shape == (layer.out_features, layer.in_features):
-            layers[layer.path] = module
-        else:
-            what = type(module).__name__ if shape is None else f"{shape[0]}x{shape[1]}"
-            wanted = f"{layer.out_features}x{layer.in_features}"
-            problems.append(f"{layer.path} is {what}, in the file a linear layer of {wanted}")
-    if not problems:
-        problems = _differences(model, stored, layers)
-    if problems:
-        raise AdapterError(f"{stored.path} does not fit the model: {listed(problems)}")
-    return layers
-
-
-def _differences(
-    model: nn.Module, stored: StoredBase, layers: Mapping[str, nn.Module]
-) -> list[str]:
-    """Tensors that only one side has, or in another shape; packed layers are compared already."""
-    paths = {id(module): path for path, module in layers.items()}
-    modules = dict(model.named_modules(remove_duplicate=False))
-    parts = {f"{path}.{part}" for path in layers for part in (*PARTS, SAMPLE)}
-    # A layer may have several names: each -> the one that it is stored under.
-    my_names = {name: paths[id(m)] for name, m in modules.items() if id(m) in paths}
-    their_names = {path: path for path in layers} | {
-        _owner(name): _owner(first) for name, first in stored.aliases.items() if first in parts
-    }
-    weights = {f"{name}.weight" for name in my_names}
-    mine = {name: tuple(t.shape) for name, t in _named(model) if name not in weights}
-    theirs = {name: shape for name, shape in stored.shapes.items() if name not in parts}
-    theirs |= {
-        name: stored.shapes.get(first)
-        for name, first in stored.aliases.items()
-        if first not in parts
-    }
-    # Buffers outside the state may differ between versions; a model with values has its own.
-    optional = set() if _is_meta(model) else mine.keys() - model.state_dict().keys()
-    names = sorted((mine.keys() | theirs.keys()) - optional)
-    return [
-        f"{name} is {_named_layer(my_names, name)}, in the file {_named_layer(their_names, name)}"
-        for name in sorted(my_names.keys() | their_names.keys())
-        if my_names.get(name) != their_names.get(name)
-    ] + [
-        f"{name} is {mine.get(name, 'missing')}, in the file {theirs.get(name, 'missing')}"
-        for name in names
-        if mine.get(name) != theirs.get(name)
-    ]
-
-
-def _named_layer(names: Mapping[str, str], name: str) -> str:
-    return f"another name of {names[name]}" if name in names else "none of a packed layer"
-
-
-def _owner(name: str) -> str:
-    return name.rpartition(".")[0]
-
-
-@contextmanager
-def _all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """Every module gets its class and attributes back where the body does not end."""
-    kept = [(module, module.__class__, _attributes(module)) for module in model.modules()]
-
-    def restore() -> None:
-        for module, cls, attributes in kept:
-            module.__class__ = cls
-            vars(module).clear()
-            vars(module).update(attributes)
-
-    with ExitStack() as undo:
-        undo.callback(restore)
-        yield
-        undo.pop_all()
-
-
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Attributes, the tables of tensors among them copied, since those are changed in place."""
-    tables = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-    return {**vars(module), **{name: vars(module)[name].copy() for name in tables}}
-
-
 def _plain(config: object) -> dict[str, Any] | None:
-    known = isinstance(config, PretrainedConfig)
+    known = isinstance(config, (PretrainedConfig, GenerationConfig))
     return json.loads(config.to_json_string(use_diff=False)) if known else None
-
-
-def _is_meta(model: nn.Module) -> bool:
-    return any(tensor.is_meta for _, tensor in _named(model))
-
-
-def _put(
-    model: nn.Module,
-    stored: StoredBase,
-    layers: Mapping[str, nn.Module],
-    tensors: dict[str, torch.Tensor],
-) -> None:
-    """Replace the model's tensors by the file's, which were compared with it."""
-    device = torch.device("cpu") if _is_meta(model) else next(model.parameters()).device
-    weights = {entry.path: _weight(stored, entry, tensors) for entry in stored.report.layers}
-    head = output_head(model)
-    for path, weight in weights.items():
-        module = layers[path]
-        weight = replace(weight, makes_logits=module is head)
-        taken = tensors.pop(f"{path}.{SAMPLE}")
-        pack(
-            module, QUANTIZED[type(module)], weight.to(device), taken.to(device),
-            untied=path in stored.untied,
-        )  # fmt: skip
-    placed = {name: tensor.to(device) for name, tensor in tensors.items()}
-    known = dict(_named(model))
-    made = {
-        name: nn.Parameter(tensor, known[name].requires_grad)
-        if isinstance(known[name], nn.Parameter)
-        else tensor
-        for name, tensor in placed.items()
-        if name in known
-    }
-    for name in known:
-        tensor = made.get(stored.aliases.get(name, name))
-        if tensor is not None:
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, tensor)
-
-
-def _weight(
-    stored: StoredBase, entry: LayerReport, tensors: dict[str, torch.Tensor]
-) -> QuantizedWeight:
-    data, scale, offset = (tensors.pop(f"{entry.path}.{part}", None) for part in PARTS)
-    if entry.format == "fp8":
-        if data.dtype != torch.uint8:
-            raise AdapterError(
-                f"{stored.path}: {entry.path} is damaged: its numbers are {data.dtype}, allowed:"
-                " torch.uint8"
-            )
-        data = data.view(torch.float8_e4m3fn)
-    form = (entry.format, entry.group_size, stored.report.activation_bits)
-    try:
-        weight = QuantizedWeight(data, scale, offset, *form)
-    except ValueError as error:
-        raise AdapterError(f"{stored.path}: {entry.path} is damaged ({error})") from None
-    if weight.shape != (entry.out_features, entry.in_features):
-        raise AdapterError(f"{stored.path}: {entry.path} is damaged: got {tuple(weight.shape)}")
-    return weight

@@ -39,8 +39,8 @@ class BaseConfig:
         bits: 8 or 4, of the linear layers' weights; None keeps them.
         format: with 8 bits int or fp8.
         group_size: with 4 bits, how many weights share a scale; None fits it to the layer.
-        activation_bits: 8 rounds what int8 weights are multiplied by, 16 does not, auto does where
-            it is faster.
+        activation_bits: 8 rounds what int8 and fp8 weights are multiplied by, 16 does not, auto
+            does where it is faster.
         include_head: take the output head too.
     """
 
@@ -141,7 +141,7 @@ class TrainingConfig:
 
         Args:
             autocast: run products in bfloat16 over float32 weights, as training a whole model in
-                bf16 needs it. A frozen base is loaded in bfloat16 instead.
+                bf16, or heads, needs it. A frozen base is loaded in bfloat16 instead.
 
         Raises:
             AdapterError: `compile` where there is no compiler.

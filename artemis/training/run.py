@@ -16,13 +16,15 @@ from transformers import (
 from ..adapter_file import read_adapter
 from ..allocation import set_dynamic_rank_allocation
 from ..automatic import choose_ranks
+from ..bank import find_bank
 from ..config import AUTO, HybridAdapterConfig
 from ..errors import AdapterError
 from ..hybrid import add_hybrid_adapter_to_model
 from ..quantization import quantize_adapter_model
 from ..quantized_layers import packed_numbers
+from ..targets import find_heads
 from .checkpoints import saved_state
-from .config import BaseConfig, DataConfig, RunConfig
+from .config import DataConfig, RunConfig
 from .data import TokenBlocks, load_blocks
 from .loading import attention_for, default_device, load_base, resolve_precision
 from .output import prepare_output
@@ -51,8 +53,10 @@ def run_training(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     settings = config.training
     hybrid = config.hybrid_adapter is not None and config.hybrid_adapter.enabled
     dtype = resolve_precision(settings.precision)
+    heads = hybrid and bool(config.hybrid_adapter.modules_to_save)
     # A frozen base may be held in bf16; weights that are trained need float32's small steps.
-    arguments = settings.arguments(autocast=dtype == torch.bfloat16 and not hybrid)
+    autocast = dtype == torch.bfloat16 and (heads or not hybrid)
+    arguments = settings.arguments(autocast)
     attention = attention_for(dtype, default_device(), config.data.sequence_length)
     checkpoint = prepare_output(config, resume)
     model, tokenizer = load_base(config.model, dtype if hybrid else torch.float32, attention)
@@ -63,8 +67,9 @@ def run_training(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     chosen = None
     if hybrid:
         if config.base.bits is not None:
-            _quantize(model, config.base)
+            _quantize(model, config)
         chosen = _add_adapter(model, config, train_data, arguments.device, checkpoint)
+        _widen_heads(model)
 
     trainer = Trainer(
         model,
@@ -153,6 +158,12 @@ def _add(model: PreTrainedModel, config: HybridAdapterConfig, seed: int) -> None
     add_hybrid_adapter_to_model(model, config)
 
 
+def _widen_heads(model: PreTrainedModel) -> None:
+    """Hold the heads that train in float32, as the adapter is; autocast brings them their input."""
+    for head in find_bank(model).heads:
+        model.get_submodule(head).float()
+
+
 def _add_as_saved(
     model: PreTrainedModel, config: HybridAdapterConfig, seed: int, checkpoint: str
 ) -> dict[str, Any]:
@@ -166,11 +177,14 @@ def _add_as_saved(
     return {"rank": rank, "reason": reason, "sizes": sizes}
 
 
-def _quantize(model: PreTrainedModel, base: BaseConfig) -> None:
-    """Before the adapter is added, which so stays in its own dtype."""
+def _quantize(model: PreTrainedModel, config: RunConfig) -> None:
+    """Before the adapter is added, which so stays in its own dtype; not what it trains whole."""
+    base = config.base
+    paths = [path for path, _ in model.named_modules() if path]
     quantize_adapter_model(
         model, base.bits, format=base.format, group_size=base.group_size,
         activation_bits=base.activation_bits, include_head=base.include_head,
+        leave=find_heads(model, config.hybrid_adapter, paths),
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Tokens per second of a run on `TokenBlocks`, of those that were really trained on."""
+"""Rates of a run: of the tokens that it really trained on, and of the steps that it really made."""
 
 from math import ceil
 
@@ -21,6 +21,18 @@ def tokens_per_second(trainer: Trainer, output: TrainOutput, begun: int = 0) -> 
     )  # fmt: skip
     tokens = (after - before) * data.blocks.shape[1]
     return tokens / output.metrics["train_runtime"] if tokens else 0.0
+
+
+def of_this_call(output: TrainOutput, begun: int, max_steps: int) -> TrainOutput:
+    """Loss and rates of the steps after `begun`, where they were divided by those of all."""
+    steps = output.global_step - begun
+    loss = output.training_loss * output.global_step / max(steps, 1)
+    rates = ("train_samples_per_second", "train_steps_per_second")
+    metrics = {
+        name: value * steps / max_steps if name in rates else value
+        for name, value in output.metrics.items()
+    }
+    return TrainOutput(output.global_step, loss, metrics | {"train_loss": loss})
 
 
 def examples_trained(

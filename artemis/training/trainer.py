@@ -9,7 +9,10 @@ What differs from the parent:
 - gains and biases of the adapter are not decayed;
 - a causal language model's loss is read from its logits as they are stored (`lean_loss`);
 - one process drives one GPU (several: `torchrun`), never `torch.nn.DataParallel`;
-- an adapter in 16 bits is trained, with a warning; a packed base is not sent round by DDP.
+- an adapter or a head in 16 bits is trained, with a warning; what would be trained and not saved is
+  an error; a packed base is not sent round by DDP;
+- each call of `train` trains what the model has by then, a second adapter too;
+- what is pushed to the Hub during a run holds the adapter.
 
 A model without an adapter is trained and saved as transformers does it, so that full fine-tuning
 and the hybrid can be compared under the same trainer.
@@ -30,19 +33,23 @@ from transformers.trainer_utils import (
     TrainOutput,
     has_length,
 )
+from transformers.training_args import ParallelMode
 
 from ..adapter_file import read_adapter
 from ..allocation.resize import resize
-from ..bank import check_writable, find_bank
+from ..bank import find_bank
 from ..errors import AdapterError, listed
-from ..layers import check_in_place
-from ..merging import check_unmerged
 from ..orthogonality import orthogonality_penalty
 from ..quantized_layers import packed_layers
 from .checkpoints import complete_checkpoint, saved_state
 from .config import TrainingConfig
+from .hub import lay_out
 from .loss import lean_loss
+from .optimizers import holds_others, resized, untrained
+from .penalty import add_penalty_gradient, penalty_weight
+from .readiness import check_ready, narrow_parts
 from .resuming import kept_intervals, kept_rates, moved_place, rates
+from .throughput import of_this_call
 
 
 class Trainer(transformers.Trainer):
@@ -50,6 +57,9 @@ class Trainer(transformers.Trainer):
 
     Everything else is as in the parent, and is passed by keyword.
     """
+
+    #: The last optimizer that was not given but made; see `_renew_optimizer`.
+    _own_optimizer: torch.optim.Optimizer | None = None
 
     def __init__(
         self,
@@ -86,7 +96,8 @@ class Trainer(transformers.Trainer):
         Raises:
             AdapterError: there is no model; the checkpoint is missing or incomplete; an adapter
                 would be sharded (FSDP, DeepSpeed), is merged, is held in 8 bits, or acted on a
-                module that was replaced.
+                module that was replaced; something beside it and its heads trains; the optimizer
+                given is one for other parameters.
         """
         checkpoint = kwargs.pop("resume_from_checkpoint", None)
         if isinstance(model_or_checkpoint, nn.Module):
@@ -96,6 +107,7 @@ class Trainer(transformers.Trainer):
         self._require_model()
         if _hybrid(self.model):
             self._check_adapter()
+        self._renew_optimizer()
         begun = 0
         if checkpoint:
             checkpoint = complete_checkpoint(checkpoint, self.args.output_dir)
@@ -103,13 +115,14 @@ class Trainer(transformers.Trainer):
         output = super().train(checkpoint or None, *args, **kwargs)
         # transformers 5.17 divides by the steps of the whole schedule; 5.23 keeps this attribute.
         old = not hasattr(self, "_initial_global_step")
-        return _of_this_call(output, begun, self.state.max_steps) if begun and old else output
+        return of_this_call(output, begun, self.state.max_steps) if begun and old else output
 
     def _adopt(self, model: nn.Module) -> None:
         """Make `model` the trainer's model, keeping everything else that the user has set."""
         if model is self.model:
             return
-        first = isinstance(self.model, _NoModel)
+        given = None if self.optimizer is self._own_optimizer else self.optimizer
+        scheduler = None if self._created_lr_scheduler else self.lr_scheduler
         callbacks = self.callback_handler.callbacks
         # The parent reads signature, labels, loss and device from the model in its constructor, and
         # offers no other way to set one.
@@ -122,7 +135,7 @@ class Trainer(transformers.Trainer):
             processing_class=self.processing_class,
             compute_loss_func=self.compute_loss_func,
             compute_metrics=self.compute_metrics,
-            optimizers=(self.optimizer, self.lr_scheduler) if first else (None, None),
+            optimizers=(given, scheduler),
             optimizer_cls_and_kwargs=self.optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=self.preprocess_logits_for_metrics,
         )
@@ -137,21 +150,29 @@ class Trainer(transformers.Trainer):
     def _check_adapter(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise AdapterError("a hybrid adapter cannot be sharded by FSDP or DeepSpeed; use DDP")
-        check_unmerged(self.model)
-        bank = find_bank(self.model)
-        check_writable(bank, "trained")
-        check_in_place(self.model, bank.sites.values())
+        check_ready(self.model)
         if self.args.ddp_broadcast_buffers is None and any(packed_layers(self.model)):
             # DDP sends buffers round at every forward, and a packed base lies in buffers. The
             # accelerator has read the arguments already, and wraps the model by its handler.
             self.accelerator.ddp_handler.broadcast_buffers = False
-        narrow = {p.dtype for p in bank.parameters() if p.requires_grad and p.itemsize < 4}
-        if narrow:
-            # Attributed to who called train.
-            warnings.warn(
-                f"the adapter is held in {listed(narrow)}: an update smaller than half a step of"
-                " that is lost; train it in float32 (adapter_bits=32, adapter_dtype: float32)",
-                stacklevel=3,
+        for sentence in narrow_parts(self.model, scaled=self.accelerator.scaler is not None):
+            warnings.warn(sentence, stacklevel=3)  # attributed to who called train
+
+    def _renew_optimizer(self) -> None:
+        """Drop the optimizer of an earlier call where it is not of what trains now."""
+        if self.optimizer is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return  # sharded, an optimizer holds pieces of parameters
+        missing = untrained(self.optimizer, self.model)
+        changed = resized(self.optimizer, self.model)
+        if self.optimizer is self._own_optimizer and (missing or changed):
+            self.optimizer = self.lr_scheduler = None  # the parent then makes them
+            if self.args.parallel_mode == ParallelMode.DISTRIBUTED:
+                # DDP averages the gradients of the parameters that there were when it wrapped.
+                self.model_wrapped = self.model
+        elif changed or (missing and holds_others(self.optimizer, self.model)):
+            raise AdapterError(
+                "the optimizer given to the trainer was made for other parameters than"
+                f" {listed(missing or changed)}; give one made from what trains now, or none"
             )
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
@@ -165,40 +186,11 @@ class Trainer(transformers.Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            self._add_orthogonality_gradient()
+            add_penalty_gradient(self.model, self.accelerator.scaler)
         return loss
 
-    def _add_orthogonality_gradient(self) -> None:
-        """Add the penalty's gradient to the accumulated ones, before clipping.
-
-        `autograd.grad` runs no hooks, so under DDP the term is added after the gradients have been
-        averaged, alike in every process. The reported loss stays the task's own.
-        """
-        weight = self._orthogonality_weight()
-        if not weight:
-            return
-        parameters = [p for p in find_bank(self.model).parameters() if p.requires_grad]
-        penalty = weight * orthogonality_penalty(self.model)
-        if not penalty.requires_grad:
-            return
-        if self.accelerator.scaler is not None:
-            # fp16: the accumulated gradients carry the scaler's factor until the optimizer steps.
-            penalty = penalty * self.accelerator.scaler.get_scale()
-        gradients = torch.autograd.grad(penalty, parameters, allow_unused=True)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient is None:
-                continue
-            if parameter.grad is None:
-                parameter.grad = gradient.clone()
-            else:
-                parameter.grad.add_(gradient)
-
-    def _orthogonality_weight(self) -> float:
-        bank = find_bank(self.model)
-        return 0.0 if bank is None else bank.config.orthogonality_weight
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs and self._orthogonality_weight():
+        if "loss" in logs and penalty_weight(self.model):
             with torch.no_grad():
                 logs["orthogonality_penalty"] = orthogonality_penalty(self.model).item()
         super().log(logs, *args, **kwargs)
@@ -225,6 +217,11 @@ class Trainer(transformers.Trainer):
             state.unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
 
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if _hybrid(self.model):
+            lay_out(self, checkpoint_folder)
+        super()._push_from_checkpoint(checkpoint_folder)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         model = self.model if model is None else model
         if _hybrid(model):
@@ -241,7 +238,13 @@ class Trainer(transformers.Trainer):
                 )
                 sentences += moved_place(self.args, self.state, steps, batches)
             _warn(sentences)
-        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        own = self.optimizer is None
+        prepared = super()._prepare_for_training(
+            max_steps, train_dataloader, resume_from_checkpoint
+        )
+        if own:
+            self._own_optimizer = self.optimizer
+        return prepared
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         given = rates(self.optimizer)
@@ -285,15 +288,3 @@ def _load_adapter(model: nn.Module, path: str) -> None:
     if sizes.keys() == bank.sites.keys() and usual[0] == usual[1]:
         resize(bank, sizes)
     model.load_adapter_parameters(path)
-
-
-def _of_this_call(output: TrainOutput, begun: int, max_steps: int) -> TrainOutput:
-    """Loss and rates of the steps after `begun`, where they were divided by those of all."""
-    steps = output.global_step - begun
-    loss = output.training_loss * output.global_step / max(steps, 1)
-    rates = ("train_samples_per_second", "train_steps_per_second")
-    metrics = {
-        name: value * steps / max_steps if name in rates else value
-        for name, value in output.metrics.items()
-    }
-    return TrainOutput(output.global_step, loss, metrics | {"train_loss": loss})

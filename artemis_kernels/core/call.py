@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from . import rng
-from .device import has_autocast, why_no_triton
+from .device import has_autocast, why_no_bf16, why_no_triton
 from .quantized import QuantizedWeight
 from .types import Unavailable
 
@@ -96,14 +96,22 @@ def implementation(
         return impl, "it was asked for"
     if impl is None and device.type == "cpu":
         return "eager", "the tensors are on the CPU"
-    blocker = why_no_triton(device)
-    if blocker is None and dtype not in TRITON_DTYPES:
-        blocker = f"x is {dtype}, and the kernels take float16, bfloat16 and float32"
+    blocker = why_no_kernels(dtype, device)
     if blocker is None:
         return "triton", "the kernels run on this device" if impl is None else "it was asked for"
     if impl == "triton":
         raise Unavailable(f"{op}: impl='triton' cannot run: {blocker}")
     return "eager", blocker
+
+
+def why_no_kernels(dtype: torch.dtype, device: torch.device) -> str | None:
+    """One sentence saying why kernels cannot take x of `dtype` on `device`, None if they can."""
+    blocker = why_no_triton(device)
+    if blocker is None and dtype not in TRITON_DTYPES:
+        blocker = f"x is {dtype}, and the kernels take float16, bfloat16 and float32"
+    if blocker is None and dtype == torch.bfloat16:
+        blocker = why_no_bf16(device)
+    return blocker
 
 
 def reference_mask(

@@ -4,6 +4,7 @@ Everything else takes a `Chip` (or a plain fact) as an argument, so that choices
 pure functions that can be tested for chips which are not here.
 """
 
+import contextlib
 import functools
 import importlib.util
 import platform
@@ -107,9 +108,14 @@ def chip(device: torch.device | Chip) -> Chip:
     return _gpu(torch.cuda.current_device() if device.index is None else device.index)
 
 
-def has_gpu() -> bool:
-    """Whether torch sees a GPU."""
-    return torch.cuda.is_available()
+def gpu_count() -> int:
+    """How many GPUs torch sees."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def made_current(device: torch.device) -> contextlib.AbstractContextManager:
+    """Context in which Triton launches, and events are recorded, on `device`; of a CPU: nothing."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def why_no_triton(device: torch.device) -> str | None:
@@ -117,6 +123,9 @@ def why_no_triton(device: torch.device) -> str | None:
     if not has_triton():
         return "triton is not installed"
     if device.type == "cuda":
+        on = chip(device)
+        if on.backend == "cuda" and on.generation < 70:
+            return f"triton compiles for NVIDIA's GPUs from sm_70 on, and this is one of {on.name}"
         return None
     if device.type == "cpu" and interpreting():
         return None
@@ -128,6 +137,16 @@ def why_no_triton(device: torch.device) -> str | None:
 # A fact of the machine is no part of a traced graph. This is torch.compiler.assume_constant_result,
 # which would import torch._dynamo, and triton with it: a second, for everyone who never compiles.
 why_no_triton._dynamo_marked_constant = True
+
+
+def why_no_bf16(device: torch.device) -> str | None:
+    """The same for kernels on bf16 tensors, which NVIDIA's GPUs before Ampere do not multiply."""
+    if device.type != "cuda" or has_fast_bf16(device):
+        return None
+    return "x is torch.bfloat16, and this GPU has no products of it, as NVIDIA's from sm_80 on have"
+
+
+why_no_bf16._dynamo_marked_constant = True  # as above
 
 
 def has_autocast(kind: str) -> bool:
@@ -154,7 +173,7 @@ def has_fast_bf16(device: torch.device | str = "cpu") -> bool:
     """Whether `device` multiplies bf16 matrices natively, well above its fp32 rate."""
     device = torch.device(device)
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.version.hip) or chip(device).generation >= 80
     if device.type == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return False

@@ -67,7 +67,7 @@ def project_dropped(x: torch.Tensor, f: torch.Tensor, mask: Dropout | None) -> t
 
 
 def outer_dropped(ds: torch.Tensor, x: torch.Tensor, mask: Dropout | None) -> torch.Tensor:
-    """`dsᵀ dropped(x)` for ds [M, R] and x [M, K]: fp32, or x's dtype without a pass."""
+    """`dsᵀ dropped(x)` for ds [M, R] and x [M, K], in fp32 (of fp64 in fp64)."""
     library = _passes(x, ds.shape[1], mask, (torch.float32,))
     if library is None:
         return outer_gradient(ds, x if mask is None else dropped(x, mask))

@@ -14,7 +14,7 @@ import torch
 from . import native
 from .device import has_int8_tiles, multiplies_int8
 from .eight_bit_rows import E4M3, Rounded, e4m3_values, round_logits, round_rows
-from .products import LowRank
+from .products import LowRank, accumulator
 
 _EXACT = 1024  # int8 products whose sum fp32 holds exactly: 1024·127·128 < 2²⁴
 _MOST_EXPANDED = 24  # ranks that the product's own pass adds; beyond, BLAS is faster
@@ -88,17 +88,19 @@ def _product(
     if y is not None:
         return y if plus is fused else LowRank.added_to(y, plus)
     acc = integer_product(rounded.q, data.t() if by_output else data)
+    if peaks is None and apart is None:
+        if into is None:
+            y = restore(acc, rounded.scale, dtype, column, bias)
+        else:
+            y = add_restored_(into, acc, rounded.scale)
+        return LowRank.added_to(y, plus)
+    wide = restore(acc, rounded.scale, accumulator(dtype), column, bias)
     if peaks is not None:
-        wide = acc.float() * rounded.scale[:, None] + line.float() * peaks.value[:, None]
-        y = wide.to(dtype) if into is None else into.copy_(into.float() + wide)
-    elif into is None:
-        y = restore(acc, rounded.scale, dtype, column, bias)
-    else:
-        y = add_restored_(into, acc, rounded.scale)
-    if apart is not None:
-        lines = (data[:, rounded.apart].t() if by_output else data[rounded.apart]).float()
-        lines = lines if column is None else lines * column
-        y.addmm_(apart.to(dtype), lines.to(dtype))
+        wide.addcmul_(line.to(wide.dtype), peaks.value[:, None].to(wide.dtype))
+    if apart is not None:  # unrounded: a gradient times a small scale may underflow in fp16
+        lines = (data[:, rounded.apart].t() if by_output else data[rounded.apart]).to(wide.dtype)
+        wide.addmm_(apart.to(wide.dtype), lines if column is None else lines * column)
+    y = wide.to(dtype) if into is None else into.add_(wide)
     return LowRank.added_to(y, plus)
 
 
@@ -146,6 +148,8 @@ def integer_product(q: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """`q w` for int8 [M, K] and [K, N] of any strides: exact int32 sums."""
     if 0 in (*q.shape, w.shape[1]):
         return q.new_zeros(q.shape[0], w.shape[1], dtype=torch.int32)
+    if q.shape[1] == 1:  # `_int_mm` may return memory that it never wrote
+        return q.int() * w.int()
     if multiplies_int8(q.device):
         return torch._int_mm(q, w)
     acc = q.new_zeros(q.shape[0], w.shape[1], dtype=torch.int32)

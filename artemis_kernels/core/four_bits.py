@@ -22,12 +22,22 @@ def fit(
 
     Args:
         groups: [G, g], finite.
-        importance: [G, g] fp32 or None: what a squared error of each weight counts.
+        importance: [n, g] fp32 or None: what a squared error of each weight counts, in the first n
+            groups (a row of the weight) and in every n after them.
     """
     rows = max(1, CHUNK // max(groups.shape[1], 1))
-    weights = (None,) * len(groups) if importance is None else importance.split(rows)
-    parts = [_fit(part.float(), w) for part, w in zip(groups.split(rows), weights, strict=False)]
+    parts = []
+    for start in range(0, len(groups), rows):
+        part = groups[start : start + rows].float()
+        parts.append(_fit(part, _of_groups(importance, start, part)))
     return tuple(torch.cat(results) for results in zip(*parts, strict=True))
+
+
+def _of_groups(importance, start, part):
+    """What errors count in the groups `part` from `start` on; all at once would be a second W."""
+    if importance is None:
+        return None
+    return importance[torch.arange(start, start + len(part), device=part.device) % len(importance)]
 
 
 def _fit(w, importance):

@@ -15,10 +15,12 @@ import torch
 from . import native
 from .products import accumulator
 from .quantized import FORMATS, QuantizedWeight, has_bf16_rows, padded_columns, padded_rows
+from .types import Unavailable
 from .units import KINDS
 
 _BF16 = len(FORMATS)  # of a tensor, as numbered in native/formats.h
-_MOST_ROWS = {"int8": 16, "fp8": 16, "int4": 8, "tensor": 8}
+#: Rows of a call that the pass serves, by what the weight is held in.
+MOST_ROWS = {"int8": 16, "fp8": 16, "int4": 8, "tensor": 8}
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,13 +164,19 @@ def few_rows(dtype: torch.dtype, format: str) -> int:
     """The same for this CPU and a weight of a format (`tensor`: plain) that fits."""
     if dtype != torch.bfloat16 or not has_bf16_rows():
         return 0
-    return _MOST_ROWS[format]
+    return MOST_ROWS[format]
 
 
 class FewRows:
-    """The whole layer for a few rows in one pass, where `most_few_rows` allows."""
+    """The whole layer for a few rows in one pass, where `most_few_rows` allows.
+
+    Raises:
+        Unavailable: no such pass is compiled here, or it does not take such a weight.
+    """
 
     def __init__(self, weight: torch.Tensor | QuantizedWeight, adapter: FrozenAdapter):
+        if not most_few_rows(adapter.dtype, adapter.down.device, weight):
+            raise Unavailable("frozen_linear: no compiled pass of few rows takes this weight here")
         if isinstance(weight, QuantizedWeight):
             parts, group = (weight.data, weight.scale, weight.offset), weight.group_size or 0
             format = FORMATS.index(weight.format)

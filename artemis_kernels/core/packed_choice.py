@@ -29,8 +29,11 @@ def choose(weight: QuantizedWeight, shape: Shape, chip: Chip) -> tuple[str, bool
     refusal = why_no_eight_bits(weight.format, max(weight.shape), chip)
     if bits == 8 and not refusal:
         return weight.format, _vendor(weight, shape, chip), "activation_bits is 8"
+    if bits == 8:
+        refusal = f"activation_bits is 8, but {refusal}"
     if shape.m <= FEW_ROWS:
-        return "weight_only", False, "with few rows the packed weight's bytes are all there is"
+        why = "with few rows the packed weight's bytes are all there is"
+        return "weight_only", False, f"{refusal}, and {why}" if bits == 8 else why
     if bits == "auto" and weight.makes_logits and weight.format == "fp8":
         refusal = refusal or "the gradient of logits would lose too much in e4m3"
     if bits == "auto" and not refusal:

@@ -279,7 +279,8 @@ def _per_row(weight: torch.Tensor, format: str) -> tuple[torch.Tensor, torch.Ten
 
 def _rounded(weight: torch.Tensor, format: str) -> tuple[torch.Tensor, torch.Tensor]:
     largest = weight.abs().amax(1) if weight.shape[1] else weight.new_zeros(weight.shape[0])
-    scale = torch.where(largest > 0, largest / _LARGEST[format], 1.0)
+    scale = largest / _LARGEST[format]
+    scale = torch.where(scale > 0, scale, 1.0)  # it may underflow where the largest does not
     levels = weight / scale[:, None]
     levels = levels.round_() if format == "int8" else levels
     limit = _LARGEST[format]
@@ -296,8 +297,7 @@ def _int4(weight: torch.Tensor, size: int, importance: torch.Tensor | None):
                 f"QuantizedWeight: importance must be [{in_features}] numbers of at least 0,"
                 f" got shape {tuple(importance.shape)}"
             )
-        importance = importance.to(weight.device, torch.float32).expand_as(weight)
-        importance = importance.reshape(-1, size)
+        importance = importance.to(weight.device, torch.float32).reshape(-1, size)
     codes, scale, offset = four_bits.fit(weight.view(-1, size), importance)
     groups = (out_features, in_features // size)
     data = four_bits.pack(codes.view(out_features, in_features), size)

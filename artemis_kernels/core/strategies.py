@@ -12,7 +12,7 @@ import torch
 from . import tiling
 from .base import MOST_DIRECT_ROWS, MOST_SUMMED
 from .device import INTERPRETER, Chip, multiplies_int8
-from .frozen import few_rows
+from .frozen import MOST_ROWS
 from .quantized import FORMATS, QuantizedWeight, has_bf16_rows
 from .tiling import Shape
 
@@ -95,8 +95,24 @@ def weight_of(weight: torch.Tensor | QuantizedWeight | None) -> str:
 
 
 def candidates(case: Case, chip: Chip | None) -> tuple[str, ...]:
-    """Every strategy that can run `case` on a chip, or on this CPU where that is None."""
+    """Every strategy that can run `case` on a chip, or in this process where that is None."""
+    names = known(case, chip)
+    return names if chip is not None else tuple(n for n in names if _has_passes(case, n))
+
+
+def known(case: Case, chip: Chip | None) -> tuple[str, ...]:
+    """Every strategy that a table may name; on a CPU, whatever is compiled in this process."""
     return OPERATIONS[case.op](case, chip)
+
+
+def _has_passes(case: Case, name: str) -> bool:
+    """Whether the passes that a strategy of a CPU cannot do without are there for `case`."""
+    if name.startswith("one_call"):
+        groups_fit = case.format != "int4" or case.in_features % 64 == 0
+        return groups_fit and has_bf16_rows()
+    if name.endswith(("_copy", "_direct")) and case.rows > MOST_DIRECT_ROWS:
+        return has_bf16_rows()
+    return True
 
 
 def _lora_linear(case: Case, chip: Chip | None) -> tuple[str, ...]:
@@ -147,7 +163,7 @@ def _quantized_linear(case: Case, chip: Chip | None) -> tuple[str, ...]:
 def _frozen_linear(case: Case, chip: Chip | None) -> tuple[str, ...]:
     if chip is None:
         ends = _cpu_products(case)
-        fits = case.rows <= few_rows(case.torch_dtype, case.format)
+        fits = case.dtype == "bfloat16" and case.rows <= MOST_ROWS[case.format]
         in_one = [f"one_call{end}" for end in ends if end in ("", "_weight_only") and fits]
         return (*in_one, *(f"products{end}" for end in ends))
     if case.op == FROZEN + "plain":
@@ -179,8 +195,8 @@ def _cpu_products(case: Case) -> tuple[str, ...]:
     if case.bits == "8" and sums:
         return ("_int8",)
     found = ["_weight_only"]
-    in_bf16 = case.dtype == "bfloat16" and has_bf16_rows()
-    if case.rows <= (tiling.FEW_ROWS if in_bf16 else MOST_DIRECT_ROWS):
+    most = tiling.FEW_ROWS if case.dtype == "bfloat16" else MOST_DIRECT_ROWS
+    if case.rows <= most:
         found += ["_weight_only_copy", "_weight_only_direct"]
     if case.format == "int8" and case.bits == "auto" and sums and multiplies_int8():
         found.append("_int8")

@@ -24,7 +24,7 @@ import torch
 from . import tiling
 from .device import CHIPS, INTERPRETER, Chip, cache_folder, cpu_name
 from .device import chip as chip_of
-from .strategies import Case, candidates
+from .strategies import Case, candidates, known
 from .tiling import Config, Shape
 
 SHIPPED_TABLES = Path(__file__).parent / "tuned"
@@ -93,7 +93,7 @@ def _wrong_entry(entry: object) -> str:
 
 def _wrong_strategy(key: str, entry: dict, chip: Chip | None) -> str:
     try:
-        allowed = candidates(Case.of(key), chip)
+        allowed = known(Case.of(key), chip)
     except ValueError:
         return " is no key of a tuning table"
     for name in (entry["chosen"], entry["usual"]):
@@ -112,8 +112,10 @@ def _wrong_tiles(key: str, entry: dict, chip: Chip | None) -> str:
         sized = isinstance(tile, dict) and set(tile) == _FIELDS
         if not sized or not all(type(size) is int and size >= 0 for size in tile.values()):
             return f": got {tile!r}, allowed: integers for {', '.join(sorted(_FIELDS))}"
-        if not tiling.is_legal(Config(**tile)):
-            return f": got {tile!r}, allowed: powers of two, tiles from 16, up to 8 warps"
+        if not tiling.is_legal(kernel, Config(**tile)):
+            least = tiling.least_step(kernel)
+            allowed = f"powers of two, tiles from 16, block_k from {least}, up to 8 warps"
+            return f": got {tile!r}, allowed: {allowed}"
     if set(entry["ms"]) != {"chosen", "usual"}:
         return ": ms must give the times of chosen and usual"
     return ""
@@ -164,6 +166,8 @@ def _strategies(name: str, chip: Chip | None) -> dict[tuple, tuple[Entry, ...]]:
         if part != "strategies" or chosen == usual:
             continue
         case = Case.of(key)
+        if chosen not in candidates(case, chip):  # tuned where more was compiled
+            continue
         reason = (
             f"tuned: {ms[chosen][1]:.4g} ms against {ms[usual][1]:.4g} ms of {usual}"
             f" (the {whose} table of {name})"
@@ -207,21 +211,27 @@ def choice(case: Case, impl: str, device: torch.device, usual: tuple[str, str]) 
 
 
 @functools.cache
-def _tiles(name: str, chip: Chip) -> dict[str, tuple[Config, str]]:
+def _tiles(name: str, chip: Chip) -> dict[str, tuple[Config, Config, str]]:
+    """Winners, each with what it beat and whose it is."""
     return {
-        key: (Config(**entry["chosen"]), whose)
+        key: (Config(**entry["chosen"]), Config(**entry["usual"]), whose)
         for part, key, entry, whose in _merged(name, chip)
-        if part == "tiles"
+        if part == "tiles" and entry["chosen"] != entry["usual"]
     }
 
 
 def tiles(kernel: str, shape: Shape, chip: Chip) -> tuple[Config, str] | None:
     """The measured configuration of a kernel for a bucketed shape, if there is one.
 
-    With the table it stands in: "user's" or "shipped".
+    With the table it stands in: "user's" or "shipped". An entry holds where what it beat is the
+    heuristic's.
     """
     measured = {} if chip.name == INTERPRETER else _tiles(chip.name, chip)
-    return measured.get(f"{kernel} {shape.key}") if measured else None
+    entry = measured.get(f"{kernel} {shape.key}") if measured else None
+    if entry is None:
+        return None
+    chosen, beaten, whose = entry
+    return (chosen, whose) if beaten == tiling.heuristic(kernel, shape, chip) else None
 
 
 def reload() -> None:

@@ -18,6 +18,10 @@ MAX_ONE_PASS_RANK = 64
 MAX_ONE_READ_RANK = 64
 FEW_ROWS = 64
 
+# The least block_k of the kernels whose dots need more than 16 numbers in it: tensor cores take
+# 8-bit operands by 32, and a step of int4 feeds two dots with half of it each.
+_LEAST_STEPS = {"eight_bit_int8": 32, "eight_bit_fp8": 32, "weight_only_int4": 32}
+
 
 @dataclass(frozen=True)
 class Config:
@@ -69,10 +73,16 @@ def is_key(text: str) -> bool:
     return found is not None and int(found[1]) == next_power_of_2(max(1, int(found[1])))
 
 
-def is_legal(config: Config) -> bool:
-    """Whether a kernel takes these sizes: powers of two, a dot's minimum of 16, whole parts."""
+def least_step(kernel: str) -> int:
+    """The smallest block_k that the dots of a kernel take."""
+    return _LEAST_STEPS.get(kernel, 16)
+
+
+def is_legal(kernel: str, config: Config) -> bool:
+    """Whether a kernel takes these sizes: powers of two, a dot's minimum, whole parts."""
     sizes = (config.block_m, config.block_n, config.block_k, config.block_r)
     tiles = all(size == 0 or (size >= 16 and size & (size - 1) == 0) for size in sizes)
+    tiles = tiles and (config.block_k == 0 or config.block_k >= least_step(kernel))
     return tiles and config.warps in (1, 2, 4, 8) and config.split >= 1 and config.stages >= 1
 
 

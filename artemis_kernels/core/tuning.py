@@ -72,12 +72,14 @@ def choose_lora(shape: Shape, drops: bool, chip: Chip) -> tuple[str, str]:
     """Among `one_pass`, `split` and `vendor` for y [m, n], x [m, k], rank r.
 
     One pass repeats `x Aᵀ` in each column of tiles: 2·m·k·r·(n / 128) FLOPs against a second read
-    of x, 2·m·k bytes. Three quarters of the peak are taken as what a kernel reaches.
+    of x, 2·m·k bytes. Three quarters of the peak are taken as what a kernel reaches. With few rows
+    it is the reads of A that count.
     """
     if not drops and shape.r <= tiling.MAX_ONE_PASS_RANK:
         if shape.m <= FEW_ROWS:
-            return "one_pass", "with few rows the weight's traffic hides the repeated x Aᵀ"
-        if tiling.whole_rank(shape.r) * shape.n < 128 * 0.75 * balance(chip):
+            if _weight_hides_a(shape, chip):
+                return "one_pass", "with few rows the weight's traffic hides the repeated x Aᵀ"
+        elif tiling.whole_rank(shape.r) * shape.n < 128 * 0.75 * balance(chip):
             return "one_pass", "out is so small that repeating x Aᵀ beats a second read of x"
     if _vendor_wins(shape, chip):
         return "vendor", _VENDOR_REASON
@@ -133,6 +135,29 @@ def bottleneck_gradient_bytes(shape: Shape, one_read: bool, chip: Chip) -> float
     return 8 * k * r * 2 * max(1, min(filling, most)) + size * m * (k + 2 * r)
 
 
+def one_read(shape: Shape, chip: Chip) -> bool:
+    """Whether `dY B` and `dYᵀ S` come from one read of dY [m, n] at rank r, or from two kernels."""
+    if shape.r > tiling.MAX_ONE_READ_RANK:
+        return False
+    once, twice = (expand_gradient_bytes(shape, one, chip) for one in (True, False))
+    return once <= twice
+
+
+def expand_gradient_bytes(shape: Shape, one_read: bool, chip: Chip) -> float:
+    """What the gradients behind dY [m, n] move beyond the first read of it.
+
+    One read stores a part of B's gradient, 8·n·r bytes written and read, for every block of rows;
+    two kernels read dY again, store as many parts as fill the chip, and take a launch more.
+    """
+    m, n, r, dtype = shape.m, shape.n, shape.r, shape.dtype
+    if one_read:
+        block = tiling.heuristic("expand_backward", shape.bucket, chip).block_m
+        return 8 * n * r * -(-m // block)
+    across = Shape(m, k=n, r=r, dtype=dtype).bucket
+    parts = tiling.heuristic("shrink_backward", across, chip).split
+    return 8 * n * r * parts + dtype.itemsize * m * n + _LAUNCH_BYTES
+
+
 def multiplies_by_descriptors(shape: Shape, chip: Chip) -> bool:
     """Whether a fused product [m, n] of 16-bit operands that TMA can address is the persistent one.
 
@@ -151,6 +176,16 @@ def balance(chip: Chip) -> float:
 def vendor_gap(chip: Chip) -> float:
     """The share of the vendor's rate that a Triton product is taken to lack."""
     return _VENDOR_GAP.get(chip.generation // 10, 0.15)
+
+
+def _weight_hides_a(shape: Shape, chip: Chip) -> bool:
+    """Whether A, read again in every column of tiles, takes no longer than W and a launch.
+
+    A is fp32 [r, k]; the cache that keeps it is taken to give twice the memory's bandwidth.
+    """
+    columns = -(-shape.n // tiling.heuristic("one_pass", shape.bucket, chip).block_n)
+    again = 4 * shape.r * shape.k * columns
+    return again / 2 <= shape.n * shape.k * shape.dtype.itemsize + _LAUNCH_BYTES
 
 
 def _vendor_wins(shape: Shape, chip: Chip) -> bool:

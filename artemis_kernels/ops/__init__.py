@@ -1,14 +1,19 @@
 """One folder an operation: its meaning, its paths, its public function."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
+import torch
+
+from ..core import call, native
 from ..core.types import Choice
 
 
 def explain(op: str | Callable, *args, **kwargs) -> Choice:
     """The path that a call of `op` with these arguments takes, why, and its cost.
 
-    Chosen by the function that dispatches the call itself; nothing runs.
+    Chosen by the function that dispatches the call itself; nothing runs. On a CPU the compiled
+    passes are made, if they were not yet, and where they cannot be, the reason says why.
 
     Args:
         op: a public operation (`lora_linear`, `adapter_linear`, `bottleneck_adapter`,
@@ -35,4 +40,13 @@ def explain(op: str | Callable, *args, **kwargs) -> Choice:
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in known:
         raise ValueError(f"explain: op must be one of {sorted(known)}, got {name!r}")
-    return known[name].explain(*args, **kwargs)
+    x = args[0] if args else kwargs.get("x", kwargs.get("logits"))
+    return _with_missing_passes(known[name].explain(*args, **kwargs), x)
+
+
+def _with_missing_passes(choice: Choice, x: torch.Tensor) -> Choice:
+    """The choice, its reason completed where an eager path has to do without its C passes."""
+    if choice.impl != "eager":
+        return choice
+    why = native.why_missing(x.device, call.compute_dtype(x))
+    return choice if why is None else replace(choice, reason=f"{choice.reason}; {why}")

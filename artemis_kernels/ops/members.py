@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 
-from ..core import call
-from ..core.tiling import MAX_ONE_READ_RANK
+from ..core import call, tuning
+from ..core.device import Chip
+from ..core.device import chip as chip_of
+from ..core.tiling import Shape
 from ..core.types import Choice, Cost
 
 READ_ONCE = "x is read once for all"
@@ -63,28 +65,39 @@ def path(each: list[call.Path], why_apart: str | None, what: str) -> call.Path:
     return call.Path(impl, f"joined: {strategies}", f"{each[0].reason}; {what}")
 
 
+def outputs_of(x: torch.Tensor, ups: Sequence[torch.Tensor]) -> list[Shape]:
+    """The outputs [rows, out] of members by their second factors [out, rank]."""
+    rows, dtype = x.shape[:-1].numel(), call.compute_dtype(x)
+    return [Shape(rows, up.shape[0], r=up.shape[1], dtype=dtype) for up in ups]
+
+
 def joined(x: torch.Tensor, count: int) -> Cost:
     """What joining changes in the sum of the single costs: x is read once, not `count` times."""
     return Cost(0, -(count - 1) * x.numel() * call.compute_dtype(x).itemsize)
 
 
-def launches(strategies: Sequence[str], ranks: Sequence[int], joined: bool) -> tuple[int, int]:
+def launches(
+    strategies: Sequence[str], outputs: Sequence[Shape], joined: bool, chip: Chip
+) -> tuple[int, int]:
     """Kernels beside the base products, forward and backward, where members shrink x.
 
     A shrink of x and the sums over x of its backward (one launch and one more that adds its parts)
-    are made once if joined; each output's gradients take two launches, or three of wide ranks, and
-    a vendor's product one that adds the low-rank term. One more where a shrink is cut into parts.
+    are made once if joined; the gradients of each output [m, n] of rank r take two launches, or
+    three where dY is read twice, and a vendor's product one that adds the low-rank term. One more
+    where a shrink is cut into parts.
     """
-    shrinks = 1 if joined else len(ranks)
+    shrinks = 1 if joined else len(outputs)
     updates = ["vendor" in strategy for strategy in strategies]
-    through_outputs = sum(2 if rank <= MAX_ONE_READ_RANK else 3 for rank in ranks)
+    through_outputs = sum(2 if tuning.one_read(shape, chip) else 3 for shape in outputs)
     updates_back = updates[0] if joined else sum(updates)
     return shrinks + sum(updates), through_outputs + 2 * shrinks + updates_back
 
 
-def told(strategies: Sequence[str], ranks: Sequence[int]) -> str:
+def told(strategies: Sequence[str], outputs: Sequence[Shape], place: torch.device | Chip) -> str:
     """What joining these members in kernels comes down to, for `explain`."""
-    (ahead, back), alone = (launches(strategies, ranks, joined) for joined in (True, False))
+    (ahead, back), alone = (
+        launches(strategies, outputs, joined, chip_of(place)) for joined in (True, False)
+    )
     return (
         f"{READ_ONCE}: beside the base products "
         f"{ahead} launches forward, {back} backward (single calls: {alone[0]}, {alone[1]})"

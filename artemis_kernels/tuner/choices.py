@@ -81,8 +81,8 @@ def _chosen(op: str, cases: Sequence[Case], place: torch.device | Chip) -> Chose
         )
     path = each[0]
     if op in _GROUPS:
-        group, widths = _GROUPS[op], [case.width for case in cases]
-        path = members.path(each, group.why_apart(each), group.what_joins(each, widths))
+        group, outputs = _GROUPS[op], [lookups.output_of(case) for case in cases]
+        path = members.path(each, group.why_apart(each), group.what_joins(each, outputs, place))
     return Chosen(op, *path, tiles)
 
 

@@ -7,7 +7,7 @@ what every strategy of every operation really asks for.
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 
-from ..core import tiling, tuning
+from ..core import tuning
 from ..core.device import Chip
 from ..core.packed_choice import PRODUCTS
 from ..core.strategies import FROZEN, TENSOR, Case, candidates
@@ -59,7 +59,7 @@ def _lora_linear(case: Case, strategy: str, chip: Chip) -> Iterator[Lookup]:
         yield "shrink", Shape(m, k=k, r=r, dtype=dtype, masked=case.drops)
         yield from _base(case, strategy, chip, r)
     if case.trains:
-        yield from _hidden_gradient(case)
+        yield from _hidden_gradient(case, chip)
         yield "shrink_backward", Shape(m, k=k, r=r, dtype=dtype, masked=case.drops)
         yield from _base(case, strategy, chip, r, back=True)
 
@@ -80,7 +80,7 @@ def _adapter_linear(case: Case, strategy: str, chip: Chip) -> Iterator[Lookup]:
     yield "shrink", Shape(m, k=k, r=r, dtype=dtype)
     yield from _base(case, strategy, chip, r)
     if case.trains:
-        yield from _hidden_gradient(case)
+        yield from _hidden_gradient(case, chip)
         yield "shrink_backward", Shape(m, k=k, r=r, dtype=dtype)
         yield from _base(case, strategy, chip, r, back=True)
 
@@ -140,19 +140,25 @@ def _joined(pairs: Sequence[tuple[Case, str]], chip: Chip) -> Iterator[Lookup]:
         return
     yield "shrink_backward", across
     for place, (case, strategy) in enumerate(pairs):
-        yield from _hidden_gradient(case)
+        yield from _hidden_gradient(case, chip)
         # The first product of dX takes the whole low-rank term along; the others are added to it.
         yield from _base(case, strategy, chip, 0 if place else r, back=True)
 
 
-def _hidden_gradient(case: Case) -> Iterator[Lookup]:
+def output_of(case: Case) -> Shape:
+    """Its output [rows, out] with a low-rank term of its width."""
+    return Shape(case.rows, case.out_features, r=case.width, dtype=case.torch_dtype)
+
+
+def _hidden_gradient(case: Case, chip: Chip) -> Iterator[Lookup]:
     """Of the gradient of the hidden matrix, and of what multiplied it, from dY."""
-    m, n, r, dtype = case.rows, case.out_features, case.width, case.torch_dtype
-    if r <= tiling.MAX_ONE_READ_RANK:
-        yield "expand_backward", Shape(m, n, r=r, dtype=dtype)
+    output = output_of(case)
+    if tuning.one_read(output, chip):
+        yield "expand_backward", output
     else:
-        yield "shrink", Shape(m, k=n, r=r, dtype=dtype)
-        yield "shrink_backward", Shape(m, k=n, r=r, dtype=dtype)
+        across = Shape(output.m, k=output.n, r=output.r, dtype=output.dtype)
+        yield "shrink", across
+        yield "shrink_backward", across
 
 
 def _base(case: Case, strategy: str, chip: Chip, r: int, back: bool = False) -> Iterator[Lookup]:

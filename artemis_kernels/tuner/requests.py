@@ -2,6 +2,7 @@
 
 import torch
 
+from ..core import call
 from ..core import device as devices
 from ..core.strategies import DTYPES, FROZEN, OPERATIONS, TENSOR, WEIGHTS, Case
 
@@ -59,10 +60,21 @@ def check_device(name: str, device: torch.device, dtype: str) -> None:
     """The same for a device that kernels are to run on, or torch's paths on a CPU."""
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"{name}: device must be 'cpu' or 'cuda', got {str(device)!r}")
-    if device.type == "cuda" and not devices.has_gpu():
-        raise ValueError(f"{name}: device {str(device)!r} was asked for, and torch sees no GPU")
     if device.type == "cuda":
+        seen = devices.gpu_count()
+        if (device.index or 0) >= seen:
+            found = f"{seen} GPU{'s' * (seen > 1)}" if seen else "no GPU"
+            raise ValueError(
+                f"{name}: device {str(device)!r} was asked for, and torch sees {found}"
+            )
         check_dtype(name, dtype)
+
+
+def check_kernels(name: str, device: torch.device, dtype: str) -> None:
+    """The same for what kernels are to be timed on, where they cannot run."""
+    why = None if device.type == "cpu" else call.why_no_kernels(getattr(torch, dtype), device)
+    if why is not None:
+        raise ValueError(f"{name}: the kernels cannot run on {str(device)!r}: {why}")
 
 
 def check_dtype(name: str, dtype: str) -> None:

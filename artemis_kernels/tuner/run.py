@@ -1,14 +1,16 @@
 """The public function: which cases, on which chip, into which table."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
 
 from ..core import device as devices
 from ..core import tables
+from ..core.device import Chip
+from ..core.strategies import Case
 from ..core.tiling import next_power_of_2
-from .requests import calls_of, check, check_device
+from .requests import calls_of, check, check_device, check_kernels
 
 
 def tune(
@@ -55,20 +57,29 @@ def tune(
         shape: entry}}`, with the entries of docs/tuning.md.
 
     Raises:
-        ValueError: an unknown operation, weight, dtype or device, sizes or rounds below 1; a table
-            that is malformed; no folder to write in.
+        ValueError: an unknown operation, weight, dtype or device, a GPU that the kernels do not run
+            on, sizes or rounds below 1; a table that is malformed; no folder to write in.
     """
     shapes, rows, device = tuple(map(tuple, shapes)), tuple(rows), torch.device(device)
     check("tune", shapes, rows, rounds, op, weight, dtype)
     check_device("tune", device, dtype)
+    check_kernels("tune", device, dtype)
     rows = tuple(map(next_power_of_2, rows))
     calls = calls_of(op, shapes, rows, dtype, weight, trains, dropout_p > 0).values()
-    cases = tuple(dict.fromkeys(case for members in calls for case in members))
     chip = None if device.type == "cpu" else devices.chip(device)
     folder = tables.USER_TABLES if table is None else Path(table)
     if folder is None:
         raise ValueError("tune: there is no home folder for the user's table; give one by `table`")
     path = tables.path_of(folder, tables.name_of(chip))
+    with devices.made_current(device):
+        return _tuned(calls, path, chip, device, rounds, progress)
+
+
+def _tuned(
+    calls: Collection[tuple[Case, ...]], path: Path, chip: Chip | None, device: torch.device,
+    rounds: int, progress: bool,
+) -> dict[str, dict]:  # fmt: skip
+    """Tiles first, so that strategies are timed with them."""
     from . import search  # not before somebody tunes: tqdm, and for tiles triton
 
     tiled = {}
@@ -77,6 +88,7 @@ def tune(
 
         tiled = tiles.search(calls, path, chip, device, rounds=rounds, progress=progress)
         tables.reload()
+    cases = tuple(dict.fromkeys(case for members in calls for case in members))
     real = search.Measured(device, rounds)
     found = search.strategies(
         cases, path, chip, usual=real.usual, measure=real.measure, rounds=rounds, progress=progress

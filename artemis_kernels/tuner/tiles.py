@@ -3,9 +3,10 @@
 1. by the shared memory that a pipelined loop stages and the registers of its accumulator (lower
    bounds, without compiling);
 2. by the cost model: padding, unfilled waves, and what each tile reads again;
-3. by the compiled artefact: registers that spill, shared memory beyond the chip's.
+3. by the compiled artefact: none, registers that spill, shared memory beyond the chip's.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from itertools import product
@@ -14,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
+from triton.errors import TritonError
 
 from ..core import tables, tiling, tuning
 from ..core.device import Chip
@@ -105,17 +107,25 @@ def tune_each(
     rounds: int,
     progress: bool,
 ) -> dict[str, dict]:
-    """Entries of `wanted` by key; the table is written after each that it lacked."""
+    """Entries of `wanted` by key; the table is written after each that it lacked.
+
+    An entry whose default is no longer today's is measured anew, as dispatch has left it.
+    `resources` raises one of Triton's errors for tiles that it makes no code of; default tiles that
+    do not run leave nothing to compare with, and no entry.
+    """
     found = tables.read(path, chip)
     for kernel, shape in tqdm(wanted, "tiles", disable=None if progress else True):
         key = f"{kernel} {shape.bucket.key}"
-        if key in found["tiles"]:
-            continue
         usual = tiling.heuristic(kernel, shape.bucket, chip)
+        if key in found["tiles"] and found["tiles"][key]["usual"] == asdict(usual):
+            continue
+        if not _runs(_needed(resources, kernel, shape, usual), chip):
+            warnings.warn(f"tune: default tiles of {key!r} do not run on {chip.name}", stacklevel=2)
+            continue
         configs = [usual] + [
             config
             for config in likely(kernel, shape, chip)
-            if config != usual and _fits(resources(kernel, shape, config), chip)
+            if config != usual and _fits(_needed(resources, kernel, shape, config), chip)
         ]
         times = measure(kernel, shape, configs)
         chosen = timing.winner(times, usual)
@@ -130,7 +140,7 @@ def likely(kernel: str, shape: Shape, chip: Chip) -> list[Config]:
     """Configurations worth compiling, the best predicted first."""
     around = [
         config
-        for config in neighbours(tiling.heuristic(kernel, shape.bucket, chip))
+        for config in neighbours(kernel, tiling.heuristic(kernel, shape.bucket, chip))
         if staged_bytes(kernel, shape, config) <= chip.shared_bytes
         and accumulators(kernel, shape, config, chip) <= MOST_ACCUMULATORS
     ]
@@ -140,7 +150,7 @@ def likely(kernel: str, shape: Shape, chip: Chip) -> list[Config]:
     return sorted(near, key=lambda config: costs[config])[:MOST_COMPILED]
 
 
-def neighbours(usual: Config) -> list[Config]:
+def neighbours(kernel: str, usual: Config) -> list[Config]:
     """Half and double of each tile size, and other warps, stages and splits; all legal.
 
     Where there are no stages, or no parts, none are tried.
@@ -158,7 +168,7 @@ def neighbours(usual: Config) -> list[Config]:
             splits,
         )
     ]  # fmt: skip
-    return [config for config in found if tiling.is_legal(config)]
+    return [config for config in found if tiling.is_legal(kernel, config)]
 
 
 def staged_bytes(kernel: str, shape: Shape, config: Config) -> float:
@@ -214,8 +224,22 @@ def compiled_resources(kernel: str, shape: Shape, config: Config, chip: Chip) ->
     return Resources(max(one.shared for one in made), max(one.stack for one in made))
 
 
-def _fits(resources: Resources, chip: Chip) -> bool:
-    return resources.shared <= chip.shared_bytes and not resources.stack
+def _needed(
+    resources: Callable[[str, Shape, Config], Resources], kernel: str, shape: Shape, config: Config
+) -> Resources | None:
+    """None where Triton makes no code of these tiles."""
+    try:
+        return resources(kernel, shape, config)
+    except TritonError:
+        return None
+
+
+def _runs(resources: Resources | None, chip: Chip) -> bool:
+    return resources is not None and resources.shared <= chip.shared_bytes
+
+
+def _fits(resources: Resources | None, chip: Chip) -> bool:
+    return _runs(resources, chip) and not resources.stack
 
 
 def _operands(device: torch.device) -> launches.New:

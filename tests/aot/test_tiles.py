@@ -46,6 +46,20 @@ for kernel, shape in {
     assert staged_bytes(kernel, shape, usual) <= chip.shared_bytes
 print(json.dumps(found))
 """
+SMALLEST = """
+import json, torch
+from artemis_kernels.core import tiling
+from artemis_kernels.core.device import CHIPS
+from artemis_kernels.core.tiling import Shape
+from artemis_kernels.tuner.tiles import compiled_resources, neighbours
+chip, found = CHIPS["sm_90"], {}
+shape = Shape(16, 50257, 768, 16, torch.float32)
+for kernel in ("expand", "weight_only_int8", "weight_only_int4", "eight_bit_int8", "eight_bit_fp8"):
+    usual = tiling.heuristic(kernel, shape, chip)
+    smallest = min(neighbours(kernel, usual), key=lambda c: (c.block_m, c.block_n, c.block_k))
+    found[kernel] = compiled_resources(kernel, shape, smallest, chip)
+print(json.dumps(found))
+"""
 
 
 def compiled_by(program: str):
@@ -60,6 +74,12 @@ def compiled_by(program: str):
 def test_kernels_over_packed_weights_are_read_too():
     """Every family, launched on stand-ins of its operands; no default is pruned."""
     for kernel, (shared, stack) in compiled_by(PACKED).items():
+        assert stack == 0 and shared <= CHIPS["sm_90"].shared_bytes, kernel
+
+
+def test_the_smallest_tiles_compile():
+    """Half of each of the defaults for an odd fp32 layer: no dot is asked for too few numbers."""
+    for kernel, (shared, stack) in compiled_by(SMALLEST).items():
         assert stack == 0 and shared <= CHIPS["sm_90"].shared_bytes, kernel
 
 

@@ -8,6 +8,8 @@ from artemis import HybridAdapterConfig, add_hybrid_adapter_to_model
 
 VOCABULARY = 64
 TOKENS = dict(vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+#: Sizes of an encoder under the names that most configurations have.
+SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
 
 
 def llama(cls=transformers.LlamaForCausalLM, **changes) -> nn.Module:

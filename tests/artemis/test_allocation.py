@@ -11,7 +11,7 @@ from artemis import (
     read_adapter,
     set_dynamic_rank_allocation,
 )
-from artemis.allocation.apportion import Claim, apportion
+from artemis.allocation.transform import rotate
 
 from .models import adapted, assert_same_state, bert, fill_bank, gpt2, llama, snapshot, tokens
 
@@ -47,31 +47,6 @@ def product(model, path: str) -> torch.Tensor:
     bank, site = model.hybrid_adapter, model.hybrid_adapter.sites[path]
     tensors = {name: t.detach().double() for name, t in bank.tensors(site.layout).items()}
     return tensors.get("gain", torch.tensor(1.0)) * tensors["lora_b"] @ tensors["lora_a"]
-
-
-def test_equal_scores_give_the_uniform_configuration():
-    claims = [Claim(0.2, 5, 4, 32, 8), Claim(0.2, 7, 32, 256, 64), Claim(0.2, 3, 4, 32, 8)]
-    assert apportion(claims, 8 * 5 + 64 * 7 + 8 * 3) == [8, 64, 8]
-
-
-def test_it_is_websters_method():
-    """A textbook's seven seats; the method of d'Hondt would give 4, 2, 1."""
-    claims = [Claim(votes, 1, 0, 7, 1) for votes in (53, 24, 23)]
-    assert apportion(claims, 7) == [3, 2, 2]
-
-
-def test_sizes_follow_scores_within_bounds():
-    claims = [Claim(score, 1, 1, 20, 8) for score in (0.1, 0.2, 0.3, 0.0, 5.0)]
-    assert apportion(claims, 1 + 20 + 30) == [5, 10, 15, 1, 20]
-
-
-def test_nothing_that_fits_is_left_unspent():
-    claims = [Claim(0.5, 7, 1, 9, 4), Claim(0.3, 5, 1, 9, 4), Claim(0.2, 11, 1, 9, 4)]
-    for budget in range(23, 23 * 9):
-        found = apportion(claims, budget)
-        left = budget - sum(c.cost * n for c, n in zip(claims, found, strict=True))
-        assert left >= 0
-        assert all(left < c.cost for c, n in zip(claims, found, strict=True) if n < c.most)
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -331,10 +306,12 @@ def test_the_first_moment_rotates_like_a_gradient():
     )
     module = next(m for m in report.modules if m.path == path)
     assert module.after == 2 and module.error < 1e-5
-    momentum = optimizer.state[bank.lora_b[key]]["momentum_buffer"].clone()
+    both = bank.lora_a[key], bank.lora_b[key]
+    momenta = [optimizer.state[p]["momentum_buffer"].clone() for p in both]
     optimizer.zero_grad()
     model(batch, labels=batch).loss.backward()
-    torch.testing.assert_close(momentum, bank.lora_b[key].grad, rtol=1e-2, atol=1e-5)
+    for parameter, momentum in zip(both, momenta, strict=True):
+        torch.testing.assert_close(momentum, parameter.grad, rtol=1e-2, atol=1e-5)
 
 
 def test_ties_and_runs_are_deterministic():
@@ -552,3 +529,72 @@ def test_pictures(tmp_path):
     report = set_dynamic_rank_allocation(model, uneven(model), **BOUNDS)
     report.plot(tmp_path / "ranks.png")
     assert (tmp_path / "ranks.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_loss_that_is_kept_does_not_keep_the_old_sizes(shared):
+    """A loop's `loss` holds its graph while the next one is built."""
+    found = []
+    for keep in (True, False):
+        torch.manual_seed(0)
+        model = adapted(llama(), shared_parameters=shared)
+        batch = tokens(4)
+        loss = model(batch, labels=batch).loss
+        loss.backward()
+        if not keep:
+            del loss
+        set_dynamic_rank_allocation(model, uneven(model), **BOUNDS)
+        model(batch, labels=batch).loss.backward()
+        found.append({name: p.grad for name, p in model.hybrid_adapter.named_parameters()})
+    for name, grad in found[0].items():
+        assert grad is not None and torch.equal(grad, found[1][name]), name
+
+
+def test_a_kind_spends_its_part_where_bounds_bind():
+    """The uniform configuration's cost of a kind, to within one unit of it."""
+    model = adapted(llama(num_hidden_layers=4))
+    kinds = {path: site.spec.kind for path, site in model.hybrid_adapter.sites.items()}
+    lora = [path for path, kind in kinds.items() if kind == "lora"]
+    scores = dict.fromkeys(kinds, 1.0) | {path: 3.0 ** (i % 7) for i, path in enumerate(lora)}
+    config = model.hybrid_adapter.config
+    usual = {
+        "lora": config.lora_rank * sum(_unit_costs(model, "lora")),
+        "bottleneck": config.adapter_size * sum(_unit_costs(model, "bottleneck")),
+    }
+    report = set_dynamic_rank_allocation(model, scores, **BOUNDS, within="kind")
+    assert {2, 12} <= {m.after for m in report.modules if m.kind == "lora"}  # both bounds bind
+    for kind, whole in usual.items():
+        spent = sum(m.cost for m in report.modules if m.kind == kind)
+        assert abs(spent - whole) < max(_unit_costs(model, kind))
+
+
+def energy(product: torch.Tensor, rank: int = 0) -> torch.Tensor:
+    """Of the singular values from `rank` on."""
+    return torch.linalg.svdvals(product)[rank:].square().sum()
+
+
+@pytest.mark.parametrize("strength", [0.1, 10.0])
+def test_a_narrow_module_beside_a_cut_one(strength):
+    """One of 4 units in a bank of 8 stays, the other is cut from 8 to 2: the stronger is served.
+
+    Against what is best for the stronger alone, and then for the other.
+    """
+    torch.manual_seed(0)
+    a, stays, cut = (torch.randn(n, m).double() for n, m in ((8, 64), (64, 4), (64, 8)))
+    cut *= strength
+    small, large = stays @ a[:4], cut @ a
+    found = rotate(a, [stays, cut], [1.0, 1.0], [4, 2])
+    lost = [e * e * energy(whole) for e, whole in zip(found.errors, (small, large), strict=True)]
+
+    if strength < 1:  # all of the one that stays, and of that the best for the other
+        kept = torch.linalg.svd(small).Vh[:4]
+        by_hand = energy(large) - (energy(large @ kept.T) - energy(large @ kept.T, 2))
+    else:
+        kept = torch.linalg.svd(large).Vh[:2]
+        by_hand = energy(large, 2) + energy(small - small @ kept.T @ kept, 2)
+    assert energy(large, 2) <= sum(lost) <= 1.001 * by_hand
+
+    for b, size, wrong in ((stays, 4, lost[0]), (cut, 2, lost[1])):  # the errors are true
+        kept = b @ found.columns[:size, : b.shape[1]].T @ found.rows[:size] @ a
+        error = (b @ a[: b.shape[1]] - kept).square().sum()
+        torch.testing.assert_close(error, wrong, rtol=1e-6, atol=1e-9)

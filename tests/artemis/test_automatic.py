@@ -3,6 +3,7 @@
 import numpy
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from artemis import (
     AdapterError,
@@ -14,7 +15,7 @@ from artemis import (
 from artemis.automatic import SHARE, directions_needed
 
 from .models import assert_same_state, gpt2, llama, snapshot, tokens
-from .test_importance import batches, weight_gradients
+from .test_importance import Examples, batches, weight_gradients
 
 
 def planted(rank: int, noise: float, size: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,6 +78,16 @@ def test_the_model_and_the_generators_are_left_alone_and_the_choice_repeats():
     assert first == second and torch.equal(torch.get_rng_state(), state)
     assert_same_state(model, before)
     assert config.lora_rank == "auto" and isinstance(first.config.lora_rank, int)
+
+
+def test_a_loader_that_shuffles_gives_the_same_choice_again():
+    torch.manual_seed(0)
+    model, loader = llama(), DataLoader(Examples(32), batch_size=4, shuffle=True)
+    state = torch.get_rng_state()
+    first = choose_ranks(model, loader)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(5)
+    assert choose_ranks(model, loader) == first
 
 
 def test_three_calls_from_data_to_an_allocation():

@@ -10,6 +10,7 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import artemis
 from artemis import AdapterError, load_hybrid_adapter, read_adapter
@@ -97,6 +98,28 @@ def test_the_header_alone_is_enough_and_the_readable_copy_repeats_it(tmp_path):
     assert header["library_version"] == artemis.__version__
     assert header["base"]["class_name"] == "LlamaForCausalLM"
     assert "impl" not in header["config"]  # the machine's choice, not the adapter's
+
+
+class TwiceTheSame(nn.Module):
+    """A head whose layers are one layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj = nn.Linear(8, 8)
+        self.head = nn.ModuleList([nn.Linear(8, 2)] * 2)
+
+
+def test_a_head_that_shares_tensors_within_itself_is_saved_once_and_comes_back(tmp_path):
+    settings = dict(target_modules=["q_proj"], modules_to_save=["head"])
+    base, model = saved(tmp_path, TwiceTheSame, **settings)
+    heads = {name for name in load_file(tmp_path / FILE) if name.startswith("head.")}
+    assert heads == {"head.0.weight", "head.0.bias"}
+    loaded = load_hybrid_adapter(copy.deepcopy(base), tmp_path)
+    assert_same_state(loaded, snapshot(model))
+    assert loaded.head[0].weight is loaded.head[1].weight and loaded.head[0].weight.requires_grad
+    adapted(base, **settings)
+    base.load_adapter_parameters(tmp_path)
+    assert_same_state(base, snapshot(model))
 
 
 def test_read_adapter_tells_what_a_file_holds(tmp_path):
@@ -268,6 +291,50 @@ def test_one_changed_layer_changes_the_fingerprint(tmp_path):
         base.model.layers[1].mlp.up_proj.weight.mul_(1.1)
     with pytest.raises(AdapterError, match="weights are not those"):
         load_hybrid_adapter(base, tmp_path, strict=True)
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trained", DTYPES)
+@pytest.mark.parametrize("used", DTYPES)
+def test_a_base_is_known_in_every_dtype_it_is_loaded_in(stored, trained, used, tmp_path):
+    """And another is not taken for it: one that differs by 2 % in one layer."""
+    torch.manual_seed(1)
+    base = llama(num_hidden_layers=6).to(stored)
+    with torch.no_grad():
+        base.model.norm.weight.copy_(torch.logspace(-9, 3, 32))  # fp16 loses digits below 6e-5
+    adapted(copy.deepcopy(base).to(trained)).save_adapter_parameters(tmp_path)
+    load_hybrid_adapter(copy.deepcopy(base).to(used), tmp_path, strict=True)
+    with torch.no_grad():
+        base.model.layers[4].mlp.up_proj.weight.mul_(1.02)
+    with pytest.raises(AdapterError, match="weights are not those"):
+        load_hybrid_adapter(base.to(used), tmp_path, strict=True)
+
+
+def test_half_a_step_makes_another_base_where_no_dtype_explains_it(tmp_path):
+    base, _ = saved(tmp_path)
+    with torch.no_grad():
+        base.model.layers[1].mlp.up_proj.weight.mul_(1 + 2**-9)
+    with pytest.raises(AdapterError, match="weights are not those"):
+        load_hybrid_adapter(base, tmp_path, strict=True)
+
+
+def test_a_file_of_an_older_version_knows_its_base_by_the_fingerprint_alone(tmp_path):
+    base, _ = saved(tmp_path)
+    rewrite(tmp_path, *parts(tmp_path))  # without the samples
+    load_hybrid_adapter(copy.deepcopy(base), tmp_path, strict=True)
+    with pytest.raises(AdapterError, match="weights are not those"):
+        load_hybrid_adapter(base.half(), tmp_path, strict=True)
+
+
+def test_damaged_samples_are_one_error(tmp_path):
+    base, _ = saved(tmp_path)
+    tensors, header = parts(tmp_path)
+    metadata = {"hybrid_adapter": json.dumps(header), "base_samples": "abc"}
+    save_file(tensors, tmp_path / FILE, metadata)
+    assert_refused(base, tmp_path, "header is damaged")
 
 
 @pytest.mark.parametrize(

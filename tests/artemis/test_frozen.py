@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.nn.utils import prune
 
 from artemis import HybridAdapterConfig, add_hybrid_adapter_to_model, frozen
@@ -271,12 +272,14 @@ def test_not_for_tensors_that_nobody_counts_changes_of():
 
 
 def test_not_in_the_way(ready, monkeypatch):
-    """Under autocast, with gradients, by the reference, or where it is turned off."""
+    """Under autocast, with gradients of either mode, by the reference, or where turned off."""
     model, ids = ready
     model.hybrid_adapter.forget()
     monkeypatch.setattr(frozen, "FrozenLinear", None)  # a call would raise
     model(input_ids=ids)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=ids)
+    with torch.no_grad(), forward_ad.dual_level():
         model(input_ids=ids)
     for name, value in {"impl": "reference", "cache_constants": False}.items():
         config = model.hybrid_adapter.config

@@ -269,6 +269,27 @@ def test_large_gradients_are_sampled(monkeypatch):
     assert list(part.values()) == pytest.approx(list(whole.values()), rel=0.5)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_kept_of_a_large_gradient_is_scaled_up(method, monkeypatch):
+    """The same rows and columns of gradient and weight, and the formula of a part of them."""
+    torch.manual_seed(0)
+    data = [(torch.randn(9, 20), torch.randn(9, 14)) for _ in range(3)]
+    weight = torch.randn(14, 20)
+    monkeypatch.setattr(moments_module, "SIDE", 6)
+    moments = Moments(14, 20, torch.device("cpu"))
+    for u, dy in data:
+        moments.expect()
+        moments.add(u, dy)
+        moments.end_batch()
+    rows, columns = moments.rows.tolist(), moments.columns.tolist()
+    assert len(set(rows)) == len(set(columns)) == 6 and rows != list(range(6))
+    kept = torch.stack([dy.t() @ u for u, dy in data])[:, rows][:, :, columns]
+    share = 14 * 20 / 36  # entries that each kept one stands for
+    expected = formula(method.removeprefix("weight_"), weight[rows][:, columns], kept)
+    expected *= share**0.5 if method == "energy" else share  # the root of a sum of squares
+    assert METHODS[method].score(moments, weight) == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_classifier_and_bf16():
     model = adapted(bert().to(torch.bfloat16), target_modules=["query", "intermediate.dense"],
                     apply_lora_to=["query"])  # fmt: skip
@@ -366,5 +387,5 @@ def test_pictures(tmp_path):
 
 def test_pictures_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(AdapterError, match="need matplotlib: pip install"):
+    with pytest.raises(AdapterError, match="need matplotlib: pip install matplotlib$"):
         plot_importance({"layers.0.q": 1.0}, tmp_path / "scores.svg")

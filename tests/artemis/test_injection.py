@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from artemis import HybridAdapterConfig, add_hybrid_adapter_to_model, quantize_adapter_model
 from artemis.report import count_parameters
 from tests.artemis.models import (
+    TOKENS,
     adapted,
     assert_same_state,
     bert,
@@ -31,6 +32,18 @@ BLOCKS = dict(target_modules=["q_proj", "mlp"])
 GPT2 = dict(target_modules=["c_attn", "mlp.c_proj", "c_fc"], apply_lora_to=["c_attn"])
 BERT = dict(target_modules=["query", "value", "output.dense"], apply_lora_to=["query", "value"])
 T5 = dict(target_modules=["q", "k", "v", "wi", "wo"], apply_lora_to=["q", "k", "v"])
+
+
+def mixtral() -> nn.Module:
+    """Its experts and its router are plain parameters: no linear layer in the whole block."""
+    config = transformers.MixtralConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+        experts_implementation="eager", **TOKENS,
+    )  # fmt: skip
+    return transformers.MixtralForCausalLM(config).eval()
+
+
 MODELS = [
     pytest.param(llama, {}, id="llama"),
     pytest.param(llama, dict(shared_parameters=False, init="orthogonal"), id="llama-own-tensors"),
@@ -38,6 +51,7 @@ MODELS = [
     pytest.param(gpt2, GPT2, id="gpt2-conv1d"),
     pytest.param(bert, BERT, id="bert"),
     pytest.param(t5, T5, id="t5"),
+    pytest.param(mixtral, BLOCKS, id="mixtral-blocks"),
 ]
 
 
@@ -172,6 +186,12 @@ def test_the_adapters_dtype_where_a_hook_makes_the_weights(settings):
     model.to(torch.bfloat16)
     assert model.model.layers[0].self_attn.q_proj.weight.dtype == torch.float32
     adapted(model, adapter_dtype="model", **settings)
+    assert {p.dtype for p in model.hybrid_adapter.parameters()} == {torch.bfloat16}
+
+
+def test_the_adapters_dtype_behind_a_block_of_plain_parameters():
+    model = mixtral().to(torch.bfloat16)
+    adapted(model, adapter_dtype="model", target_modules=["mlp"], apply_lora_to=[])
     assert {p.dtype for p in model.hybrid_adapter.parameters()} == {torch.bfloat16}
 
 

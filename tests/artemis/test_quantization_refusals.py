@@ -4,9 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from artemis import AdapterError, quantize_adapter_model
+from artemis import (
+    AdapterError,
+    HybridAdapterConfig,
+    add_hybrid_adapter_to_model,
+    quantize_adapter_model,
+)
 from artemis.quantized_layers import packed_layers
-from tests.artemis.models import adapted, assert_same_state, llama, snapshot
+from tests.artemis.models import adapted, assert_same_state, bert, llama, snapshot
 from tests.artemis.test_quantization import quantized
 
 
@@ -25,6 +30,8 @@ from tests.artemis.test_quantization import quantized
         (dict(data=[]), "data: got some for int8"),
         (dict(bits=4, data=[]), "data: got no batch"),
         (dict(include_head=1), "include_head: got 1"),
+        (dict(leave="lm_head"), "leave: got 'lm_head', allowed: a list"),
+        (dict(leave=["head"]), "leave: LlamaForCausalLM has no module head"),
     ],
 )
 def test_bad_options_change_nothing(options, words):
@@ -35,6 +42,32 @@ def test_bad_options_change_nothing(options, words):
     assert_same_state(model, state)
     assert [type(m) for m in model.modules()] == classes
     assert not hasattr(model, "quantization_report")
+
+
+@pytest.mark.parametrize("value", [torch.nan, 1e39])
+def test_an_adapter_that_eight_bits_cannot_hold_is_refused_before_anything_is_packed(value):
+    model = adapted(llama()).double()
+    with torch.no_grad():
+        next(iter(model.hybrid_adapter.up.values()))[0, 0] = value
+    with pytest.raises(AdapterError, match=r"adapter_bits: got 8, and the adapter's up\..* holds"):
+        quantize_adapter_model(model, adapter_bits=8)
+    assert not any(packed_layers(model))
+    quantize_adapter_model(model, adapter_bits=32, progress=False)  # no call is half done
+
+
+def test_a_head_that_is_packed_cannot_train():
+    config = HybridAdapterConfig(
+        target_modules=["query"], apply_lora_to=["query"], modules_to_save=["pooler", "classifier"]
+    )
+    model = quantized(bert())
+    state = snapshot(model)
+    with pytest.raises(AdapterError, match=r"bert\.pooler is packed \(bert\.pooler\.dense\)"):
+        add_hybrid_adapter_to_model(model, config)
+    assert_same_state(model, state)
+    model = quantize_adapter_model(bert(), leave=["bert.pooler"], progress=False)
+    assert model.quantization_report.skipped["bert.pooler.dense"] == "left as it is, as asked"
+    add_hybrid_adapter_to_model(model, config)
+    assert model.bert.pooler.dense.weight.requires_grad
 
 
 def test_bad_models_are_refused_and_left():

@@ -12,12 +12,13 @@ from torch import nn
 
 from artemis import (
     AdapterError,
+    HybridAdapterConfig,
     load_hybrid_adapter,
     load_quantized,
     quantize_adapter_model,
     save_quantized,
 )
-from artemis.quantization import store
+from artemis.quantization import load
 from artemis.quantized_layers import packed_layers
 from tests.artemis.models import adapted, assert_same_state, bert, gpt2, llama, snapshot, t5, tokens
 from tests.artemis.test_quantization import FORMATS, quantized
@@ -133,6 +134,20 @@ def test_a_file_without_the_list_of_untied_layers_loads(tmp_path):
     assert_same_state(load_quantized(llama(), tmp_path), snapshot(model))
 
 
+def test_how_it_generates_comes_back_with_a_configuration(tmp_path):
+    model = quantized(llama())
+    model.generation_config.eos_token_id = [2, 5, 7]
+    model.generation_config.do_sample, model.generation_config.temperature = True, 0.6
+    save_quantized(model, tmp_path)
+    found = load_quantized(model.config, tmp_path).generation_config
+    assert found.to_dict() == model.generation_config.to_dict()
+    given = llama()  # a model that is given has its own
+    own = given.generation_config
+    assert load_quantized(given, tmp_path).generation_config is own
+    rewritten(tmp_path, lambda h, t: h.pop("generation_config"))
+    assert load_quantized(model.config, tmp_path).generation_config.eos_token_id == 2
+
+
 def test_loading_a_configuration_never_makes_the_full_weights(tmp_path, monkeypatch):
     model = quantized(llama())
     save_quantized(model, tmp_path)
@@ -178,6 +193,13 @@ def test_what_does_not_fit_changes_nothing(tmp_path):
         with pytest.raises(AdapterError, match=words):
             load_quantized(model, tmp_path)
         assert_same_state(model, state)
+
+
+def test_neither_a_model_nor_its_configuration(tmp_path):
+    save_quantized(quantized(llama()), tmp_path)
+    for given in (HybridAdapterConfig(), llama().config.to_dict(), str(tmp_path)):
+        with pytest.raises(AdapterError, match=f"got {type(given).__name__}, allowed: a model"):
+            load_quantized(given, tmp_path)
 
 
 def test_damaged_and_foreign_files(tmp_path):
@@ -228,7 +250,7 @@ def test_fp8_numbers_are_bytes(tmp_path):
 
 @pytest.mark.parametrize(
     ("owner", "name", "number"),
-    [(store, "pack", 3), (nn.Module, "register_buffer", 5), (nn.Module, "get_submodule", 2)],
+    [(load, "pack", 3), (nn.Module, "register_buffer", 5), (nn.Module, "get_submodule", 2)],
 )
 def test_an_interrupted_load_leaves_the_model_as_it_was(owner, name, number, tmp_path, monkeypatch):
     model, ids = quantized(llama(), "int4"), tokens()

@@ -4,15 +4,18 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.nn.utils import parametrize
+from torch.testing._internal.two_tensor import TwoTensor
 
 from artemis import (
     AdapterError,
     HybridAdapterConfig,
     add_hybrid_adapter_to_model,
+    load_hybrid_adapter,
     quantize_adapter_model,
 )
-from artemis.architectures import classifier_heads
 from tests.artemis.models import (
+    SMALL,
     TOKENS,
     adapted,
     assert_same_state,
@@ -112,59 +115,6 @@ def test_a_block_gets_a_bottleneck_of_the_hidden_size():
     assert (spec.kind, spec.in_features, spec.out_features) == ("block", 32, 32)
 
 
-def test_heads_of_classification_models_are_found():
-    assert adapted(
-        bert(), target_modules=["query"], apply_lora_to=["query"]
-    ).hybrid_adapter.heads == ("classifier",)
-    model = llama(transformers.LlamaForSequenceClassification, num_labels=3)
-    assert adapted(model).hybrid_adapter.heads == ("score",)
-    assert adapted(llama()).hybrid_adapter.heads == ()
-
-
-SMALL = dict(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-)  # fmt: skip
-VISION = SMALL | dict(image_size=8, patch_size=4)
-
-
-@pytest.mark.parametrize(
-    ("cls", "config", "heads"),
-    [
-        ("CLIPForImageClassification", {"vision_config": VISION}, ("classifier",)),
-        ("SiglipForImageClassification", {"vision_config": VISION}, ("classifier",)),
-        (
-            "WhisperForAudioClassification",
-            dict(d_model=32, encoder_layers=1, encoder_attention_heads=4, encoder_ffn_dim=48),
-            ("projector", "classifier"),
-        ),
-        (
-            "T5ForQuestionAnswering",
-            dict(d_model=32, d_ff=48, num_layers=1, num_heads=4, d_kv=8, vocab_size=64),
-            ("qa_outputs",),
-        ),
-        (
-            "BlipForQuestionAnswering",
-            {"text_config": SMALL | dict(vocab_size=64), "vision_config": VISION},
-            (),
-        ),
-    ],
-)
-def test_a_base_model_in_parts_is_no_head(cls, config, heads):
-    cls = getattr(transformers, cls)
-    with torch.device("meta"):
-        model = cls(cls.config_class(**config))
-    assert classifier_heads(model) == heads
-
-
-def test_a_head_is_not_adapted_even_where_it_matches():
-    model = adapted(
-        bert(),
-        target_modules=["query", "classifier"],
-        apply_lora_to=["query", "classifier"],
-    )
-    assert "classifier" not in kinds(model)
-
-
 def test_default_names_that_a_model_lacks_only_warn():
     config = transformers.MixtralConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
@@ -221,6 +171,43 @@ def test_a_subclass_of_linear_is_not_taken_for_a_linear_layer():
         adapted(model, target_modules=["q_proj"])
 
 
+def test_a_parametrized_layer_is_no_block():
+    model = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "convolution": nn.Conv1d(4, 4, 1)})
+    model.config = transformers.PretrainedConfig(hidden_size=4)
+    for name, module in model.items():
+        parametrize.register_parametrization(module, "weight", nn.Linear(1, 1), unsafe=True)
+        with pytest.raises(AdapterError, match=f"{name} is a Parametrized"):
+            adapted(model, target_modules=[name], apply_lora_to=[])
+
+
+def test_a_weight_that_stands_for_other_tensors_is_refused():
+    """As torchao's are: `nn.Linear` over a subclass of tensors."""
+    model = llama()
+    layer = model.model.layers[1].self_attn.q_proj
+    layer.weight = nn.Parameter(TwoTensor(layer.weight.detach(), layer.weight.detach()))
+    attributes = set(vars(model))
+    with pytest.raises(AdapterError, match=r"layers.1.self_attn.q_proj is a TwoTensor"):
+        adapted(model)
+    assert set(vars(model)) == attributes
+    blocks = adapted(model, target_modules=["mlp", "self_attn"], apply_lora_to=[])
+    assert set(kinds(blocks).values()) == {"block"}  # they only add to what the layers return
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda model: torch.compile(model, backend="eager"), nn.DataParallel]
+)
+def test_a_wrapped_model_is_refused(wrap, tmp_path):
+    model = adapted(llama())
+    model.save_adapter_parameters(tmp_path)
+    model.remove_adapter()
+    wrapped = wrap(model)
+    attributes = set(vars(wrapped))
+    for add in (adapted, lambda model: load_hybrid_adapter(model, tmp_path)):
+        with pytest.raises(AdapterError, match="that is not wrapped yet; compile"):
+            add(wrapped)
+    assert set(vars(wrapped)) == attributes and all(p.requires_grad for p in model.parameters())
+
+
 def wavlm():
     """Its attention hands its projections' weights to torch."""
     config = transformers.WavLMConfig(
@@ -271,12 +258,6 @@ def test_a_layer_whose_weight_is_read_past_it_is_not_packed(build, names, other,
     assert any(layer.path.endswith(other) for layer in model.quantization_report.layers)
     x = torch.randn(1, 400) if build is wavlm else tokens()
     assert torch.isfinite(model(x)[0]).all()
-
-
-def test_a_tied_head_is_refused():
-    model = llama(tie_word_embeddings=True)
-    with pytest.raises(AdapterError, match="lm_head shares a tensor.*embed_tokens"):
-        adapted(model, modules_to_save=["lm_head"])
 
 
 def test_a_model_with_an_adapter_is_refused():

@@ -1,6 +1,7 @@
 """Without the compiled passes nothing is lost, and the reason is given."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,9 @@ def fresh_library():
 
 def test_missing_compiler(monkeypatch):
     monkeypatch.setattr(native.shutil, "which", lambda name: None)
-    assert native.library() == Native(None, "no C compiler (gcc, cc, clang) is on the PATH")
+    reason = "no C compiler (gcc, cc, clang) is on the PATH"
+    with pytest.warns(RuntimeWarning, match=re.escape(reason)):
+        assert native.library() == Native(None, reason)
     assert_dropout_works()
 
 
@@ -38,7 +41,7 @@ def test_failing_compiler(monkeypatch, tmp_path):
     compiler.write_text("#!/bin/sh\necho 'cc: this one never works' >&2\nexit 1\n")
     compiler.chmod(0o755)
     monkeypatch.setattr(native.shutil, "which", lambda name: str(compiler))
-    handle, reason = native.library()
+    handle, reason = library_that_fails()
     assert handle is None and str(compiler) in reason
     assert_dropout_works()
 
@@ -50,8 +53,8 @@ def test_compiler_that_complains_about_nothing(monkeypatch, tmp_path):
     compiler.chmod(0o755)
     monkeypatch.setattr(native.shutil, "which", lambda name: str(compiler))
     monkeypatch.setattr(native.Path, "home", lambda: tmp_path)
-    handle, reason = native.library()
-    assert handle is None and "failed" in reason
+    handle, reason = library_that_fails()
+    assert handle is None and reason == f"{compiler} failed: it did not say why"
     assert_dropout_works()
 
 
@@ -60,8 +63,33 @@ def test_cache_that_cannot_be_written(monkeypatch, tmp_path):
     (tmp_path / ".cache").write_text("a file where a folder should be")
     monkeypatch.setattr(native.Path, "home", lambda: tmp_path)
     handle, reason = native.library()
-    assert handle is None and "could not be kept" in reason
+    folder = tmp_path / ".cache" / "artemis_kernels"
+    assert handle is not None
+    assert reason.endswith(f" for this process alone: {folder} cannot be written (Not a directory)")
     assert_dropout_works()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_lack_of_passes_is_told_once_and_explained(dtype, monkeypatch, tmp_path):
+    (tmp_path / ".cache").write_text("a file where a folder should be")
+    monkeypatch.setattr(native.Path, "home", lambda: tmp_path)
+    monkeypatch.setattr(native.shutil, "which", lambda name: sys.executable)
+    x = torch.ones(4, 6, dtype=dtype)
+    with pytest.warns(RuntimeWarning, match="slower than by compiled passes") as told:
+        lora = artemis_kernels.explain("lora_linear", x, x, x, x[:, :4], 1.0)
+        loss = artemis_kernels.explain("cross_entropy", logits=x, target=torch.ones(4).long())
+        assert_dropout_works()
+    assert len(told) == 1
+    why = f"; no compiled passes: {native.library().reason}"
+    assert lora.reason.endswith(why) and loss.reason.endswith(why)
+
+
+def test_nobody_misses_passes_that_were_never_written(monkeypatch):
+    monkeypatch.setattr(native, "library", lambda: Native(None, "switched off"))
+    for impl, dtype in (("eager", torch.float64), ("reference", torch.float32)):
+        x = torch.ones(4, 6, dtype=dtype)
+        choice = artemis_kernels.explain("lora_linear", x, x, x, x[:, :4], 1.0, impl=impl)
+        assert choice.reason == "it was asked for"
 
 
 @pytest.fixture
@@ -77,6 +105,11 @@ def compiler_at(path: Path, script: str) -> str:
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
     return str(path)
+
+
+def library_that_fails() -> Native:
+    with pytest.warns(RuntimeWarning):
+        return native.library()
 
 
 def kept_in(home: Path) -> list[Path]:
@@ -99,7 +132,7 @@ def test_the_last_compilers_reason(home, monkeypatch):
         name: compiler_at(home / "bin" / name, f"echo {name} is broken >&2\nexit 1")
         for name in ("gcc", "cc", "clang")
     }
-    assert native.library() == Native(None, f"{paths['clang']} failed: [b'clang is broken']")
+    assert library_that_fails() == Native(None, f"{paths['clang']} failed: clang is broken")
 
 
 def test_one_compiler_of_two_names_is_asked_once(home, monkeypatch):

@@ -123,6 +123,19 @@ def test_importance_moves_the_error_to_columns_that_count_less():
     assert weighted[:, ::2].square().mean() < 0.97 * plain[:, ::2].square().mean()
 
 
+def test_importance_is_that_of_each_group(monkeypatch):
+    """As of the group's columns alone; chunks end within rows."""
+    monkeypatch.setattr(four_bits, "CHUNK", 5 * 32)
+    w, importance = torch.randn(7, 96), torch.rand(96) ** 4
+    whole = QuantizedWeight.quantize(w, "int4", group_size=32, importance=importance)
+    for group in range(3):
+        part = slice(32 * group, 32 * group + 32)
+        alone = QuantizedWeight.quantize(
+            w[:, part], "int4", group_size=32, importance=importance[part]
+        )
+        assert torch.equal(whole.dequantize()[:, part], alone.dequantize())
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_constant_and_zero_rows(format):
     w = torch.zeros(3, 64)
@@ -139,6 +152,16 @@ def test_tiny_and_huge_weights(format):
     for size in (1e-6, 1e6):
         w = torch.randn(4, 64) * size
         assert relative_error(QuantizedWeight.quantize(w, format).dequantize(), w) < 0.1
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("size", [1e-45, 1e-43])
+def test_a_row_too_small_for_a_scale(size, format):
+    """The least numbers of fp32: their scale is nothing, and the row's zeros are not 0 / 0."""
+    w = torch.randn(3, 64)
+    w[1], w[1, ::2] = 0, size
+    read = QuantizedWeight.quantize(w, format).dequantize()
+    assert torch.isfinite(read).all() and read[1].abs().max() < 1e-40
 
 
 @pytest.mark.parametrize("format", FORMATS)

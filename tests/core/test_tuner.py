@@ -8,7 +8,7 @@ import torch
 
 import artemis_kernels
 from artemis.cli import main
-from artemis_kernels.core import tables, tiling, tuning
+from artemis_kernels.core import native, strategies, tables, tiling, tuning
 from artemis_kernels.core.device import CHIPS, multiplies_int8
 from artemis_kernels.core.frozen import few_rows
 from artemis_kernels.core.quantized import QuantizedWeight
@@ -306,6 +306,7 @@ def test_a_real_run_and_the_command(tmp_path, capsys):
         ({"op": "quantized_linear"}, "needs a packed weight"),
         ({"dtype": "int8"}, "dtype must be one of"),
         ({"device": "meta"}, "device must be 'cpu' or 'cuda'"),
+        ({"device": "cuda:7"}, "'cuda:7' was asked for, and torch sees "),
         ({"rounds": 0}, "at least 1, got 0"),
         ({"rows": [0]}, "at least 1, got 0"),
         ({"shapes": [(1, 2)]}, "must be (in, out, width)"),
@@ -388,6 +389,35 @@ def test_a_weight_that_the_pass_cannot_take_never_gets_it():
     )
     assert frozen("lora", 1, in_groups_of_32).strategy == "products_weight_only"
     assert frozen("lora", 16, in_groups_of_32).strategy == "products_weight_only_copy"
+
+
+@pytest.mark.parametrize(
+    ("rows", "usual", "other"),
+    [
+        (1, "one_call_weight_only", "products_weight_only"),
+        (8, "products_weight_only", "one_call_weight_only"),
+        (16, "products_weight_only", "products_weight_only_direct"),
+    ],
+)
+def test_a_table_of_a_process_with_compiled_passes_serves_one_without(
+    rows, usual, other, monkeypatch
+):
+    key = Case("frozen_linear:lora", rows, 64, 96, 8, "bfloat16", "int8:16").key
+    entry = entry_of(other, usual, ms={other: [1, 2, 3], usual: [2, 3, 4]})
+    tables.write(user(), {"strategies": {key: entry}, "tiles": {}})
+    monkeypatch.setattr(native, "library", lambda: native.Native(None, "switched off"))
+    tables.reload()
+    weight = QuantizedWeight.quantize(torch.randn(96, 64), activation_bits=16)
+    assert frozen("lora", rows, weight).strategy == "products_weight_only"
+    x, eye = torch.randn(3, 4), torch.eye(4)
+    assert torch.equal(artemis_kernels.lora_linear(x, 0 * eye, eye, eye, 1.0), x)
+
+
+@pytest.mark.parametrize(("in_features", "there"), [(96, False), (128, True)])
+def test_one_call_is_timed_over_groups_that_its_pass_takes(in_features, there, monkeypatch):
+    monkeypatch.setattr(strategies, "has_bf16_rows", lambda: True)
+    case = Case("frozen_linear:plain", 1, in_features, 40, 8, "bfloat16", "int4:auto")
+    assert ("one_call_weight_only" in candidates(case, None)) == there
 
 
 @pytest.mark.parametrize("op", OPERATIONS)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from artemis_kernels.core import tuning
 from artemis_kernels.core.device import CHIPS, INTERPRETER
 from artemis_kernels.ops.low_rank.arguments import NO_DROPOUT, Dropout, Scale
 from artemis_kernels.ops.low_rank.expand_backward import expand_backward
@@ -118,15 +119,17 @@ def test_gradients_of_stride_zero():
     assert_close(db.sum(0), dy.double().T @ s.double())
 
 
-@pytest.mark.parametrize("r", [12, 70], ids=["one read", "two kernels"])
+@pytest.mark.parametrize(
+    ("r", "one_read"), [(12, None), (12, False), (70, None)], ids=["one read", "two", "two, wide"]
+)
 @pytest.mark.parametrize("hidden", [None, Hidden("gelu", Dropout(0.3, torch.tensor([5])))])
 @pytest.mark.parametrize("wants", kit.subsets(("hidden", "b", "dot", "columns")), ids="+".join)
-def test_expand_gradients(r, hidden, wants):
+def test_expand_gradients(r, one_read, hidden, wants):
     """Whatever is asked for, in whichever way it is computed, it is the same gradient."""
     dy, b, z = torch.randn(34, 40), torch.randn(40, r), torch.randn(34, r)
     scale = Scale(0.5, torch.tensor(3.0))
     gradients = expand_gradients(
-        dy, b, z, CHIP, hidden=hidden, scale=scale,
+        dy, b, z, CHIP, hidden=hidden, scale=scale, one_read=one_read,
         **{f"wants_{name}": name in wants for name in ("hidden", "b", "dot", "columns")},
     )  # fmt: skip
     exact, h = dy.double() @ b.double(), z.double()
@@ -142,6 +145,18 @@ def test_expand_gradients(r, hidden, wants):
         assert abs(gradients.dot.double() - dot) < 1e-5 * (db * b.double()).abs().sum()
     if "columns" in wants:
         assert_close(gradients.columns, dy.double().sum(0))
+
+
+@pytest.mark.parametrize("one_read", [True, False])
+def test_the_way_with_fewer_bytes_is_taken(one_read, monkeypatch):
+    asked, config = [], tuning.config
+    monkeypatch.setattr(tuning, "one_read", lambda shape, chip: one_read)
+    monkeypatch.setattr(tuning, "config", lambda *a: asked.append(a[0]) or config(*a))
+    expand_gradients(
+        torch.randn(34, 40), torch.randn(40, 12), torch.randn(34, 12), CHIP, hidden=None,
+        scale=Scale(1.0), wants_hidden=True, wants_b=True, wants_dot=False, wants_columns=False,
+    )  # fmt: skip
+    assert asked == (["expand_backward"] if one_read else ["shrink", "shrink_backward"])
 
 
 def test_no_rows():

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from triton.compiler import CompilationError
+from triton.runtime.errors import OutOfResources
 
 from artemis_kernels.core import tables, tiling
 from artemis_kernels.core.device import CHIPS
@@ -14,6 +16,7 @@ from artemis_kernels.tuner.tiles import Resources
 
 HOPPER = CHIPS["sm_90"]
 SHAPE = Shape(8192, 4096, 4096, 16)
+SINGLE, HALF = torch.float32, torch.float16
 CASES = (
     Case("lora_linear", 8192, 4096, 1024, 16, "bfloat16", trains=True, drops=True),
     Case("adapter_linear", 1024, 4096, 4096, 64, "bfloat16", trains=True),
@@ -60,8 +63,23 @@ def test_nothing_over_a_limit_is_even_compiled(chip):
         found = tiles.likely(kernel, shape, chip)
         assert len(found) <= tiles.MOST_COMPILED
         for config in found:
-            assert tiling.is_legal(config)
+            assert tiling.is_legal(kernel, config)
             assert tiles.staged_bytes(kernel, shape, config) <= chip.shared_bytes
+
+
+ODD = [Shape(m, 50257, 768, 16, dtype) for m in (1, 8192) for dtype in (SINGLE, HALF)]
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("kernel", launches.LAUNCHERS)
+def test_tiles_worth_compiling_hold_what_a_dot_takes(kernel, chip):
+    """NVIDIA's tensor cores: 16 numbers of 16 or 32 bits, 32 of 8; a step of int4 is two dots."""
+    dots = {"eight_bit_int8": 32, "eight_bit_fp8": 32, "weight_only_int4": 2 * 16}
+    for shape in (*ODD, SHAPE, replace(SHAPE, m=1)):
+        for config in tiles.likely(kernel, shape, CHIPS[chip]):
+            sizes = (config.block_m, config.block_n, config.block_k, config.block_r)
+            assert all(size == 0 or size >= 16 for size in sizes)
+            assert config.block_k == 0 or config.block_k >= dots.get(kernel, 16)
 
 
 def test_a_weight_is_transposed_where_tensor_cores_ask_for_it():
@@ -94,6 +112,40 @@ def test_what_does_not_compile_within_the_chip_is_never_timed(tmp_path):
     assert refused and timed and not set(refused) & set(timed)
 
 
+def test_what_triton_makes_no_code_of_is_never_timed(tmp_path):
+    """A search goes on past a compiler's refusal; a bug that raises anything else ends it."""
+    timed = []
+
+    def resources(kernel, shape, config):
+        if config.warps == 4:
+            raise CompilationError("", None, "Input shapes should have K >= 32")
+        return Resources(1024, 0)
+
+    def measure(kernel, shape, configs):
+        timed.extend(configs)
+        return {config: [1.0, 1.0, 1.0] for config in configs}
+
+    assert tune(tmp_path / "sm_90.json", measure, resources)
+    assert len(timed) > 1 and all(config.warps == 8 for config in timed)
+
+    def broken(kernel, shape, config):
+        raise TypeError("no such argument")
+
+    with pytest.raises(TypeError):
+        tune(tmp_path / "other.json", measure, broken)
+
+
+@pytest.mark.parametrize("needed", [OutOfResources(2, 1, "shared memory"), HOPPER.shared_bytes + 1])
+def test_default_tiles_that_do_not_run_leave_no_entry(tmp_path, needed):
+    def resources(kernel, shape, config):
+        if isinstance(needed, int):
+            return Resources(needed, 0)
+        raise needed
+
+    with pytest.warns(UserWarning, match="default tiles of 'expand 8192 .* do not run on sm_90"):
+        assert not tune(tmp_path / "sm_90.json", pytest.fail, resources)
+
+
 def test_an_interrupted_search_goes_on(tmp_path):
     wanted = (("expand", SHAPE), ("shrink", replace(SHAPE, n=0)))
     timed = []
@@ -110,6 +162,23 @@ def test_an_interrupted_search_goes_on(tmp_path):
     assert timed == ["expand", "shrink", "shrink"]
 
 
+def test_a_changed_default_is_measured_anew(tmp_path):
+    """Dispatch has left the entry that beat the former one."""
+    path, timed = tmp_path / "sm_90.json", []
+
+    def measure(kernel, shape, configs):
+        timed.append(configs[0])
+        return {config: [1.0, 1.0, 1.0] for config in configs}
+
+    tune(path, measure)
+    table = tables.read(path, HOPPER)
+    (entry,) = table["tiles"].values()
+    entry["usual"]["stages"] += 1
+    tables.write(path, table)
+    assert tune(path, measure) == tune(path, measure)
+    assert timed == 2 * [tiling.heuristic("expand", SHAPE, HOPPER)]
+
+
 def test_the_cost_model_counts_padding_waves_and_reads():
     usual = tiling.heuristic("expand", SHAPE, HOPPER)
 
@@ -121,6 +190,15 @@ def test_the_cost_model_counts_padding_waves_and_reads():
     assert half_empty > 1.5 * full  # padding
     few = replace(SHAPE, m=128, n=1024)
     assert cost(few, block_n=256) > cost(few, block_n=64)  # unfilled waves
+
+
+@pytest.mark.parametrize(("width", "twice"), [(16, False), (64, True)])
+def test_where_dy_is_read_twice_other_tiles_are_tuned(width, twice):
+    case = Case("lora_linear", 8192, 4096, 11008, width, "bfloat16", trains=True)
+    found = dict.fromkeys(lookups.of_strategy(case, "vendor", HOPPER))
+    once, again = Shape(8192, 11008, r=width), Shape(8192, k=11008, r=width)
+    assert (("expand_backward", once) in found) is not twice
+    assert (("shrink_backward", again) in found) is (("shrink", again) in found) is twice
 
 
 WORK = [

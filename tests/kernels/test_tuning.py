@@ -55,12 +55,36 @@ def test_a_measured_table_wins(tmp_path, monkeypatch):
     tables.reload()
 
 
+def test_an_entry_holds_only_against_what_it_beat(tmp_path, monkeypatch):
+    """Heuristics may change after a measurement: then it says nothing of the new choice."""
+    shape = Shape(8192, 640, 320, 8)
+    usual = tuning.config("expand", shape, HOPPER)
+    path = write_tiles(
+        tmp_path, f"expand {shape.key}", replace(usual, stages=2), replace(usual, block_m=64)
+    )
+    monkeypatch.setattr(tables, "USER_TABLES", path.parent)
+    tables.reload()
+    assert tuning.config_and_origin("expand", shape, HOPPER) == (usual, "default")
+    tables.reload()
+
+
+def test_an_entry_that_nothing_won_is_no_choice(tmp_path, monkeypatch):
+    shape = Shape(8192, 640, 320, 8)
+    usual = tuning.config("expand", shape, HOPPER)
+    path = write_tiles(tmp_path, f"expand {shape.key}", usual, usual)
+    monkeypatch.setattr(tables, "USER_TABLES", path.parent)
+    tables.reload()
+    assert tuning.config_and_origin("expand", shape, HOPPER) == (usual, "default")
+    tables.reload()
+
+
 @pytest.mark.parametrize(
     ("key", "change", "message"),
     [
         ("expand 8192 640 320 8 bfloat16", {"warps": 3}, "powers of two, tiles from 16"),
         ("expand 8192 640 320 8 bfloat16", {"block_m": 48}, "powers of two, tiles from 16"),
         ("expand 8192 640 320 8 bfloat16", {"block_m": "64"}, "integers for block_k, block_m"),
+        ("weight_only_int4 8192 640 320 8 bfloat16", {"block_k": 16}, "block_k from 32"),
         ("expand 8191 640 320 8 bfloat16", {}, "is no key"),
         ("other 8192 640 320 8 bfloat16", {}, "is no key"),
     ],
@@ -95,7 +119,10 @@ def test_shipped_tables_are_read():
     ("shape", "drops", "wanted"),
     [
         (Shape(1, 4096, 4096, 16), False, "one_pass"),  # decoding
-        (Shape(64, 4096, 4096, 64), False, "one_pass"),
+        (Shape(1, 4096, 4096, 8), False, "one_pass"),
+        (Shape(64, 4096, 4096, 32), False, "one_pass"),
+        (Shape(1, 4096, 4096, 64), False, "split"),  # A read 128 times: 134 MB beside W's 34
+        (Shape(1, 512, 4096, 64), False, "one_pass"),  # a launch is more
         (Shape(8192, 512, 4096, 16), False, "one_pass"),  # a grouped-query k or v
         (Shape(8192, 512, 4096, 16), True, "vendor"),  # a mask would be drawn in each column
         (Shape(8192, 4096, 1024, 16), True, "split"),
@@ -160,6 +187,35 @@ def test_bytes_of_a_bottlenecks_gradients():
     joint, apart = (tuning.bottleneck_gradient_bytes(shape, one, HOPPER) for one in (False, True))
     assert joint == pytest.approx(2 * 2048 * (4096 + 128) + 2 * 4.125 * part)
     assert apart == pytest.approx((16 + 8 + 1) * part + 8e6)
+
+
+WIDE = Shape(8192, 11008, r=64)
+
+
+def test_bytes_behind_an_output():
+    """A part of dB for every 128 rows, or dY again and as many parts as give two programs each."""
+    part, programs = 8 * 11008 * 64, 11008 / 128  # the 86 tiles of a width of 64
+    once, twice = (tuning.expand_gradient_bytes(WIDE, one, HOPPER) for one in (True, False))
+    assert once == 8192 / 128 * part
+    assert twice == 2 * 8192 * 11008 + 2 * part + 8e6 and 2 * programs < 2 * 132 < 4 * programs
+    assert twice < once and not tuning.one_read(WIDE, HOPPER)
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({"r": 16}, True),
+        ({"r": 32}, True),  # as many bytes, and a launch less
+        ({"r": 48}, False),
+        ({"m": 128}, True),  # one part: nothing to save
+        ({"m": 128, "r": 128}, False),  # does not fit the registers
+        ({"dtype": torch.float32}, False),  # twice the bytes of dY, and twice the parts
+        ({"dtype": torch.float32, "r": 16}, True),
+    ],
+    ids=str,
+)
+def test_one_read_of_dy_or_two(change, wanted):
+    assert tuning.one_read(replace(WIDE, **change), HOPPER) == wanted
 
 
 def test_public_choices_take_a_device():

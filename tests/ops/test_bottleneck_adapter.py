@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from artemis_kernels.core.device import why_no_triton
+from artemis_kernels.ops.bottleneck_adapter.branch import Branch, BranchNeeds
 from artemis_kernels.ops.bottleneck_adapter.op import LAUNCHES_BACK, backward_cost
 from tests import kit
 from tests.kit import SIZES, Sizes
@@ -153,3 +154,15 @@ def test_bytes_of_the_backward():
     assert again == 2 * m * hidden + m * width * 2 * 2
     one_read = backward_cost(m, hidden, width, 2, "two_launch_one_read").bytes - cost.bytes
     assert one_read == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [1, 4])
+def test_gradients_hold_no_more_than_they_are(width, dtype):
+    """Each is a tensor of its own: no part of a larger one, and none of another's storage."""
+    branch = Branch(torch.randn(3, width), torch.randn(3), 0.7, None, "gelu", 0.0, None)
+    dy, z = torch.randn(5, 3).to(dtype), torch.randn(5, width).to(dtype)
+    found = branch.backward(dy, z, BranchNeeds(dz=True, up=True, scale=False, bias_up=True))
+    gradients = found.dup, found.dbias_up
+    assert [g.dtype for g in gradients] == [torch.float32] * 2
+    assert all(g.untyped_storage().nbytes() == g.nbytes for g in gradients)

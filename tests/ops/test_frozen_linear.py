@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
 from artemis_kernels import (
     FrozenAdapter,
     FrozenLinear,
     QuantizedWeight,
+    Unavailable,
     adapter_linear,
     explain,
     frozen_linear,
@@ -402,3 +404,49 @@ def test_explained():
     choice = explain("frozen_linear", tensors["x"], held, adapter)
     assert choice.strategy in ("one_call_weight_only", "products_weight_only")
     assert choice.cost.flops == 2 * 3 * 64 * 136 + 2 * 3 * 35 * (64 + 136)
+
+
+def test_groups_that_the_pass_of_few_rows_does_not_take():
+    """A strategy that a graph was traced with is no promise; asked for itself the pass says no."""
+    tensors, held, exact = layer(96, 40, "int4", BF16, 2)
+    adapter = FrozenAdapter.none(held, dtype=BF16)
+    with pytest.raises(Unavailable, match="takes this weight"):
+        frozen.FewRows(held, adapter)
+    y = torch.ops.artemis.frozen_linear(
+        tensors["x"], held.data, adapter.down, adapter.up, None, None, 1.0, None, "identity", False,
+        "eager", "one_call_weight_only", held.scale, held.offset,
+    )  # fmt: skip
+    truth = tensors["x"].double() @ exact.t()
+    kit.assert_accurate(y, truth, tensors["x"] @ exact.bfloat16().t(), BF16, c=1.25)
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, BF16], ids=str)
+@pytest.mark.parametrize("format", [None, "int8"])
+@pytest.mark.parametrize("dual", ["x", "down", "scale"])
+def test_a_tangent_is_never_lost(dual, format, dtype):
+    tensors, held, _ = layer(64, 40, format, dtype, 3)
+    adapter = FrozenAdapter.lora(tensors["lora_a"], tensors["lora_b"], 0.5)
+    x = tensors["x"]
+    calls = (lambda x, a: FrozenLinear(held, a)(x), lambda x, a: frozen_linear(x, held, a))
+    plain = FrozenLinear(held, adapter)
+    with forward_ad.dual_level():
+        if dual == "x":
+            x = forward_ad.make_dual(x, torch.ones_like(x))
+            calls = (*calls, lambda x, a: plain(x))
+        else:
+            start = adapter.down if dual == "down" else torch.tensor(0.5)
+            start = forward_ad.make_dual(start, torch.ones_like(start))
+            adapter = replace(adapter, **{dual: start})
+        for call in calls:
+            with pytest.raises(ValueError, match="has a tangent"):
+                call(x, adapter)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 30])
+@pytest.mark.parametrize("format", [None, "int8"])
+def test_vmap(format, rows):
+    tensors, held, _ = layer(64, 40, format, BF16, 4 * rows)
+    adapter = FrozenAdapter.lora(tensors["lora_a"], tensors["lora_b"], 0.5)
+    x = tensors["x"].view(4, rows, 64)
+    for call in (FrozenLinear(held, adapter), lambda x: frozen_linear(x, held, adapter)):
+        kit.assert_same_bits(torch.vmap(call)(x), torch.stack([call(one) for one in x]))

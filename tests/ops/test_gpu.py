@@ -92,3 +92,55 @@ def test_the_mask_is_the_cpus(seed):
         x, torch.zeros_like(eye), eye, eye, 1.0, dropout_p=0.4, seed=seed, impl="triton"
     )
     assert torch.equal((y != 0).cpu(), artemis_kernels.dropout_mask((65, 34), 0.4, seed, "cpu"))
+
+
+def drawn_step(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """y and dX of identities, which differ from zero where a mask of their own keeps x."""
+    eye = torch.eye(x.shape[1], device=x.device)
+    zeros = torch.zeros_like(eye)
+    y = artemis_kernels.lora_linear(x, zeros, eye, eye, 1.0, dropout_p=0.5, impl="triton")
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    return y.detach(), dx
+
+
+def test_a_cuda_graph_draws_a_fresh_mask_at_each_replay():
+    """The seed is drawn on the device, and the backward of a replay takes the same one."""
+    x = torch.ones(65, 34, device=GPU, requires_grad=True)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            drawn_step(x)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph, masks = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph):
+        y, dx = drawn_step(x)
+    for _ in range(2):
+        graph.replay()
+        masks.append((y != 0).cpu())
+        assert torch.equal(masks[-1], (dx != 0).cpu())
+        assert 0.4 < masks[-1].double().mean() < 0.6
+    assert not torch.equal(*masks)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=str)
+def test_one_graph_under_torch_compile(operation):
+    tensors = operands_on(GPU, operation, Sizes(300, 256, 384, 16), BF16)
+    torch._dynamo.reset()
+    compiled = torch.compile(operation.public, fullgraph=True, backend="aot_eager")
+    plain, whole = (
+        kit.outcome(run, tensors, operation.trained, dropout_p=0.3, seed=7)
+        for run in (operation.public, compiled)
+    )
+    torch._dynamo.reset()
+    kit.assert_same_outcome(whole, plain)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(("operation", "strategy"), STRATEGIES)
+def test_a_second_gpu_while_the_first_is_current(operation, strategy):
+    """Triton launches on the current device: each operator makes its operands' the current one."""
+    tensors = operands_on(torch.device("cuda", 1), operation, Sizes(300, 256, 384, 16), BF16)
+    with torch.cuda.device(0):
+        follow_reference(operation, Path("triton", strategy, BF16), tensors)
+        assert torch.cuda.current_device() == 0

@@ -5,7 +5,7 @@ import torch
 
 import artemis_kernels
 from artemis_kernels import QuantizedWeight
-from artemis_kernels.core.device import why_no_triton
+from artemis_kernels.core.device import CHIPS, why_no_triton
 from artemis_kernels.ops import members as shared
 from tests.kit import Sizes
 from tests.ops.operations import ADAPTER, HALF, LORA, SINGLE
@@ -178,7 +178,7 @@ def test_launches_are_those_that_explain_tells(operation, strategies, launched):
     x, members = members_of(operation, SINGLE, rows=ROWS)
     members = [members[index] for index, _ in joining]
     strategies = [strategy for _, strategy in joining]
-    ranks = [member[KEYS[operation][0]].shape[0] for member in members]
+    outputs = shared.outputs_of(x, [member[KEYS[operation][1]] for member in members])
     dys = gradients_like(members, SINGLE, ROWS)
     run = forced(strategies)
     run(operation, x, members, dropout_p=0.0, seed=7)
@@ -186,7 +186,8 @@ def test_launches_are_those_that_explain_tells(operation, strategies, launched):
     launched.clear()
     outcome(run, operation, x, members, dys, dropout_p=0.0, seed=7)
     both = len([name for name in launched if name != "_expand"])
-    assert (ahead, both - ahead) == shared.launches(strategies, ranks, joined=True)
+    told = shared.launches(strategies, outputs, True, CHIPS["interpreter"])
+    assert (ahead, both - ahead) == told
 
 
 def test_explain():

@@ -257,6 +257,14 @@ def test_choices():
     assert chosen("sm_90", 1, "fp8", bits=8)[0] == "fp8"
 
 
+@pytest.mark.parametrize("rows", [1, 100, 4096])
+def test_eight_bits_that_the_chip_cannot_do_are_told(rows):
+    weight = QuantizedWeight.quantize(torch.ones(16, 64), "fp8", activation_bits=8)
+    how, _, reason = packed_choice.choose(weight, Shape(rows, 16, 64, 8, BF16), CHIPS["sm_80"])
+    assert how in ("weight_only", "dense")
+    assert reason.startswith("activation_bits is 8, but sm_80 has no e4m3 tensor cores, and ")
+
+
 def test_choices_for_a_head():
     """int8 as for any other weight; e4m3 only where it is asked for, since it takes no care."""
     assert chosen("sm_90", 4096, "int8", makes_logits=True) == ("int8", False)

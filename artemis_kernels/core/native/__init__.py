@@ -1,8 +1,8 @@
 """Passes over CPU tensors, compiled by the system's C compiler: a strategy beside plain torch.
 
 The C files of this folder are compiled once per machine into the user's cache directory and called
-through `ctypes`. Where no compiler serves, `library()` says why and callers take their plain-torch
-path, which computes the same function.
+through `ctypes`. Where no compiler serves, `library()` warns once, saying why, and callers take
+their plain-torch path, which computes the same function.
 """
 
 import ctypes
@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -42,14 +43,30 @@ def library_for(x: torch.Tensor) -> ctypes.CDLL | None:
     return library().handle
 
 
+def why_missing(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the passes for such tensors are not there; None if they are, or were never written."""
+    if device.type != "cpu" or dtype not in NAMES or library().handle is not None:
+        return None
+    return f"no compiled passes: {library().reason}"
+
+
 @functools.cache
 def library() -> Native:
-    """Compile (once per machine) and load the native passes, by the first compiler that can."""
+    """Compile (once per machine) and load the native passes, by the first compiler that can.
+
+    Warns where none can: every result is the same then, but later.
+    """
     found = Native(None, f"no C compiler ({', '.join(_COMPILERS)}) is on the PATH")
     for compiler in _compilers():
         found = _made_by(compiler)
         if found.handle is not None:
             break
+    if found.handle is None:
+        warnings.warn(
+            f"CPU operations run as plain torch, slower than by compiled passes: {found.reason}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return found
 
 
@@ -63,22 +80,18 @@ def _compilers() -> Iterator[str]:
 
 
 def _made_by(compiler: str) -> Native:
-    folder = cache_folder()
     try:
-        if folder is None:
-            with tempfile.TemporaryDirectory() as scratch:  # once loaded, it needs no file
-                handle = ctypes.CDLL(str(_built(compiler, Path(scratch))))
-        else:
-            handle = _kept(compiler, folder)
+        handle, why_not_kept = _loaded(compiler)
     except subprocess.CalledProcessError as error:
-        return Native(None, f"{compiler} failed: {error.stderr.strip().splitlines()[-1:]}")
+        said = error.stderr.strip().splitlines() or ["it did not say why"]
+        return Native(None, f"{compiler} failed: {said[-1]}")
     except OSError as error:
         return Native(None, f"what {compiler} makes could not be kept or loaded: {error}")
     for name, signature in _signatures(handle):
         function = getattr(handle, name)
         function.restype = None
         function.argtypes = [_TYPES[word] for word in signature.split()]
-    kept = "" if folder else " for this process alone: the user has no home folder"
+    kept = f" for this process alone: {why_not_kept}" if why_not_kept else ""
     return Native(handle, f"compiled by {compiler}{kept}")
 
 
@@ -165,21 +178,35 @@ def _signatures(handle: ctypes.CDLL) -> Iterator[tuple[str, str]]:
         )
 
 
-def _kept(compiler: str, folder: Path) -> ctypes.CDLL:
-    """The library, loaded from `folder`; compiled now unless an earlier run did."""
-    target = folder / f"native-{_fingerprint(compiler)}.so"
-    if target.exists():
+def _loaded(compiler: str) -> tuple[ctypes.CDLL, str]:
+    """The library, compiled now unless an earlier run did, and why it is not kept, if it is not."""
+    target = None
+    if (folder := cache_folder()) is not None:
+        target = folder / f"native-{_fingerprint(compiler)}.so"
         try:
-            return ctypes.CDLL(str(target))
-        except OSError:  # damaged
-            target.unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        built = _built(compiler, Path(scratch))
+            return ctypes.CDLL(str(target)), ""
+        except OSError:  # damaged, or not there
+            pass
+    scratch, why_not_kept = _scratch(folder)
+    with scratch as path:
+        built = _built(compiler, Path(path))
+        if why_not_kept:  # once loaded, it needs no file
+            return ctypes.CDLL(str(built)), why_not_kept
         with built.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(built, target)
-    return ctypes.CDLL(str(target))
+    return ctypes.CDLL(str(target)), ""
+
+
+def _scratch(folder: Path | None) -> tuple[tempfile.TemporaryDirectory, str]:
+    """A folder to compile in, in `folder` where that can be written, and why it is elsewhere."""
+    if folder is None:
+        return tempfile.TemporaryDirectory(), "the user has no home folder"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=folder), ""
+    except OSError as error:
+        return tempfile.TemporaryDirectory(), f"{folder} cannot be written ({error.strerror})"
 
 
 def _built(compiler: str, scratch: Path) -> Path:
@@ -202,16 +229,16 @@ def _linked(compiler: str, objects: list[str], to: Path) -> Path:
     return to
 
 
-def _run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True)
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def _fingerprint(compiler: str) -> str:
     """Names what the machine code depends on: source, flags, compiler, processor."""
-    version = subprocess.run([compiler, "--version"], check=True, capture_output=True).stdout
+    version = _run(compiler, "--version")
     cpu = torch.backends.cpu.get_cpu_capability() + str(sorted(_processor_flags()))
     sources = (file.read_bytes() for file in sorted(_FOLDER.glob("*.[ch]")))
-    parts = (*sources, " ".join(_FLAGS).encode(), version, cpu.encode())
+    parts = (*sources, *(text.encode() for text in (" ".join(_FLAGS), version, cpu)))
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
 
 

@@ -6,8 +6,10 @@ from typing import NamedTuple
 import torch
 
 from ...core import call
+from ...core.device import Chip
 from ...core.groups import Common, GroupOperation, define_group
 from ...core.quantized import QuantizedWeight
+from ...core.tiling import Shape
 from ...core.types import Choice
 from .. import members
 from . import group_eager, op
@@ -108,26 +110,26 @@ def explain(
     )  # fmt: skip
     each = members.paths(NAME, op.plan, calls)
     costs = [op.explain(*arguments, **options).cost for arguments, options in calls]
-    widths = [down.shape[0] for down in downs]
-    read_once = max(1, len(_folded(each, widths))) if each[0].impl == "triton" else len(calls)
-    shared, what = members.joined(x, read_once), what_joins(each, widths)
+    outputs = members.outputs_of(x, ups)
+    read_once = max(1, len(_folded(each, outputs))) if each[0].impl == "triton" else len(calls)
+    shared, what = members.joined(x, read_once), what_joins(each, outputs, x.device)
     return members.choice(NAME, each, why_apart(each), costs, shared, what)
 
 
-def what_joins(each: list[call.Path], widths: Sequence[int]) -> str:
+def what_joins(each: list[call.Path], outputs: Sequence[Shape], place: torch.device | Chip) -> str:
     """What joining members on these paths comes down to."""
     if each[0].impl != "triton":
         return members.READ_ONCE
-    folded = _folded(each, widths)
+    folded = _folded(each, outputs)
     if len(folded) < 2:
         return "dX is summed in one buffer, and fewer than two bottlenecks are folded to share x"
-    return members.told(*zip(*folded, strict=True))
+    return members.told(*zip(*folded, strict=True), place)
 
 
-def _folded(each: list[call.Path], widths: Sequence[int]) -> list[tuple[str, int]]:
-    """Strategies and widths of the folded members."""
-    pairs = zip((path.strategy for path in each), widths, strict=True)
-    return [(strategy, width) for strategy, width in pairs if strategy.startswith("folded")]
+def _folded(each: list[call.Path], outputs: Sequence[Shape]) -> list[tuple[str, Shape]]:
+    """Strategies and outputs of the folded members."""
+    pairs = zip((path.strategy for path in each), outputs, strict=True)
+    return [(strategy, shape) for strategy, shape in pairs if strategy.startswith("folded")]
 
 
 def _calls(

@@ -68,13 +68,15 @@ class Branch(NamedTuple):
         dup = dscale = dbias_up = summed = None
         if needs_h:
             joint = outer_gradient(dy, units.h, self.scale)
-            dup = joint[:, :width].to(self.up.dtype, memory_format=torch.contiguous_format)
+            # A part of `joint` would keep all of it alive.
+            layout = {"copy": column, "memory_format": torch.contiguous_format}
+            dup = joint[:, :width].to(self.up.dtype, **layout)
         if through_bias:
             # A product adds row by row: in fp32 that loses digits which a sum by halves keeps.
             summed = column_sum(dy) * self.scale if wide else joint[:, width]
         if needs.bias_up:
             through = summed if self.scale_tensor is None else summed * self.scale_tensor
-            dbias_up = through.to(self.bias_up.dtype)
+            dbias_up = through.to(self.bias_up.dtype, copy=not wide)
         if needs.scale:
             dscale = units.inner * self.scale
             if through_bias:

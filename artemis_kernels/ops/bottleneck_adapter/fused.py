@@ -105,6 +105,7 @@ def backward(
             dy, up, z, chip, hidden=hidden, scale=sigma,
             wants_hidden=needs_x or needs_down or needs_bias_down,
             wants_b=needs_up, wants_dot=needs_scale, wants_columns=wants_columns,
+            one_read=True if strategy == ONE_READ else None,
         )  # fmt: skip
         if needs_x:
             residual = dy if residual_is_x else None

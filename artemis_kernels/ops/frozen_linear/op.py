@@ -1,6 +1,7 @@
 """`frozen_linear`: an adapted layer at inference, its constants prepared, in one call."""
 
 import torch
+from torch.autograd import forward_ad
 
 from ...core import base, call, checks, frozen, packed_choice, tables, tuning
 from ...core.frozen import FrozenAdapter
@@ -50,7 +51,7 @@ def frozen_linear(
                 adapter.activation, adapter.reads_output,
             ).to(dtype)  # fmt: skip
         rows = x.reshape(-1, x.shape[-1])
-        if type(x) is torch.Tensor and not _is_watched():
+        if type(x) is torch.Tensor and not _is_watched(x):
             weight = weight.to(dtype) if isinstance(weight, torch.Tensor) else weight
             y = computed(rows, weight, adapter, path.impl, path.strategy)
         else:
@@ -122,13 +123,15 @@ class FrozenLinear:
 
 def _is_special(x: torch.Tensor) -> bool:
     """Whether there is more to see to than the numbers."""
-    asks = x.requires_grad and torch.is_grad_enabled()
-    return asks or torch.is_autocast_enabled(x.device.type) or _is_watched()
+    asks = x.requires_grad and torch.is_grad_enabled() or _in_forward_mode()
+    return asks or torch.is_autocast_enabled(x.device.type) or _is_watched(x)
 
 
-def _is_watched() -> bool:
-    """Whether a compiler, tracer or dispatch mode must see an operator: it costs 15 µs a call."""
+def _is_watched(x: torch.Tensor) -> bool:
+    """Whether a compiler, tracer, transform or mode must see an operator: it costs 15 µs a call."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):  # it has no address
         return True
     return torch._C._len_torch_dispatch_stack() > 0
 
@@ -143,13 +146,7 @@ def plan(x, weight, adapter, *, impl=None) -> call.Path:
     if not call.autocasts(x):
         checks.same_dtype(NAME, "weight", weight, dtype)
     checks.options(NAME, 0.0, impl, adapter.activation)
-    trains = call.trains(weight) or x.requires_grad and torch.is_grad_enabled()
-    if trains:
-        name = "x" if x.requires_grad else "weight"
-        raise ValueError(
-            f"{NAME}: {name} requires a gradient, and there is none here; call it under"
-            " torch.no_grad(), or take lora_linear or adapter_linear"
-        )
+    _check_no_derivative(x, weight, adapter)
     impl, reason = call.implementation(NAME, impl, dtype, x.device, False)
     if impl == "reference":
         return call.Path(impl, "composed", reason)
@@ -163,6 +160,28 @@ def plan(x, weight, adapter, *, impl=None) -> call.Path:
     if strategy.startswith("one_call") and not _fits_one_call(case, weight, x.device):
         strategy, why = normal  # it won over a weight that the pass takes
     return call.Path(impl, strategy, f"{reason} and {why}" if why else reason)
+
+
+def _check_no_derivative(x, weight, adapter) -> None:
+    if call.trains(weight) or x.requires_grad and torch.is_grad_enabled():
+        name = "x" if x.requires_grad else "weight"
+        raise ValueError(
+            f"{NAME}: {name} requires a gradient, and there is none here; call it under"
+            " torch.no_grad(), or take lora_linear or adapter_linear"
+        )
+    if _in_forward_mode():
+        tensors = (x, weight, *_constants(adapter), adapter.scale)
+        given = (t for t in tensors if isinstance(t, torch.Tensor))
+        if any(forward_ad.unpack_dual(t).tangent is not None for t in given):
+            raise ValueError(
+                f"{NAME}: x, weight or a constant has a tangent, and there is no derivative here;"
+                " take lora_linear or adapter_linear with impl='reference'"
+            )
+
+
+def _in_forward_mode() -> bool:
+    """Whether tensors may have tangents, which tell neither by type nor by `requires_grad`."""
+    return forward_ad._current_level >= 0
 
 
 def _tuned(case: Case, impl: str, device: torch.device, normal: tuple[str, str]) -> tuple[str, str]:
@@ -269,7 +288,8 @@ def _constants(adapter: FrozenAdapter) -> tuple[torch.Tensor | None, ...]:
 
 def computed(x, weight, adapter, impl, strategy) -> torch.Tensor:
     """y [M, out] for x [M, in] by a strategy, unchecked."""
-    if strategy.startswith("one_call"):
+    most = frozen.most_few_rows(x.dtype, x.device, weight)  # a graph may be traced elsewhere
+    if strategy.startswith("one_call") and len(x) <= most:
         return frozen.FewRows(weight, adapter)(x)
     quantizers = (None, None)
     if isinstance(weight, QuantizedWeight):

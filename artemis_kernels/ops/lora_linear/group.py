@@ -6,8 +6,10 @@ from typing import NamedTuple
 import torch
 
 from ...core import call
+from ...core.device import Chip
 from ...core.groups import Common, GroupOperation, define_group
 from ...core.quantized import QuantizedWeight
+from ...core.tiling import Shape
 from ...core.types import Choice
 from .. import members
 from . import op
@@ -94,15 +96,15 @@ def explain(
     each = members.paths(NAME, op.plan, calls)
     costs = [op.explain(*arguments, **options).cost for arguments, options in calls]
     shared = members.joined(x, len(calls))
-    what = what_joins(each, [a.shape[0] for a in lora_a])
+    what = what_joins(each, members.outputs_of(x, lora_b), x.device)
     return members.choice(NAME, each, why_apart(each), costs, shared, what)
 
 
-def what_joins(each: list[call.Path], ranks: Sequence[int]) -> str:
+def what_joins(each: list[call.Path], outputs: Sequence[Shape], place: torch.device | Chip) -> str:
     """What joining members on these paths comes down to."""
     if each[0].impl != "triton":
         return members.READ_ONCE
-    return members.told([path.strategy for path in each], ranks)
+    return members.told([path.strategy for path in each], outputs, place)
 
 
 def _calls(x, weights, lora_a, lora_b, scales, biases, dropout_p, seed, impl) -> list[tuple]:

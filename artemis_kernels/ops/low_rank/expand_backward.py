@@ -15,9 +15,9 @@ A program keeps its block of rows of the hidden gradient in registers while it w
 stores one part of dB for each step; `sum_parts` adds the parts in a fixed order, so the result
 does not depend on scheduling. S (or h) and B are rounded to dy's dtype, sums are fp32. The scale
 is left out: it multiplies the finished sums; `out` takes one where its next reader adds several
-of different scales. 4·M·N·R FLOPs; bytes: dY once, and 8·N·R·⌈M /
-BLOCK_M⌉ for the parts, which is why it serves small ranks: beyond rank 64 two kernels that each
-read dY are cheaper.
+of different scales. 4·M·N·R FLOPs; bytes: dY once, and 8·N·R·⌈M / BLOCK_M⌉ for the parts, which
+is why it serves small ranks: with many rows two kernels that each read dY are cheaper from about
+rank 32 on (`tuning.one_read`), and beyond 64 the hidden gradient does not fit the registers.
 """
 
 import torch

@@ -11,9 +11,9 @@
 
 Accumulates in fp32; `x Aᵀ` and B are rounded to x's dtype for their product, the scale multiplies
 in fp32. 2·M·N·(K + R) + 2·M·K·R·⌈N / BLOCK_N⌉ FLOPs: `x Aᵀ` is computed again in every column of
-tiles, in exchange for one launch and no second read of x. That wins where N is small or rows are
-few. No dropout (its mask would be drawn again in every column of tiles too), rank at most 64 (a
-second accumulator lives beside the first).
+tiles, in exchange for one launch and no second read of x. That wins where N is small, or rows
+are few and A is small beside W. No dropout (its mask would be drawn again in every column of tiles
+too), rank at most 64 (a second accumulator lives beside the first).
 """
 
 import torch

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from ...core import tiling, tuning
+from ...core import tuning
 from ...core.device import Chip
 from ...core.tiling import Shape
 from .arguments import NO_DROPOUT, UNSCALED, Dropout, Scale
@@ -122,17 +122,21 @@ def expand_gradients(
     wants_dot: bool,
     wants_columns: bool,
     into: tuple[torch.Tensor, Scale] | None = None,
+    one_read: bool | None = None,
 ) -> ExpandGradients:
     """Back through the expand and its hidden stage (None: linear, z is S).
 
-    The hidden gradient goes into a matrix [M, R] by a scale, where both are given.
+    The hidden gradient goes into a matrix [M, R] by a scale, where both are given. `one_read`:
+    whether both gradients come from one read of dY; None is what moves fewer bytes.
     """
     stage = {} if hidden is None else {"stage": "backward", **hidden._asdict()}
     if into is not None:
         stage["out"], stage["scale"] = into
-    (N, R), wants_product = b.shape, wants_b or wants_dot
-    if wants_hidden and wants_product and R <= tiling.MAX_ONE_READ_RANK:
-        config = tuning.config("expand_backward", Shape(dy.shape[0], N, r=R, dtype=dy.dtype), chip)
+    wants_product = wants_b or wants_dot
+    shape = Shape(dy.shape[0], b.shape[0], r=b.shape[1], dtype=dy.dtype)
+    one_read = tuning.one_read(shape, chip) if one_read is None else one_read
+    if wants_hidden and wants_product and one_read:
+        config = tuning.config("expand_backward", shape, chip)
         out, parts, columns = expand_backward(
             dy, b, z, config=config, with_columns=wants_columns, **stage
         )

@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+import artemis
 from artemis import load_hybrid_adapter, quantize_adapter_model, read_adapter, save_quantized
 from artemis.cli import main
 from artemis.cli.demo.corpus import byte_pairs, help_topics
@@ -255,6 +256,8 @@ def test_info_as_json_adds_up(workspace, capsys):
         (["generate", ".", "--prompt", "x", "--max-new-tokens", "0"], 1, "--max-new-tokens: got 0"),
         (["generate", ".", "--prompt", "x", "--temperature", "-1"], 1, "--temperature: got -1.0"),
         (["generate", "."], 2, "artemis generate: the following arguments are required: --prompt"),
+        (["tune", "--device", "gpu"], 1, "--device: got 'gpu', allowed: cpu, cuda or cuda:N"),
+        (["tune", "--show", "--table", "x"], 1, "--table: --show tells what calls read"),
         (["fly"], 2, "invalid choice: 'fly'"),
         ([], 2, "required: COMMAND"),
     ],
@@ -296,6 +299,13 @@ def test_help_shows_an_example(command, capsys):
         main([command, "--help"])
     assert ended.value.code == 0
     assert f"example:\n  artemis {command}" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"artemis {artemis.__version__}\n"
 
 
 def test_info_describes_a_quantized_base(int8_base, capsys):

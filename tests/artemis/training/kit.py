@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from torch.utils.data import Dataset
 from transformers import TrainerCallback, set_seed
 
 from artemis.training import TokenBlocks, Trainer, TrainingConfig
@@ -44,6 +45,18 @@ def assert_equal_states(got: dict[str, torch.Tensor], expected: dict[str, torch.
     assert got.keys() == expected.keys()
     different = [name for name in expected if not torch.equal(got[name], expected[name])]
     assert not different
+
+
+class Sentences(Dataset):
+    """Random tokens with a class each."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index)
+        tokens = torch.randint(3, VOCABULARY, (6,), generator=generator)
+        return {"input_ids": tokens, "labels": torch.tensor(index % 3)}
 
 
 class GradientRecorder(TrainerCallback):

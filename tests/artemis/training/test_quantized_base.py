@@ -110,6 +110,19 @@ def test_the_training_file_quantizes_the_base_and_keeps_adapters_in_32_bits(tmp_
     assert result["steps"] == 2
 
 
+def test_a_module_that_is_trained_whole_stays_out_of_the_packed_base(tmp_path, monkeypatch):
+    base = llama()
+    monkeypatch.setattr(run_module, "load_base", lambda name, dtype, *rest: (base.to(dtype), None))
+    monkeypatch.setattr(run_module, "_load_data", lambda data, tokenizer: (blocks(), None))
+    head = {"hybrid_adapter": {"lora_rank": 2, "modules_to_save": ["lm_head"]}}
+    training = {"output_dir": str(tmp_path), "max_steps": 1, "batch_size": 2}
+    values = MINIMAL | head | {"base": {"bits": 8, "include_head": True}, "training": training}
+    before = base.lm_head.weight.detach().clone()
+    run_training(RunConfig.from_dict(values))
+    assert len(list(packed_layers(base))) == 14
+    assert not torch.equal(base.lm_head.weight, before)
+
+
 @pytest.mark.parametrize(
     ("base", "words"),
     [

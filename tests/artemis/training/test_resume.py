@@ -9,7 +9,7 @@ from transformers.trainer_utils import TrainOutput
 
 from artemis import AdapterError
 from artemis.training import Trainer
-from artemis.training.trainer import _of_this_call
+from artemis.training.throughput import of_this_call
 from tests.artemis.models import llama
 from tests.artemis.training.kit import (
     StopAfter,
@@ -112,7 +112,7 @@ def test_loss_and_rates_are_of_the_resumed_steps(tmp_path):
 def test_what_older_transformers_divide_by_all_steps_is_of_the_resumed_ones():
     rates = {"train_steps_per_second": 5.0, "train_samples_per_second": 40.0}
     metrics = rates | {"train_runtime": 2.0, "train_loss": 0.3, "epoch": 1.0}
-    found = _of_this_call(TrainOutput(10, 0.3, metrics), begun=8, max_steps=10)
+    found = of_this_call(TrainOutput(10, 0.3, metrics), begun=8, max_steps=10)
     assert found.training_loss == pytest.approx(1.5)  # 3.0 in all, over two steps
     assert found.metrics == pytest.approx(
         {

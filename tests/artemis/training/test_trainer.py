@@ -3,14 +3,14 @@
 import pytest
 import torch
 from safetensors import safe_open
-from torch.utils.data import Dataset
 from transformers import TrainerCallback, set_seed
 
 from artemis import AdapterError, load_hybrid_adapter, orthogonality_penalty
 from artemis.training import Trainer, TrainingConfig
-from tests.artemis.models import VOCABULARY, adapted, bert, llama, snapshot
+from tests.artemis.models import adapted, bert, llama, snapshot
 from tests.artemis.training.kit import (
     GradientRecorder,
+    Sentences,
     assert_equal_states,
     blocks,
     hybrid,
@@ -195,18 +195,6 @@ def test_the_best_adapter_is_loaded_at_the_end(tmp_path):
 def _fresh_llama():
     set_seed(1)
     return llama()
-
-
-class Sentences(Dataset):
-    """Random tokens with a class each."""
-
-    def __len__(self):
-        return 8
-
-    def __getitem__(self, index):
-        generator = torch.Generator().manual_seed(index)
-        tokens = torch.randint(3, VOCABULARY, (6,), generator=generator)
-        return {"input_ids": tokens, "labels": torch.tensor(index % 3)}
 
 
 def test_a_classification_head_trains_and_is_saved(tmp_path):

@@ -1,0 +1,232 @@
+"""Loading a quantized base from its file: into a model, or from a configuration; whole or not."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import nn
+from transformers import GenerationConfig, PretrainedConfig
+
+from artemis_kernels import QuantizedWeight
+
+from ..architectures import output_head
+from ..bank import find_bank
+from ..errors import AdapterError, listed
+from ..layers import weight_of
+from ..quantized_layers import PARTS, QUANTIZED, SAMPLE, pack, packed_layers
+from .report import LayerReport
+from .store import StoredBase, named_tensors, read_stored
+
+
+def load_quantized(
+    model_or_config: nn.Module | PretrainedConfig, path: str | os.PathLike
+) -> nn.Module:
+    """Return the model that `save_quantized` saved in `path`.
+
+    Args:
+        model_or_config: a model of the saved one's class and sizes, neither quantized nor adapted,
+            whose tensors are replaced in place (on its device; one on the meta device lands on
+            the CPU); or its configuration, from which transformers' class of the saved name is
+            built without ever holding the full weights, with the saved generation_config.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        AdapterError: a damaged or foreign file, another model than the saved one, or something
+            that is neither a model nor a configuration.
+
+    After these, and after an interruption, the model is as it was.
+    """
+    model = model_or_config
+    if not isinstance(model, (nn.Module, PretrainedConfig)):
+        raise AdapterError(
+            f"model_or_config: got {type(model).__name__}, allowed: a model, or the configuration"
+            " of one (transformers' AutoConfig.from_pretrained)"
+        )
+    stored = read_stored(path)
+    if isinstance(model, PretrainedConfig):
+        model = _empty(model, stored)
+    layers = _check(model, stored)
+    with safe_open(stored.path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with _all_or_nothing(model):
+        _put(model, stored, layers, tensors)
+        model.quantization_report = stored.report
+    return model
+
+
+def _empty(config: PretrainedConfig, stored: StoredBase) -> nn.Module:
+    """A model of the saved class on the meta device."""
+    cls = getattr(transformers, stored.class_name, None)
+    if cls is None:
+        raise AdapterError(
+            f"{stored.path}: transformers has no class {stored.class_name}; give the model itself"
+        )
+    with torch.device("meta"):
+        model = cls(config).eval()
+    for module in model.modules():
+        lost = [n for n, v in vars(module).items() if isinstance(v, torch.Tensor) and v.is_meta]
+        if lost:  # neither parameters nor buffers, so no file holds them
+            raise AdapterError(
+                f"{stored.class_name} keeps tensors that are not saved ({listed(lost)}); give the"
+                " model itself"
+            )
+    if stored.generation is not None:
+        model.generation_config = GenerationConfig.from_dict(dict(stored.generation))
+    return model
+
+
+def _check(model: nn.Module, stored: StoredBase) -> dict[str, nn.Module]:
+    """The layers to pack by path; `AdapterError` where the file is not this model's."""
+    name = type(model).__name__
+    if find_bank(model) is not None or any(packed_layers(model)):
+        raise AdapterError(
+            f"{name} is adapted or quantized already, allowed: a plain model; load the adapter"
+            " after the base"
+        )
+    problems = []
+    if name != stored.class_name:
+        problems.append(f"the model is a {name}, the file's a {stored.class_name}")
+    modules, layers = dict(model.named_modules()), {}
+    for layer in stored.report.layers:
+        module = modules.get(layer.path)
+        shape = tuple(weight_of(module).shape) if type(module) in QUANTIZED else None
+        if shape == (layer.out_features, layer.in_features):
+            layers[layer.path] = module
+        else:
+            what = type(module).__name__ if shape is None else f"{shape[0]}x{shape[1]}"
+            wanted = f"{layer.out_features}x{layer.in_features}"
+            problems.append(f"{layer.path} is {what}, in the file a linear layer of {wanted}")
+    if not problems:
+        problems = _differences(model, stored, layers)
+    if problems:
+        raise AdapterError(f"{stored.path} does not fit the model: {listed(problems)}")
+    return layers
+
+
+def _differences(
+    model: nn.Module, stored: StoredBase, layers: Mapping[str, nn.Module]
+) -> list[str]:
+    """Tensors that only one side has, or in another shape; packed layers are compared already."""
+    paths = {id(module): path for path, module in layers.items()}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    parts = {f"{path}.{part}" for path in layers for part in (*PARTS, SAMPLE)}
+    # A layer may have several names: each -> the one that it is stored under.
+    my_names = {name: paths[id(m)] for name, m in modules.items() if id(m) in paths}
+    their_names = {path: path for path in layers} | {
+        _owner(name): _owner(first) for name, first in stored.aliases.items() if first in parts
+    }
+    weights = {f"{name}.weight" for name in my_names}
+    mine = {name: tuple(t.shape) for name, t in named_tensors(model) if name not in weights}
+    theirs = {name: shape for name, shape in stored.shapes.items() if name not in parts}
+    theirs |= {
+        name: stored.shapes.get(first)
+        for name, first in stored.aliases.items()
+        if first not in parts
+    }
+    # Buffers outside the state may differ between versions; a model with values has its own.
+    optional = set() if _is_meta(model) else mine.keys() - model.state_dict().keys()
+    names = sorted((mine.keys() | theirs.keys()) - optional)
+    return [
+        f"{name} is {_named_layer(my_names, name)}, in the file {_named_layer(their_names, name)}"
+        for name in sorted(my_names.keys() | their_names.keys())
+        if my_names.get(name) != their_names.get(name)
+    ] + [
+        f"{name} is {mine.get(name, 'missing')}, in the file {theirs.get(name, 'missing')}"
+        for name in names
+        if mine.get(name) != theirs.get(name)
+    ]
+
+
+def _named_layer(names: Mapping[str, str], name: str) -> str:
+    return f"another name of {names[name]}" if name in names else "none of a packed layer"
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+@contextmanager
+def _all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Every module gets its class and attributes back where the body does not end."""
+    kept = [(module, module.__class__, _attributes(module)) for module in model.modules()]
+
+    def restore() -> None:
+        for module, cls, attributes in kept:
+            module.__class__ = cls
+            vars(module).clear()
+            vars(module).update(attributes)
+
+    with ExitStack() as undo:
+        undo.callback(restore)
+        yield
+        undo.pop_all()
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """Attributes, the tables of tensors among them copied, since those are changed in place."""
+    tables = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+    return {**vars(module), **{name: vars(module)[name].copy() for name in tables}}
+
+
+def _is_meta(model: nn.Module) -> bool:
+    return any(tensor.is_meta for _, tensor in named_tensors(model))
+
+
+def _put(
+    model: nn.Module,
+    stored: StoredBase,
+    layers: Mapping[str, nn.Module],
+    tensors: dict[str, torch.Tensor],
+) -> None:
+    """Replace the model's tensors by the file's, which were compared with it."""
+    device = torch.device("cpu") if _is_meta(model) else next(model.parameters()).device
+    weights = {entry.path: _weight(stored, entry, tensors) for entry in stored.report.layers}
+    head = output_head(model)
+    for path, weight in weights.items():
+        module = layers[path]
+        weight = replace(weight, makes_logits=module is head)
+        taken = tensors.pop(f"{path}.{SAMPLE}")
+        pack(
+            module, QUANTIZED[type(module)], weight.to(device), taken.to(device),
+            untied=path in stored.untied,
+        )  # fmt: skip
+    placed = {name: tensor.to(device) for name, tensor in tensors.items()}
+    known = dict(named_tensors(model))
+    made = {
+        name: nn.Parameter(tensor, known[name].requires_grad)
+        if isinstance(known[name], nn.Parameter)
+        else tensor
+        for name, tensor in placed.items()
+        if name in known
+    }
+    for name in known:
+        tensor = made.get(stored.aliases.get(name, name))
+        if tensor is not None:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, tensor)
+
+
+def _weight(
+    stored: StoredBase, entry: LayerReport, tensors: dict[str, torch.Tensor]
+) -> QuantizedWeight:
+    data, scale, offset = (tensors.pop(f"{entry.path}.{part}", None) for part in PARTS)
+    if entry.format == "fp8":
+        if data.dtype != torch.uint8:
+            raise AdapterError(
+                f"{stored.path}: {entry.path} is damaged: its numbers are {data.dtype}, allowed:"
+                " torch.uint8"
+            )
+        data = data.view(torch.float8_e4m3fn)
+    form = (entry.format, entry.group_size, stored.report.activation_bits)
+    try:
+        weight = QuantizedWeight(data, scale, offset, *form)
+    except ValueError as error:
+        raise AdapterError(f"{stored.path}: {entry.path} is damaged ({error})") from None
+    if weight.shape != (entry.out_features, entry.in_features):
+        raise AdapterError(f"{stored.path}: {entry.path} is damaged: got {tuple(weight.shape)}")
+    return weight

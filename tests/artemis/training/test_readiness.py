@@ -1,0 +1,148 @@
+"""What is said before a run begins: what would not be saved, and what is held too narrow."""
+
+import warnings
+
+import pytest
+import torch
+from transformers import set_seed
+
+from artemis import AdapterError, load_hybrid_adapter
+from artemis.training import RunConfig, Trainer, run_training
+from artemis.training import run as run_module
+from tests.artemis.models import adapted, bert, llama, snapshot
+from tests.artemis.training.kit import (
+    Sentences,
+    assert_equal_states,
+    blocks,
+    hybrid,
+    settings,
+    trained_state,
+    trainer_for,
+)
+
+QUERY = dict(target_modules=["query"], apply_lora_to=["query"])
+
+
+def classifier(dtype=torch.float32):
+    set_seed(1)
+    return adapted(bert().to(dtype), **QUERY)
+
+
+def train(model, directory, autocast: bool = False) -> list[str]:
+    """Train, and return what was said of 16 bits."""
+    arguments = settings(directory, max_steps=2).arguments(autocast)
+    trainer = Trainer(model, arguments, train_dataset=Sentences())
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        trainer.train()
+    found = [warning for warning in seen if "is held in" in str(warning.message)]
+    assert all(warning.filename == __file__ for warning in found)
+    return [str(warning.message) for warning in found]
+
+
+# --- what an adapter file does not hold
+
+
+def unfrozen():
+    model = hybrid()
+    for name, parameter in model.named_parameters():
+        if "embed_tokens" in name or "input_layernorm" in name:
+            parameter.requires_grad_(True)
+    return model
+
+
+def test_what_would_be_trained_and_not_saved_is_refused(tmp_path):
+    model = unfrozen()
+    before = snapshot(model)
+    with pytest.raises(AdapterError) as error:
+        trainer_for(model, tmp_path).train()
+    names = "model.embed_tokens.weight, model.layers.0.input_layernorm.weight, "
+    assert str(error.value).startswith(names) and "modules_to_save" in str(error.value)
+    assert_equal_states(snapshot(model), before)
+
+
+def test_named_as_heads_they_are_trained_and_saved(tmp_path):
+    norms = [f"model.layers.{layer}.input_layernorm" for layer in (0, 1)]
+    model = hybrid(modules_to_save=["model.embed_tokens", *norms])
+    trainer = trainer_for(model, tmp_path)
+    trainer.train()
+    trainer.save_model()
+    set_seed(1)
+    loaded = load_hybrid_adapter(llama(), tmp_path)
+    assert_equal_states(snapshot(loaded), snapshot(model))
+
+
+def test_saving_says_what_is_left_out(tmp_path):
+    with pytest.warns(UserWarning, match=r"embed_tokens\.weight.*: not saved, although") as seen:
+        unfrozen().save_adapter_parameters(tmp_path)
+    assert len(seen) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        classifier().save_adapter_parameters(tmp_path)
+
+
+# --- 16 bits
+
+
+def test_heads_in_16_bits_are_warned_of_by_name(tmp_path):
+    (sentence,) = train(classifier(torch.bfloat16), tmp_path)
+    assert sentence.startswith("the head classifier is held in torch.bfloat16: an update")
+    assert "model.classifier.float(), with bf16=True" in sentence
+
+
+def test_the_remedy_works(tmp_path):
+    """A rate of which bf16 loses a part: what did not move there moves in float32."""
+    model = classifier(torch.bfloat16)
+    model.classifier.float()
+    before = model.classifier.weight.detach().clone()
+    assert train(model, tmp_path, autocast=True) == []
+    assert model.classifier.weight.dtype == torch.float32
+    assert not (model.classifier.weight == before).any()
+
+
+@pytest.mark.parametrize("part", ["the adapter", "the head classifier"])
+def test_halves_are_refused_where_the_loss_is_scaled(tmp_path, part):
+    model = classifier()
+    (model.hybrid_adapter if part == "the adapter" else model.classifier).half()
+    trainer = trainer_for(model, tmp_path)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    with pytest.raises(AdapterError, match=f"{part} is held in torch.float16, which fp16=True"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("heads", "bits", "precision", "held"),
+    [
+        (["lm_head"], None, "bf16", torch.bfloat16),
+        (["lm_head", "model.norm"], 8, "bf16", torch.bfloat16),
+        (["lm_head"], None, "fp32", torch.float32),
+    ],
+)
+def test_the_training_file_trains_heads_in_float32(
+    tmp_path, monkeypatch, heads, bits, precision, held
+):
+    set_seed(1)
+    base = llama()
+    monkeypatch.setattr(run_module, "load_base", lambda name, dtype, *rest: (base.to(dtype), None))
+    monkeypatch.setattr(run_module, "_load_data", lambda *_: (blocks(), blocks(2)))
+    config = RunConfig.from_dict({
+        "model": "base",
+        "data": {"train": "text.txt", "eval": "held_out.txt"},
+        "base": {"bits": bits},
+        "hybrid_adapter": {"lora_rank": 2, "modules_to_save": heads},
+        "training": {
+            "output_dir": str(tmp_path), "max_steps": 2, "batch_size": 2, "precision": precision,
+        },
+    })  # fmt: skip
+    names = [f"{head}.weight" for head in heads]
+    start = {name: base.get_parameter(name).detach().clone().to(held).float() for name in names}
+    result = run_training(config)
+    assert 3 < result["eval_loss"] < 5
+    assert base.model.embed_tokens.weight.dtype == held
+    for name, before in start.items():
+        after = base.get_parameter(name)
+        assert after.dtype == torch.float32
+        assert (after == before).float().mean() < 0.02
+    set_seed(1)
+    loaded = load_hybrid_adapter(llama(), tmp_path)
+    assert_equal_states(trained_state(loaded), trained_state(base))
