@@ -2,9 +2,9 @@
 
     hybrid_adapter.safetensors      tensors, and in the header's metadata, under "hybrid_adapter",
                                     one JSON object: format, library version, configuration,
-                                    adapted modules with their ranks, heads, the base's identity;
-                                    under "base_samples", some of the base's numbers
-    hybrid_adapter_config.json      that JSON object, for people
+                                    adapted modules with their ranks, heads, the base's identity
+                                    and, under "base_samples", some of the base's numbers
+    hybrid_adapter_config.json      that JSON object without those numbers, for people
 
 Only the first is read. No pickle.
 """
@@ -33,7 +33,8 @@ PARAMETERS_FILE = "hybrid_adapter.safetensors"
 CONFIG_FILE = "hybrid_adapter_config.json"
 FORMAT_VERSION = 1
 _METADATA_KEY = "hybrid_adapter"
-#: Apart from the description, and so not in its copy: no one reads it. Older files lack it.
+#: Not in the copy for people; older files lack it. In the same object, since the order in which
+#: safetensors writes several is not always the same.
 _SAMPLES_KEY = "base_samples"
 
 
@@ -89,19 +90,17 @@ def write_adapter(
     base: BaseIdentity,
 ) -> None:
     """Write both files; whenever the process dies, the old adapter or the new one is complete."""
-    header = json.dumps(
-        {
-            "format_version": FORMAT_VERSION,
-            "library_version": __version__,
-            # Which path computes is the machine's choice, not the adapter's.
-            "config": {key: v for key, v in config.to_dict().items() if key != "impl"},
-            "sites": [site.to_dict() for site in plan.sites],
-            "heads": list(plan.heads),
-            "base": base.to_dict(),
-        },
-        indent=2,
-    )
-    metadata = {_METADATA_KEY: header, _SAMPLES_KEY: base.samples}
+    header = {
+        "format_version": FORMAT_VERSION,
+        "library_version": __version__,
+        # Which path computes is the machine's choice, not the adapter's.
+        "config": {key: v for key, v in config.to_dict().items() if key != "impl"},
+        "sites": [site.to_dict() for site in plan.sites],
+        "heads": list(plan.heads),
+        "base": base.to_dict(),
+    }
+    copy = json.dumps(header, indent=2) + "\n"
+    metadata = {_METADATA_KEY: json.dumps(header | {_SAMPLES_KEY: base.samples}, indent=2)}
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     if directory.exists() and not directory.is_dir():
         raise AdapterError(f"{directory}: got a file, allowed: a directory to save the adapter in")
@@ -109,7 +108,7 @@ def write_adapter(
     replace_files(
         directory,
         {
-            CONFIG_FILE: lambda path: path.write_text(header + "\n", encoding="utf-8"),
+            CONFIG_FILE: lambda path: path.write_text(copy, encoding="utf-8"),
             PARAMETERS_FILE: lambda path: save_file(contiguous, path, metadata),
         },
     )
@@ -135,13 +134,12 @@ def read_adapter(path: str | os.PathLike) -> AdapterFile:
         raise AdapterError(f"{file_path}: damaged, or no safetensors file ({error})") from None
     if _METADATA_KEY not in metadata:
         raise AdapterError(f"{file_path}: a safetensors file, but not a hybrid adapter's")
-    samples = metadata.get(_SAMPLES_KEY, "")
-    adapter = _parse(file_path, metadata[_METADATA_KEY], samples, tensors)
+    adapter = _parse(file_path, metadata[_METADATA_KEY], tensors)
     _check_tensors(adapter)
     return adapter
 
 
-def _parse(path: Path, text: str, samples: str, tensors: dict) -> AdapterFile:
+def _parse(path: Path, text: str, tensors: dict) -> AdapterFile:
     try:
         header = json.loads(text)
         version = header["format_version"]
@@ -150,6 +148,7 @@ def _parse(path: Path, text: str, samples: str, tensors: dict) -> AdapterFile:
                 f"{path}: got format version {version!r}, allowed: {FORMAT_VERSION}; a newer"
                 " artemis wrote it"
             )
+        samples = header.get(_SAMPLES_KEY, "")
         return AdapterFile(
             path=path,
             library_version=str(header["library_version"]),
