@@ -10,8 +10,8 @@ import torch
 
 from ..training import keep_freed_memory
 from . import machine
+from .budget import obstacle, within_memory
 from .jobs import INACCURATE, measured
-from .packing import obstacle, packed
 from .peaks import peaks as measured_peaks
 from .resuming import known
 from .runner import Spread, append
@@ -88,12 +88,12 @@ class Session:
         if wanted:
             self.peaks()  # which takes memory, so before that is shared out
         wanted = [step for step in wanted if self._fits(step, checked)]
-        blocks = min(_BLOCKS, rounds) if len(packed(wanted, checked)) > 1 else 1
+        blocks = min(_BLOCKS, rounds) if len(within_memory(wanted, checked)) > 1 else 1
         share = -(-rounds // blocks)
         for block in range(blocks):
             pending = self._pending(wanted, min(rounds, (block + 1) * share))
             unchecked = [step for step in checked if self.value(step, "gate") is None]
-            for group in packed(pending, unchecked):
+            for group in within_memory(pending, unchecked):
                 self._measure(group, unchecked, share)
 
     def measure_memory(self, steps: Sequence[Step]) -> None:

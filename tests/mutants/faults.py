@@ -1664,13 +1664,13 @@ MEASURED = (
     Fault(
         "processes one after the other where steps do not share one",
         "artemis/benchmark/session.py",
-        "if len(packed(wanted, checked)) > 1 else 1",
+        "if len(within_memory(wanted, checked)) > 1 else 1",
         "if False else 1",
         (SESSION, "-k", "alternates"),
     ),
     Fault(
         "the gate's reference left out of what is needed",
-        "artemis/benchmark/packing.py",
+        "artemis/benchmark/budget.py",
         " + max(references, default=0)",
         "",
         (SESSION, "-k", "reference"),

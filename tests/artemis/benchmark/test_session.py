@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from artemis.benchmark import packing
+from artemis.benchmark import budget
 from artemis.benchmark.models import Cell
 from artemis.benchmark.session import Session
 from artemis.benchmark.steps import Step
@@ -47,8 +47,8 @@ def workers(monkeypatch) -> Workers:
 
 def available(monkeypatch, needed: float) -> None:
     """Just so much memory that what needs `needed` bytes fits into one process."""
-    there = (needed + packing._RESERVE) / packing._SHARE + 1
-    monkeypatch.setattr("artemis.benchmark.packing.available_memory", lambda: there)
+    there = (needed + budget._RESERVE) / budget._SHARE + 1
+    monkeypatch.setattr("artemis.benchmark.budget.available_memory", lambda: there)
 
 
 def test_what_fits_takes_turns_in_one_process(workers, monkeypatch):
@@ -78,8 +78,8 @@ def test_the_gates_reference_needs_memory_too(workers, monkeypatch):
 
 
 def test_what_never_fits_is_said_and_left_out(workers, monkeypatch, capsys):
-    there = packing._RESERVE + SECOND.estimated_bytes
-    monkeypatch.setattr("artemis.benchmark.packing.available_memory", lambda: there)
+    there = budget._RESERVE + SECOND.estimated_bytes
+    monkeypatch.setattr("artemis.benchmark.budget.available_memory", lambda: there)
     session = Session()
     session.time([FIRST, SECOND], [], rounds=2)
     assert workers.jobs == [(["full-bf16"], [], 2)] and session.spread(FIRST) is None

@@ -9,7 +9,7 @@ _SHARE = 0.8  # of what is available: what the steps of one process may need tog
 _RESERVE = 1 << 30  # for Python and torch
 
 
-def packed(steps: Sequence[Step], checked: Collection[Step]) -> list[list[Step]]:
+def within_memory(steps: Sequence[Step], checked: Collection[Step]) -> list[list[Step]]:
     """Groups of steps in their order; one that needs more than its share has its own."""
     budget = _SHARE * available_memory() - _RESERVE
     groups: list[list[Step]] = []
