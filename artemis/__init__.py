@@ -5,8 +5,9 @@ from .allocation import ModuleAllocation, RankAllocation, set_dynamic_rank_alloc
 from .automatic import RankChoice, choose_ranks
 from .config import HybridAdapterConfig
 from .errors import AdapterError
-from .hybrid import add_hybrid_adapter_to_model, load_hybrid_adapter
+from .hybrid import add_hybrid_adapter_to_model, load_hybrid_adapter, load_peft_adapter
 from .importance import analyze_layer_importance
+from .interchange import ExportReport, export_adapter
 from .merging import MergeReport
 from .orthogonality import orthogonality_penalty
 from .plots import plot_importance
@@ -22,6 +23,7 @@ from .version import __version__
 __all__ = [
     "AdapterError",
     "AdapterFile",
+    "ExportReport",
     "HybridAdapterConfig",
     "LayerReport",
     "MergeReport",
@@ -33,7 +35,9 @@ __all__ = [
     "add_hybrid_adapter_to_model",
     "analyze_layer_importance",
     "choose_ranks",
+    "export_adapter",
     "load_hybrid_adapter",
+    "load_peft_adapter",
     "load_quantized",
     "orthogonality_penalty",
     "plot_importance",

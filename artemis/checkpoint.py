@@ -57,7 +57,7 @@ def save_adapter_parameters(model: nn.Module, path: str | os.PathLike) -> None:
             stacklevel=2,
         )
     plan = bank.plan()
-    tensors, base = _adapter_state(model, plan.heads), identify(model, plan.heads)
+    tensors, base = adapter_state(model, plan.heads), identify(model, plan.heads)
     write_adapter(Path(path), tensors, bank.config, plan, base)
 
 
@@ -107,7 +107,7 @@ def copy_tensors(
     model: nn.Module, heads: tuple[str, ...], tensors: Mapping[str, torch.Tensor]
 ) -> None:
     """Copy checked tensors into the adapter and the heads of `model`."""
-    for name, target in _adapter_state(model, heads).items():
+    for name, target in adapter_state(model, heads).items():
         target.copy_(tensors[name])
 
 
@@ -140,7 +140,19 @@ def _checked(
     return tensors
 
 
-def _adapter_state(model: nn.Module, heads: tuple[str, ...]) -> dict[str, torch.Tensor]:
+def check_tensors(
+    model: nn.Module,
+    heads: tuple[str, ...],
+    tensors: Mapping[str, torch.Tensor],
+    path: str | os.PathLike,
+) -> None:
+    """Raise `AdapterError` where `tensors`, from `path`, do not fit the heads of `model`."""
+    problems = list(_tensor_problems(model, heads, tensors))
+    if problems:
+        raise AdapterError(f"{path} does not fit the model: {listed(problems)}")
+
+
+def adapter_state(model: nn.Module, heads: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """What an adapter file holds of `model.state_dict()`: the model's own tensors.
 
     A tensor that a head holds under several names is there under the first.
@@ -158,7 +170,7 @@ def _tensor_problems(
     model: nn.Module, heads: tuple[str, ...], tensors: Mapping[str, torch.Tensor]
 ) -> Iterator[str]:
     """What keeps `tensors` from being copied; the bank's shapes were compared with the plan's."""
-    targets = _adapter_state(model, heads)
+    targets = adapter_state(model, heads)
     given = {name for name in tensors if name in targets or not name.startswith(f"{BANK}.")}
     for name in sorted(given | targets.keys()):
         if name not in targets or name not in tensors:

@@ -4,14 +4,16 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from .adapter_file import read_adapter
+from .adapter_file import PARAMETERS_FILE, read_adapter
 from .bank import find_bank
 from .checkpoint import (
     check_for_base,
+    check_tensors,
     copy_tensors,
     load_adapter_parameters,
     save_adapter_parameters,
@@ -20,6 +22,7 @@ from .config import HybridAdapterConfig
 from .errors import AdapterError
 from .initialization import start_from_weights
 from .injection import eject, inject
+from .interchange import adopt, holds_lora, read_files
 from .merging import check_unmerged, merge_adapter, unmerge_adapter
 from .report import print_trainable_parameters
 from .targets import make_plan
@@ -65,10 +68,38 @@ def load_hybrid_adapter(
     """
     _check_model(base_model)
     _check_free(base_model)
+    if holds_lora(path) and not (Path(path) / PARAMETERS_FILE).exists():
+        raise AdapterError(f"{path}: an adapter of PEFT's; load_peft_adapter loads it")
     file = read_adapter(path)
     tensors = check_for_base(base_model, file, strict)
     inject(base_model, file.config, file.plan)
     copy_tensors(base_model, file.plan.heads, tensors)
+    _attach(base_model)
+    return base_model
+
+
+def load_peft_adapter(
+    base_model: nn.Module, path: str | os.PathLike, *, shared_parameters: bool = False
+) -> nn.Module:
+    """Add the LoRA adapter that PEFT saved in the folder `path`; return the model.
+
+    It computes what PEFT's model does, trains on, and is saved as an adapter of ours. The factor of
+    most modules is `scaling_factor`; others have theirs within B.
+
+    Args:
+        base_model: the model that PEFT had adapted, of the same class; changed in place.
+        path: a folder with `adapter_config.json` and `adapter_model.safetensors`.
+        shared_parameters: hold one A for all modules of a name and shape, where the files do.
+
+    Raises `FileNotFoundError` or `AdapterError` (no such module, another shape, a method that is
+    more than LoRA, ...) and changes nothing then.
+    """
+    _check_model(base_model)
+    _check_free(base_model)
+    adopted = adopt(base_model, read_files(path), shared_parameters)
+    check_tensors(base_model, adopted.plan.heads, adopted.tensors, path)
+    inject(base_model, adopted.config, adopted.plan)
+    copy_tensors(base_model, adopted.plan.heads, adopted.tensors)
     _attach(base_model)
     return base_model
 

@@ -1,4 +1,4 @@
-"""The command line: `artemis demo | train | generate | info | bench | tune`.
+"""The command line: `artemis demo | train | generate | info | export | bench | tune`.
 
 Results go to standard output, progress and errors to standard error; the exit status is 0 only on
 success. What a user can put right ends in one line; anything else is a fault of this program and
@@ -19,9 +19,9 @@ from artemis_kernels import Unavailable
 
 from ..errors import AdapterError
 from ..version import __version__
-from . import bench, demo, generate, info, train, tune
+from . import bench, demo, export, generate, info, train, tune
 
-COMMANDS = (demo, train, generate, info, bench, tune)
+COMMANDS = (demo, train, generate, info, export, bench, tune)
 INTERRUPTED = 130  # as shells report a process ended by Ctrl-C
 
 

@@ -2240,6 +2240,61 @@ TRAINING = (
     ),
 )
 
+EXCHANGE = "artemis/interchange"
+EXCHANGED = "tests/artemis/test_interchange.py"
+
+INTERCHANGE = (
+    Fault(
+        "an exported B without its gain",
+        f"{EXCHANGE}/export.py",
+        'return used["lora_a"], _times(used["lora_b"], used.get("gain", 1.0))',
+        'return used["lora_a"], used["lora_b"]',
+        (EXCHANGED, "-k", "computes_what_was_exported"),
+    ),
+    Fault(
+        "every rank exported with the same alpha",
+        f"{EXCHANGE}/export.py",
+        "{path: _alpha(factor, rank) for path, rank in others.items()}",
+        "{path: _alpha(factor, usual) for path, rank in others.items()}",
+        (EXCHANGED, "-k", "computes_what_was_exported"),
+    ),
+    Fault(
+        "a factor outside B in files of one factor",
+        f"{EXCHANGE}/export.py",
+        "b = torch.cat([_times(b, factor), b.new_zeros(len(b), missing)], dim=1)",
+        "b = torch.cat([b, b.new_zeros(len(b), missing)], dim=1)",
+        (EXCHANGED, "-k", "one_factor"),
+    ),
+    Fault(
+        "a patterned alpha not put into B",
+        f"{EXCHANGE}/adopt.py",
+        "if factors[site.path] != factor:",
+        "if factors[site.path] == 0:",
+        (EXCHANGED, "-k", "what_peft_saved"),
+    ),
+    Fault(
+        "alpha over the rank where it is over its root",
+        f"{EXCHANGE}/adopt.py",
+        'rank**0.5 if settings.get("use_rslora") else rank',
+        "rank",
+        (EXCHANGED, "-k", "what_peft_saved"),
+    ),
+    Fault(
+        "A shared although the files hold several",
+        f"{EXCHANGE}/adopt.py",
+        "if not torch.equal(short, long[: len(short)]):",
+        "if short.shape[1] != long.shape[1]:",
+        (EXCHANGED, "-k", "sharing"),
+    ),
+    Fault(
+        "tensors of no module passed over",
+        f"{EXCHANGE}/adopt.py",
+        "foreign = [name for name in files.others if not name.startswith(inside)]",
+        "foreign = []",
+        (EXCHANGED, "-k", "tensors_that_are_refused"),
+    ),
+)
+
 FAULTS = (
     *COMMANDS,
     *TRAINING,
@@ -2256,4 +2311,5 @@ FAULTS = (
     *GROUPS,
     *TUNING,
     *INFERENCE,
+    *INTERCHANGE,
 )

@@ -243,6 +243,22 @@ def test_info_as_json_adds_up(workspace, capsys):
     assert own + sum(size for _, size in shared) == info["parameters"]
 
 
+# --- export
+
+
+def test_export_of_half_a_hybrid(workspace, capsys, tmp_path):
+    hybrid = str(workspace.directory / "hybrid")
+    arguments = ["export", hybrid, str(tmp_path / "to"), "--form", "vllm", "--json"]
+    assert main(arguments) == 1 and not (tmp_path / "to").exists()
+    assert "--allow-partial" in capsys.readouterr().err
+    assert main([*arguments, "--allow-partial"]) == 0
+    report, plan = json.loads(capsys.readouterr().out), read_adapter(hybrid).plan
+    assert list(report["modules"]) == [site.path for site in plan.sites if site.kind == "lora"]
+    assert report["left_out"] == [site.path for site in plan.sites if site.kind != "lora"]
+    tensors = load_file(tmp_path / "to" / "adapter_model.safetensors")
+    assert len(tensors) == 2 * len(report["modules"])
+
+
 # --- failures
 
 
@@ -251,6 +267,7 @@ def test_info_as_json_adds_up(workspace, capsys):
     [
         (["train", "absent.yaml"], 1, "artemis train: training file 'absent.yaml' does not exist"),
         (["info", "absent"], 1, "artemis info: no hybrid adapter at absent"),
+        (["export", "absent", "to"], 1, "artemis export: no hybrid adapter at absent"),
         (["generate", "./absent", "--prompt", "x"], 1, "cannot load the model './absent'"),
         (["demo", "--text", "absent.txt"], 1, "artemis demo: --text: 'absent.txt' does not exist"),
         (["generate", ".", "--prompt", "x", "--max-new-tokens", "0"], 1, "--max-new-tokens: got 0"),
