@@ -1827,7 +1827,7 @@ TUNING = (
     ),
     Fault(
         "a folded bottleneck takes LoRA's entries",
-        f"{KERNELS}/ops/frozen_linear/op.py",
+        f"{KERNELS}/ops/frozen_linear/plan.py",
         'return "lora" if linear else "folded"',
         'return "lora"',
         (TUNED_TESTS, "-k", "its_own_entries"),

@@ -1,18 +1,16 @@
 """`frozen_linear`: an adapted layer at inference, its constants prepared, in one call."""
 
 import torch
-from torch.autograd import forward_ad
 
-from ...core import base, call, checks, frozen, packed_choice, tables, tuning
+from ...core import base, call, checks, frozen
 from ...core.frozen import FrozenAdapter
 from ...core.quantized import QuantizedWeight
 from ...core.registration import define
-from ...core.strategies import FROZEN, Case, named, weight_of
 from ...core.types import Choice, Cost
 from ..bases import held
 from . import eager, reference
-
-NAME = "frozen_linear"
+from .plan import NAME, constants, in_forward_mode, plan
+from .plan import usual as usual  # the tuner asks an operation for it
 
 
 def frozen_linear(
@@ -47,7 +45,7 @@ def frozen_linear(
     with call.outside_autocast(x):
         if path.impl == "reference":
             return reference.frozen_linear(
-                x, call.dense_weight(weight, dtype), *_constants(adapter), adapter.scale,
+                x, call.dense_weight(weight, dtype), *constants(adapter), adapter.scale,
                 adapter.activation, adapter.reads_output,
             ).to(dtype)  # fmt: skip
         rows = x.reshape(-1, x.shape[-1])
@@ -58,7 +56,7 @@ def frozen_linear(
             data, quantizers = call.weight_tensors(weight, dtype)
             scale = call.Scale.of(adapter.scale)
             y = _operator(
-                rows, data, *_constants(adapter), scale.number, scale.tensor, adapter.activation,
+                rows, data, *constants(adapter), scale.number, scale.tensor, adapter.activation,
                 adapter.reads_output, path.impl, path.strategy, *quantizers,
             )  # fmt: skip
     return y.reshape(*x.shape[:-1], weight.shape[0])
@@ -123,7 +121,7 @@ class FrozenLinear:
 
 def _is_special(x: torch.Tensor) -> bool:
     """Whether there is more to see to than the numbers."""
-    asks = x.requires_grad and torch.is_grad_enabled() or _in_forward_mode()
+    asks = x.requires_grad and torch.is_grad_enabled() or in_forward_mode()
     return asks or torch.is_autocast_enabled(x.device.type) or _is_watched(x)
 
 
@@ -134,136 +132,6 @@ def _is_watched(x: torch.Tensor) -> bool:
     if torch._C._functorch.is_functorch_wrapped_tensor(x):  # it has no address
         return True
     return torch._C._len_torch_dispatch_stack() > 0
-
-
-def plan(x, weight, adapter, *, impl=None) -> call.Path:
-    """Check the arguments of `frozen_linear` and choose its path; runs nothing."""
-    checks.input_tensor(NAME, x)
-    checks.weight(NAME, weight, x)
-    _check_adapter(x, weight, adapter)
-    dtype = call.compute_dtype(x)
-    checks.same_dtype(NAME, "adapter", adapter.down, dtype)
-    if not call.autocasts(x):
-        checks.same_dtype(NAME, "weight", weight, dtype)
-    checks.options(NAME, 0.0, impl, adapter.activation)
-    _check_no_derivative(x, weight, adapter)
-    impl, reason = call.implementation(NAME, impl, dtype, x.device, False)
-    if impl == "reference":
-        return call.Path(impl, "composed", reason)
-    (out_features, in_features), rank = weight.shape, adapter.down.shape[0]
-    case = Case(
-        FROZEN + _kind(adapter), x.numel() // max(in_features, 1), in_features, out_features, rank,
-        named(dtype), weight_of(weight),
-    )  # fmt: skip
-    normal = usual(case, impl, weight, x.device)
-    strategy, why = _tuned(case, impl, x.device, normal)
-    if strategy.startswith("one_call") and not _fits_one_call(case, weight, x.device):
-        strategy, why = normal  # it won over a weight that the pass takes
-    return call.Path(impl, strategy, f"{reason} and {why}" if why else reason)
-
-
-def _check_no_derivative(x, weight, adapter) -> None:
-    if call.trains(weight) or x.requires_grad and torch.is_grad_enabled():
-        name = "x" if x.requires_grad else "weight"
-        raise ValueError(
-            f"{NAME}: {name} requires a gradient, and there is none here; call it under"
-            " torch.no_grad(), or take lora_linear or adapter_linear"
-        )
-    if _in_forward_mode():
-        tensors = (x, weight, *_constants(adapter), adapter.scale)
-        given = (t for t in tensors if isinstance(t, torch.Tensor))
-        if any(forward_ad.unpack_dual(t).tangent is not None for t in given):
-            raise ValueError(
-                f"{NAME}: x, weight or a constant has a tangent, and there is no derivative here;"
-                " take lora_linear or adapter_linear with impl='reference'"
-            )
-
-
-def _in_forward_mode() -> bool:
-    """Whether tensors may have tangents, which tell neither by type nor by `requires_grad`."""
-    return forward_ad._current_level >= 0
-
-
-def _tuned(case: Case, impl: str, device: torch.device, normal: tuple[str, str]) -> tuple[str, str]:
-    """The measured winner, or `normal`; a layer without an adapter is a `quantized_linear`."""
-    if case.width:
-        return tables.choice(case, impl, device, normal)
-    bare, (name, why) = case._replace(op="quantized_linear"), normal
-    name = name.replace("products", "product")
-    name, why = tables.choice(bare, impl, device, (name, why))
-    return name.replace("product", "products") if impl == "eager" else name, why
-
-
-def _kind(adapter: FrozenAdapter) -> str:
-    """What tables know an adapter by.
-
-    Entries are of `frozen_linear` itself: what it freezes forms `D W` at each call, keeps z, and
-    has no pass of few rows, so that its times say little here.
-    """
-    if adapter.reads_output or not adapter.rank:
-        return "plain"
-    linear = adapter.activation == "identity" and adapter.bias_down is None
-    return "lora" if linear else "folded"
-
-
-def _check_adapter(x, weight, adapter) -> None:
-    if not isinstance(adapter, FrozenAdapter):
-        raise TypeError(f"{NAME}: adapter must be a FrozenAdapter, got {type(adapter).__name__}")
-    out_features, in_features = weight.shape
-    read, rank = out_features if adapter.reads_output else in_features, adapter.down.shape[0]
-    checks.tensor(NAME, "adapter.down", adapter.down, (None, read), x)
-    checks.tensor(NAME, "adapter.up", adapter.up, (out_features, rank), x)
-    checks.optional(NAME, "adapter.bias", adapter.bias, (out_features,), x)
-    checks.optional(NAME, "adapter.bias_down", adapter.bias_down, (rank,), x)
-    for name in ("up", "bias", "bias_down"):
-        constant = getattr(adapter, name)
-        if constant is not None and constant.dtype != adapter.dtype:
-            raise TypeError(
-                f"{NAME}: adapter.{name} is {constant.dtype}, but adapter.down is {adapter.dtype};"
-                " the constants are of one dtype"
-            )
-
-
-def usual(
-    case: Case, impl: str, weight: torch.Tensor | QuantizedWeight, device: torch.device
-) -> tuple[str, str]:
-    """`(strategy, reason)` where no table says otherwise; the reason may be empty."""
-    choose = _eager_strategy if impl == "eager" else _fused_strategy
-    return choose(case, weight, device)
-
-
-def _eager_strategy(case, weight, device) -> tuple[str, str]:
-    suffix, why = base.packed_strategy(weight, case.rows)
-    why = why.removeprefix(" and ")
-    if suffix in ("", "_weight_only") and _fits_one_call(case, weight, device):
-        also = f" and {why}" if why else ""
-        return "one_call" + suffix, f"one compiled pass serves few rows of bf16{also}"
-    return "products" + suffix, why
-
-
-def _fits_one_call(case, weight, device) -> bool:
-    most = frozen.most_few_rows(case.torch_dtype, device, weight)
-    return 0 < case.rows <= most and case.in_features > 0
-
-
-def _fused_strategy(case, weight, device) -> tuple[str, str]:
-    rows, k, n, rank = case[1:5]
-    packed, dtype = isinstance(weight, QuantizedWeight), case.torch_dtype
-    if not rank:
-        if not packed:
-            return "product", "there is no adapter"
-        suffix, why = packed_choice.product(weight, rows, 0, dtype, device)
-        return "product" + suffix, why
-    if packed:
-        strategy, why = packed_choice.lora_strategy(weight, rows, rank, dtype, device)
-    else:
-        strategy, why = tuning.lora_strategy(rows, k, n, rank, False, dtype, device)
-    if case.op == FROZEN + "plain":
-        how = "_" + strategy.removeprefix("split_") if packed else ""
-        return "product" + how, "the adapter reads the layer's output"
-    if case.op == FROZEN + "folded" and strategy == "one_pass":
-        return "split", "an activation stands between the adapter's products"
-    return strategy, why
 
 
 def explain(x, weight, adapter, **options) -> Choice:
@@ -280,10 +148,6 @@ def cost(m: int, k: int, n: int, r: int, read: int, itemsize: int) -> Cost:
         flops=2 * m * k * n + 2 * m * r * (read + n),
         bytes=itemsize * (m * k + k * n + m * n + r * (read + n)),
     )
-
-
-def _constants(adapter: FrozenAdapter) -> tuple[torch.Tensor | None, ...]:
-    return adapter.down, adapter.up, adapter.bias, adapter.bias_down
 
 
 def computed(x, weight, adapter, impl, strategy) -> torch.Tensor:
