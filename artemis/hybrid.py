@@ -4,12 +4,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from .adapter_file import PARAMETERS_FILE, read_adapter
+from .adapter_file import read_adapter
 from .bank import find_bank
 from .checkpoint import (
     check_for_base,
@@ -68,7 +67,7 @@ def load_hybrid_adapter(
     """
     _check_model(base_model)
     _check_free(base_model)
-    if holds_lora(path) and not (Path(path) / PARAMETERS_FILE).exists():
+    if holds_lora(path):
         raise AdapterError(f"{path}: an adapter of PEFT's; load_peft_adapter loads it")
     file = read_adapter(path)
     tensors = check_for_base(base_model, file, strict)

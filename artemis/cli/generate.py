@@ -8,7 +8,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from ..errors import AdapterError
-from ..hybrid import load_hybrid_adapter
+from ..hybrid import load_hybrid_adapter, load_peft_adapter
+from ..interchange import holds_lora
 from ..training import default_device, load_base, resolve_precision
 from ..training.loading import PRECISIONS
 from ..training.positions import learned_positions
@@ -22,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="folder or name of the base model, quantized or not"
     )
-    parser.add_argument("--adapter", metavar="PATH", help="folder of a saved hybrid adapter")
+    parser.add_argument(
+        "--adapter", metavar="PATH", help="folder of a saved adapter, ours or PEFT's"
+    )
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
     parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="default: 200")
     parser.add_argument(
@@ -44,7 +47,8 @@ def run(args: argparse.Namespace) -> None:
         raise AdapterError(f"--temperature: got {args.temperature}, allowed: from 0")
     model, tokenizer = load_base(args.model, resolve_precision(args.precision))
     if args.adapter is not None:
-        load_hybrid_adapter(model, args.adapter)
+        load = load_peft_adapter if holds_lora(args.adapter) else load_hybrid_adapter
+        load(model, args.adapter)
     model.to(default_device()).eval()
     set_seed(args.seed)
     started = time.perf_counter()

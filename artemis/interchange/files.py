@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..adapter_file import PARAMETERS_FILE
 from ..atomic import replace_files
 from ..errors import AdapterError, listed
 
@@ -37,8 +38,9 @@ class LoRAFiles:
 
 
 def holds_lora(path: str | os.PathLike) -> bool:
-    """Whether `path` is a folder that PEFT, or `export_adapter`, wrote."""
-    return (Path(path) / SETTINGS_FILE).is_file()
+    """Whether `path` is a folder of PEFT's, and not of an adapter of ours as well."""
+    folder = Path(path)
+    return (folder / SETTINGS_FILE).is_file() and not (folder / PARAMETERS_FILE).is_file()
 
 
 def read_files(path: str | os.PathLike) -> LoRAFiles:

@@ -1,4 +1,4 @@
-"""train, generate and info: what they print, what they leave, and how they fail."""
+"""train, generate, info and export: what they print, what they leave, and how they fail."""
 
 import json
 import shutil
@@ -15,13 +15,20 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import artemis
-from artemis import load_hybrid_adapter, quantize_adapter_model, read_adapter, save_quantized
+from artemis import (
+    export_adapter,
+    load_hybrid_adapter,
+    quantize_adapter_model,
+    read_adapter,
+    save_quantized,
+)
 from artemis.cli import main
 from artemis.cli.demo.corpus import byte_pairs, help_topics
 from artemis.cli.demo.recipe import Workspace
 from artemis.cli.generate import continue_text
 from artemis.quantized_layers import packed_layers
 from artemis.training import load_base
+from tests.artemis.models import adapted
 
 
 def training_file(workspace: Workspace, directory: Path, **training) -> Path:
@@ -257,6 +264,21 @@ def test_export_of_half_a_hybrid(workspace, capsys, tmp_path):
     assert report["left_out"] == [site.path for site in plan.sites if site.kind != "lora"]
     tensors = load_file(tmp_path / "to" / "adapter_model.safetensors")
     assert len(tensors) == 2 * len(report["modules"])
+
+
+def test_generate_with_what_was_exported(workspace, capsys, tmp_path):
+    base = str(workspace.directory / "base")
+    model, _ = load_base(base, torch.float32)
+    names = ["q_proj", "v_proj"]
+    adapted(model, target_modules=names, apply_lora_to=names)
+    texts = []
+    model.save_adapter_parameters(tmp_path / "own")
+    export_adapter(model, tmp_path / "peft")
+    for adapter in ([], ["--adapter", tmp_path / "own"], ["--adapter", tmp_path / "peft"]):
+        arguments = ["generate", base, *map(str, adapter), "--prompt", "The "]
+        assert main([*arguments, "--max-new-tokens", "20", "--precision", "fp32"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] != texts[1] == texts[2]
 
 
 # --- failures
