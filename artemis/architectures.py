@@ -20,7 +20,10 @@ READ_TOGETHER = (
     ("wi_0", "wi_1"),  # T5 1.1
 )
 #: Names of modules in which the queries come from another tensor than the keys and values.
-CROSS_ATTENTION = ("encoder_attn", "crossattention", "cross_attn", "EncDecAttention")
+CROSS_ATTENTION = (
+    "encoder_attn", "crossattention", "cross_attn", "cross_attention", "EncDecAttention",
+    "encoder_decoder_attention",
+)  # fmt: skip
 #: In the names of the model classes whose head starts untrained.
 CLASSIFIERS = re.compile(
     r"For(\w*(Classification|QuestionAnswering)|MultipleChoice|SemanticSegmentation|Regression"
@@ -30,9 +33,9 @@ CLASSIFIERS = re.compile(
 PRETRAINED = re.compile(r"For(\w*(LM|Generation|Modeling)|Pre[Tt]raining|NextSentencePrediction)")
 #: Prefix of a base model -> the head of a classifier that it holds itself.
 INNER_HEADS = {"perceiver": "decoder"}
-#: Class of a module -> its linear layers whose weight it reads (or writes) itself, always or on
-#: some paths (at inference, in training, with a fused kernel): there the layer's own forward may
-#: not run.
+#: Class of a module -> its linear layers whose weight it, or the model, reads or writes itself,
+#: always or on some paths (at inference, in training, with a fused kernel, in some version): there
+#: the layer's own forward may not run.
 WEIGHTS_READ = {
     "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
     "MambaMixer": ("x_proj", "dt_proj", "out_proj"),
@@ -44,16 +47,34 @@ WEIGHTS_READ = {
     "GraniteMoeHybridMambaLayer": ("out_proj",),
     "NemotronHMamba2Mixer": ("out_proj",),
     "Zamba2MambaMixer": ("out_proj",),
-    "DetrMHAttentionMap": ("k_proj",),
-    "ConditionalDetrMHAttentionMap": ("k_proj",),
+    "DetrMHAttentionMap": ("k_proj", "k_linear"),
+    "ConditionalDetrMHAttentionMap": ("k_proj", "k_linear"),
     "MaskFormerDetrMHAttentionMap": ("k_proj",),
     "DabDetrMHAttentionMap": ("k_linear",),
+    "LayoutLMv2Encoder": ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"),
+    "LayoutLMv3Encoder": ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"),
+    "PPDocLayoutV2ReadingOrderEncoder": ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"),
     "LSHSelfAttention": ("query_key", "value"),  # Reformer
+    "RwkvSelfAttention": ("output",),  # these two are rescaled between training and inference
+    "RwkvFeedForward": ("value",),
     "TDNNLayer": ("kernel",),  # Wav2Vec2 and its kin, for x-vectors
     "Gemma3nTextAltUp": ("correction_coefs", "prediction_coefs"),
     "LongcatFlashTopkRouter": ("classifier",),
+    "DeepseekV2Moe": ("gate",),
+    "BloomAttention": ("dense",),
+    "BloomMLP": ("dense_4h_to_h",),
+    "VideoMAESelfAttention": ("query", "key", "value"),
     "MobileBertLMPredictionHead": ("dense", "decoder"),
+    "NeoMMEForMaskedLM": ("unembedding_projection",),
+    "Gemma4AssistantForCausalLM": ("lm_head",),
+    "Gemma4UnifiedAssistantForCausalLM": ("lm_head",),
     "torch.nn.modules.transformer.TransformerEncoderLayer": ("linear1", "linear2"),
+}
+#: Class in `WEIGHTS_READ` -> what its module has where it does so; without, the layers run.
+READ_ONLY_WITH = {
+    "BloomAttention": "slow_but_exact",
+    "BloomMLP": "slow_but_exact",
+    "VideoMAESelfAttention": "q_bias",  # of older transformers
 }
 
 
@@ -75,13 +96,21 @@ def linear_paths(model: nn.Module) -> list[str]:
 
 
 def reader_of(model: nn.Module, path: str) -> str | None:
-    """The class of the parent that reads the weight of the layer at `path` itself, or None."""
+    """The parent's class, where the weight of the layer at `path` is read past it, or None."""
     owner, _, name = path.rpartition(".")
-    for cls in type(model.get_submodule(owner)).__mro__:
+    parent = model.get_submodule(owner)
+    for cls in type(parent).__mro__:
         for known in (cls.__name__, f"{cls.__module__}.{cls.__qualname__}"):
-            if name in WEIGHTS_READ.get(known, ()):
+            if name in WEIGHTS_READ.get(known, ()) and _reads(parent, known):
                 return cls.__name__
     return None
+
+
+def _reads(parent: nn.Module, known: str) -> bool:
+    if known not in READ_ONLY_WITH:
+        return True
+    value = getattr(parent, READ_ONLY_WITH[known], None)
+    return value is not None and value is not False
 
 
 def is_block(module: nn.Module) -> bool:
@@ -99,9 +128,28 @@ def _has_weights(module: nn.Module) -> bool:
     return linear_features(module) is not None or any(p.is_floating_point() for p in own)
 
 
-def hidden_size(model: nn.Module) -> int | None:
-    """Size of the tensors between the blocks of `model`, where its configuration states one."""
-    config = getattr(model, "config", None)
+def stacked_weights(module: nn.Module) -> list[str]:
+    """Names of the parameters of `module` that are many matrices in one, as those of experts are.
+
+    Torch's own modules have none: a convolution's weight is one matrix in another shape.
+    """
+    bases = (cls for cls in type(module).__mro__ if cls is not nn.Module)
+    if any(cls.__module__.startswith("torch.") for cls in bases):
+        return []
+    own = module.named_parameters(recurse=False)
+    return [n for n, p in own if p.is_floating_point() and sum(size > 1 for size in p.shape) > 2]
+
+
+def hidden_size(model: nn.Module, path: str) -> int | None:
+    """Size of the tensors between the blocks around `path`, where a configuration states one.
+
+    It is that of the innermost module with a configuration: the towers for pictures and sound of
+    a model that also reads text have their own.
+    """
+    parts = path.split(".")
+    around = (model.get_submodule(".".join(parts[:n])) for n in range(len(parts), -1, -1))
+    configs = (getattr(module, "config", None) for module in around)
+    config = next((config for config in configs if config is not None), None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     return getattr(config, "hidden_size", None)

@@ -1,26 +1,64 @@
 """Files that appear whole or not at all, whenever the process dies."""
 
 import os
+import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from uuid import uuid4
+from stat import S_IMODE
+from tempfile import TemporaryDirectory
+
+from safetensors import SafetensorError
+
+_DAY = 24 * 60 * 60  # seconds
 
 
 def replace_files(directory: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
-    """Write each file beside its place, then move all into `directory`; the last one commits."""
-    staged: dict[str, Path] = {}
-    try:
+    """Write each file into a folder beside their place, then move all; the last one commits.
+
+    A file has the permissions of the one that it replaces, else those of any new file. What a
+    killed process leaves behind, `.artemis-*.tmp`, a later call removes once it is a day old.
+
+    Raises `OSError`, with the path, where a file cannot be written; the old files stay.
+    """
+    with TemporaryDirectory(".tmp", ".artemis-", directory, ignore_cleanup_errors=True) as folder:
+        staged = Path(folder)
+        _remove_leftovers(directory, staged.stat().st_mtime)
         for name, write in writers.items():
-            staged[name] = directory / f".{name}.{uuid4().hex}.tmp"
-            write(staged[name])
-            _sync(staged[name], os.O_RDWR)  # Windows flushes only what it may write
-        for name, path in staged.items():
-            os.replace(path, directory / name)
+            _write(write, staged / name, directory / name)
+        for name in writers:
+            os.replace(staged / name, directory / name)
         if hasattr(os, "O_DIRECTORY"):  # elsewhere a directory cannot be opened
             _sync(directory, os.O_RDONLY)
-    finally:
-        for path in staged.values():
-            path.unlink(missing_ok=True)
+
+
+def _write(write: Callable[[Path], object], path: Path, place: Path) -> None:
+    path.touch()
+    mode = _mode(place if place.exists() else path)
+    try:
+        write(path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{place}: not written ({error})") from error
+    _sync(path, os.O_RDWR)  # Windows flushes only what it may write
+    if _mode(path) != mode:  # safetensors writes for the owner alone; not all file systems have any
+        path.chmod(mode)
+
+
+def _remove_leftovers(directory: Path, now: float) -> None:
+    """`now` by the clock of the file system; what was written to within a day may be alive."""
+    for folder in directory.glob(".artemis-*.tmp"):
+        with suppress(OSError):  # another process may remove it, too
+            newest = max(_modified(path) for path in (folder, *folder.iterdir()))
+            if newest < now - _DAY:
+                shutil.rmtree(folder)
+
+
+def _modified(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def _mode(path: Path) -> int:
+    return S_IMODE(path.stat().st_mode)
 
 
 def _sync(path: Path, mode: int) -> None:

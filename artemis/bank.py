@@ -5,6 +5,7 @@ one entry in `state_dict`, and no name of the base changes.
 """
 
 from collections.abc import Callable, Iterable
+from itertools import chain
 
 import torch
 from torch import nn
@@ -17,6 +18,8 @@ from .plan import Plan, SiteSpec
 
 #: Name under which the bank is registered on the model, and prefix of its tensors' names.
 BANK = "hybrid_adapter"
+#: Of the bank: stands in `state_dict` while the base's weights hold the adapter.
+MERGED = "merged"
 #: What a tensor is for: one table of the bank each.
 ROLES = ("lora_a", "lora_b", "down", "up", "bias_down", "bias_up", "gain")
 
@@ -128,6 +131,18 @@ class AdapterBank(nn.Module):
         if isinstance(table, nn.ParameterDict):
             return [(table._parameters, key)]
         return table.places(key)
+
+    def mark_merged(self, merged: bool) -> None:
+        """Have `state_dict` say whether the base's weights hold the adapter.
+
+        So torch refuses such a state for a model that is not merged, where the adapter would count
+        twice, and the other way round, whatever the state was stored in.
+        """
+        if merged:
+            device = next(chain(self.parameters(), self.buffers())).device
+            self.register_buffer(MERGED, torch.ones((), dtype=torch.uint8, device=device))
+        else:
+            self._buffers.pop(MERGED, None)
 
     def forget(self) -> None:
         """Drop all that was worked out for inference: memory, never results."""

@@ -16,7 +16,7 @@ from .adapter_file import (
     read_adapter,
     write_adapter,
 )
-from .bank import BANK, check_writable, find_bank
+from .bank import BANK, MERGED, check_writable, find_bank
 from .config import HybridAdapterConfig
 from .errors import AdapterError, listed
 from .identity import identify
@@ -159,6 +159,7 @@ def adapter_state(model: nn.Module, heads: tuple[str, ...]) -> dict[str, torch.T
     """
     bank = find_bank(model)
     state = {} if bank is None else dict(bank.state_dict(prefix=f"{BANK}."))
+    state.pop(f"{BANK}.{MERGED}", None)  # says something of the base
     for head in heads:
         own = model.get_submodule(head).state_dict(prefix=f"{head}.", keep_vars=True)
         first = {id(tensor): name for name, tensor in reversed(own.items())}
@@ -215,7 +216,7 @@ def _site_problems(model: nn.Module, plan: Plan) -> Iterator[str]:
             yield f"the model has no {site.path}"
             continue
         if site.kind == "block":
-            hidden = architectures.hidden_size(model)
+            hidden = architectures.hidden_size(model, site.path)
             have = (hidden, hidden) if architectures.is_block(module) else None
         else:
             have = architectures.linear_features(module)

@@ -5,12 +5,10 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .errors import AdapterError, listed, nearest
+from .yaml_file import read_yaml
 
 SECTION = "hybrid_adapter"
 DEFAULT_TARGETS = (
@@ -216,11 +214,7 @@ class HybridAdapterConfig:
     @classmethod
     def from_yaml(cls, path: str | PathLike) -> "HybridAdapterConfig":
         """Read the `hybrid_adapter:` section of a YAML file; other sections do not count."""
-        text = Path(path).read_text(encoding="utf-8")
-        try:
-            content = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise AdapterError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        content = read_yaml(path)
         if not isinstance(content, dict) or SECTION not in content:
             found = listed(content) if isinstance(content, dict) else type(content).__name__
             raise AdapterError(f"{path}: got {found}, allowed: a file with a `{SECTION}:` section")

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from functools import partial
 
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .adapter_file import read_adapter
 from .bank import find_bank
@@ -25,6 +24,7 @@ from .interchange import adopt, holds_lora, read_files
 from .merging import check_unmerged, merge_adapter, unmerge_adapter
 from .report import print_trainable_parameters
 from .targets import make_plan
+from .wrappers import check_bare
 
 
 def add_hybrid_adapter_to_model(model: nn.Module, config: HybridAdapterConfig) -> nn.Module:
@@ -39,7 +39,7 @@ def add_hybrid_adapter_to_model(model: nn.Module, config: HybridAdapterConfig) -
     Raises `AdapterError` before anything is changed: nothing matches, a target is no linear layer,
     the model has an adapter already, ...
     """
-    _check_model(model)
+    check_bare(model)
     if not isinstance(config, HybridAdapterConfig):
         raise AdapterError(
             f"got {config!r} as config, allowed: a HybridAdapterConfig (from_yaml, from_dict)"
@@ -65,7 +65,7 @@ def load_hybrid_adapter(
     and changes nothing then. Another name or other weights of the base give one warning, or with
     `strict` an error.
     """
-    _check_model(base_model)
+    check_bare(base_model)
     _check_free(base_model)
     if holds_lora(path):
         raise AdapterError(f"{path}: an adapter of PEFT's; load_peft_adapter loads it")
@@ -93,7 +93,7 @@ def load_peft_adapter(
     Raises `FileNotFoundError` or `AdapterError` (no such module, another shape, a method that is
     more than LoRA, ...) and changes nothing then.
     """
-    _check_model(base_model)
+    check_bare(base_model)
     _check_free(base_model)
     adopted = adopt(base_model, read_files(path), shared_parameters)
     check_tensors(base_model, adopted.plan.heads, adopted.tensors, path)
@@ -149,18 +149,6 @@ def _attach(model: nn.Module) -> None:
     """
     for name, function in _METHODS.items():
         setattr(model, name, partial(function, model))
-
-
-def _check_model(model: nn.Module) -> None:
-    """Refuse what is no model or wraps one: the adapter would be the wrapper's, and get lost."""
-    wrapped = isinstance(model, (DataParallel, DistributedDataParallel))
-    # That of torch.compile by its child: to import the class is to import the compiler.
-    if isinstance(model, nn.Module) and not wrapped and "_orig_mod" not in model._modules:
-        return
-    raise AdapterError(
-        f"got a {type(model).__name__}, allowed: a torch.nn.Module that is not wrapped yet; compile"
-        " it, or wrap it for several devices or processes, after the adapter was added"
-    )
 
 
 def _check_free(model: nn.Module) -> None:

@@ -55,6 +55,7 @@ def merge_adapter(model: nn.Module) -> MergeReport:
         if reason:
             active[path] = reason
         else:
+            bank.mark_merged(True)
             _fold(module, site)
     return MergeReport(tuple(path for path in bank.sites if path not in active), active)
 
@@ -65,7 +66,8 @@ def unmerge_adapter(model: nn.Module) -> None:
 
     Raises `AdapterError`, before anything is changed, where they have no place any more.
     """
-    merged = [site for site in find_bank(model).sites.values() if site.original]
+    bank = find_bank(model)
+    merged = [site for site in bank.sites.values() if site.original]
     places = [_parameters(model, site) for site in merged]
     lost = [site.spec.path for site, place in zip(merged, places, strict=True) if place is None]
     if lost:
@@ -77,6 +79,7 @@ def unmerge_adapter(model: nn.Module) -> None:
         for name, tensor in site.original.items():
             place[name].copy_(tensor)
         site.original = None
+    bank.mark_merged(False)
 
 
 def _parameters(model: nn.Module, site: Site) -> dict[str, nn.Parameter] | None:

@@ -24,6 +24,7 @@ from artemis_kernels import (
 )
 
 from .bank import AdapterBank, site_tensors
+from .errors import AdapterError
 from .frozen import Frozen
 from .plan import SiteSpec
 
@@ -305,6 +306,12 @@ class BlockSite(Site):
         )
 
     def _adapt(self, x: torch.Tensor, training: bool) -> torch.Tensor:
+        if x.shape[-1] != self.spec.in_features:
+            raise AdapterError(
+                f"{self.spec.path} returned {x.shape[-1]} features, and its bottleneck is for"
+                f" {self.spec.in_features}, the hidden_size of its configuration; leave it out, or"
+                " name its linear layers instead"
+            )
         config, tensors = self.bank.config, self.bank.tensors(self.layout)
         return bottleneck_adapter(
             x,

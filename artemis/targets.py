@@ -61,6 +61,7 @@ def make_plan(model: nn.Module, config: HybridAdapterConfig) -> Plan:
     _check_lora_entries(config, chosen)
     _check_readers(model, chosen)
     sites = tuple(_site(model, config, path, entry) for path, entry in chosen.items())
+    _warn_of_other_layers(model, config, sites)
     return Plan(sites, heads)
 
 
@@ -92,9 +93,12 @@ def _site(model: nn.Module, config: HybridAdapterConfig, path: str, target: str)
     if features:
         kind = "lora" if wants_lora else "bottleneck"
     elif wants_lora or not architectures.is_block(module):
+        hint = ""
+        if not wants_lora and architectures.stacked_weights(module):
+            hint = "; it holds no layers but parameters: name the block around it"
         raise AdapterError(
             f"hybrid_adapter.target_modules: {path} is a {type(module).__name__}; allowed:"
-            " torch.nn.Linear or transformers' Conv1D, or, without LoRA, a block of layers"
+            f" torch.nn.Linear or transformers' Conv1D, or, without LoRA, a block of layers{hint}"
         )
     else:
         kind, features = "block", _block_features(model, path)
@@ -103,11 +107,19 @@ def _site(model: nn.Module, config: HybridAdapterConfig, path: str, target: str)
 
 
 def _block_features(model: nn.Module, path: str) -> tuple[int, int]:
-    hidden = architectures.hidden_size(model)
+    hidden = architectures.hidden_size(model, path)
     if hidden is None:
         raise AdapterError(
-            f"hybrid_adapter.target_modules: {path} is a block, and the model has no"
-            " config.hidden_size that tells the size of its output; name its linear layers instead"
+            f"hybrid_adapter.target_modules: {path} is a block, and no config.hidden_size tells"
+            " the size of its output; name its linear layers instead"
+        )
+    block = model.get_submodule(path)
+    layers = [size for m in block.modules() if (size := architectures.linear_features(m))]
+    if layers and layers[0][0] != hidden and layers[-1][1] != hidden:
+        raise AdapterError(
+            f"hybrid_adapter.target_modules: {path} is a block whose layers turn {layers[0][0]}"
+            f" features into {layers[-1][1]}, and its config.hidden_size is {hidden}; name its"
+            " linear layers instead, or leave it out (exclude_modules, or whole paths)"
         )
     return hidden, hidden
 
@@ -126,15 +138,18 @@ def _check_entries(
         one = entry if isinstance(names, str) else (entry,)
         if any(matching(one, path) for path in paths):
             continue
-        message = f"hybrid_adapter.{field}: {entry!r} matches no module{_closest(entry, paths)}"
+        hint = _closest(entry, paths, entries)
+        message = f"hybrid_adapter.{field}: {entry!r} matches no module{hint}"
         if tuple(entries) != defaults:
             raise AdapterError(message)
         warnings.warn(message, stacklevel=4)
 
 
-def _closest(entry: str, paths: Iterable[str]) -> str:
+def _closest(entry: str, paths: Iterable[str], held: Iterable[str]) -> str:
+    """A hint at the names of `paths` like `entry`, beside those that are `held` already."""
     parts = entry.count(".") + 1
-    return nearest(entry, {".".join(path.split(".")[-parts:]) for path in paths})
+    names = {".".join(path.split(".")[-parts:]) for path in paths}
+    return nearest(entry, names.difference(held))
 
 
 def _check_lora_entries(config: HybridAdapterConfig, chosen: Iterable[str]) -> None:
@@ -165,10 +180,42 @@ def _check_readers(model: nn.Module, chosen: Iterable[str]) -> None:
     if read:
         readers = listed(dict.fromkeys(read.values()))
         raise AdapterError(
-            f"hybrid_adapter.target_modules: got {listed(read)}, whose weights are read by"
-            f" {readers} itself, past any adapter; allowed: other layers (exclude_modules leaves"
-            " these out)"
+            f"hybrid_adapter.target_modules: got {listed(read)}, whose weights are read or changed"
+            f" in {readers} past the layers, and so past any adapter; allowed: other layers"
+            " (exclude_modules leaves these out)"
         )
+
+
+def _warn_of_other_layers(
+    model: nn.Module, config: HybridAdapterConfig, sites: Iterable[SiteSpec]
+) -> None:
+    """Warn where the default gives LoRA to some layers of a stack, and none to another kind."""
+    if config.target_modules != DEFAULT_TARGETS or config.exclude_modules or config.layers:
+        return
+    adapted = {site.path for site in sites}
+    with_lora = {_layer(site.path) for site in sites if site.kind == "lora"}
+    stacks = {stack for stack, _ in with_lora}
+    left = {}
+    for path in architectures.linear_paths(model):
+        stack, number = _layer(path)
+        free = path not in adapted and architectures.reader_of(model, path) is None
+        if free and stack in stacks and (stack, number) not in with_lora:
+            left.setdefault(stack, {})[number, path.rpartition(".")[2]] = None
+    for stack, found in left.items():
+        numbers, names = (dict.fromkeys(values) for values in zip(*found, strict=True))
+        warnings.warn(
+            f"hybrid_adapter.target_modules: layers {listed(numbers)} of {stack} get no LoRA, since"
+            f" their linear layers have other names ({listed(names)}); name them there and in"
+            " apply_lora_to",
+            stacklevel=4,
+        )
+
+
+def _layer(path: str) -> tuple[str, int | None]:
+    """The stack that the first numbered part of `path` is in, and its number."""
+    parts = path.split(".")
+    place = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts))
+    return ".".join(parts[:place]), layer_number(path)
 
 
 def _nothing_matches(model: nn.Module, config: HybridAdapterConfig) -> str:

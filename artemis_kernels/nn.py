@@ -45,9 +45,9 @@ class LoRALinear(nn.Module):
         _probability(dropout_p)
         self.base = _frozen(base)
         self.scale, self.dropout_p, self.impl = scale, dropout_p, impl
-        device = base.weight.device
-        self.lora_a = nn.Parameter(torch.empty(rank, base.in_features, device=device))
-        self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        made = {"device": base.weight.device, "dtype": torch.float32}
+        self.lora_a = nn.Parameter(torch.empty(rank, base.in_features, **made))
+        self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, **made))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
     @classmethod
@@ -100,10 +100,11 @@ class BottleneckAdapter(nn.Module):
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {activation!r}")
         self.activation, self.dropout_p, self.scale, self.impl = activation, dropout_p, scale, impl
-        self.down = nn.Parameter(torch.empty(width, hidden, device=device).normal_(0, 0.02))
-        self.up = nn.Parameter(torch.zeros(hidden, width, device=device))
-        self.bias_down = nn.Parameter(torch.zeros(width, device=device)) if bias else None
-        self.bias_up = nn.Parameter(torch.zeros(hidden, device=device)) if bias else None
+        made = {"device": device, "dtype": torch.float32}
+        self.down = nn.Parameter(torch.empty(width, hidden, **made).normal_(0, 0.02))
+        self.up = nn.Parameter(torch.zeros(hidden, width, **made))
+        self.bias_down = nn.Parameter(torch.zeros(width, **made)) if bias else None
+        self.bias_up = nn.Parameter(torch.zeros(hidden, **made)) if bias else None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, width: int = 64, **options):

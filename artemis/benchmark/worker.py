@@ -12,10 +12,10 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from transformers.utils import logging
 
 from ..errors import AdapterError
+from ..out_of_memory import is_out_of_memory
 from ..training import keep_freed_memory
 from .compiling import make_room_for_graphs, nothing_compiled
 from .runner import in_turns
@@ -40,7 +40,9 @@ class _Timed:
             return
         try:
             self._run()
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             self._run = None  # and with it the model
 
 
@@ -78,7 +80,9 @@ def _ready(step: Step, checked: bool) -> tuple[_Timed | None, Record]:
             seen["gate"] = verdict.to_dict() | {"passed": verdict.passed}
             if not verdict.passed:
                 return None, seen
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return None, _NO_MEMORY
     return _Timed(prepared), seen
 
@@ -86,7 +90,9 @@ def _ready(step: Step, checked: bool) -> tuple[_Timed | None, Record]:
 def _memory(step: Step) -> Record:
     try:
         return {"memory": measure_memory(step)}
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return _NO_MEMORY
 
 

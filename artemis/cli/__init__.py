@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NoReturn
 
-import torch
 from transformers.utils import logging
 
 from artemis_kernels import Unavailable
 
 from ..errors import AdapterError
+from ..out_of_memory import is_out_of_memory
 from ..version import __version__
 from . import bench, demo, export, generate, info, train, tune
 
@@ -45,10 +45,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("artemis: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except (AdapterError, Unavailable, OSError, torch.OutOfMemoryError) as error:
-        print(f"artemis {args.command}: {_one_line(error)}", file=sys.stderr)
-        return 1
+    except (AdapterError, Unavailable, OSError) as error:
+        return _failed(args.command, error)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return _failed(args.command, error)
     return 0
+
+
+def _failed(command: str, error: Exception) -> int:
+    print(f"artemis {command}: {_one_line(error)}", file=sys.stderr)
+    return 1
 
 
 def _show_warning(command: str, message: Warning, *details) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import time
 
 import torch
@@ -11,12 +12,16 @@ from ..errors import AdapterError
 from ..hybrid import load_hybrid_adapter, load_peft_adapter
 from ..interchange import holds_lora
 from ..training import default_device, load_base, resolve_precision
+from ..training.config import MAX_SEED
 from ..training.loading import PRECISIONS
 from ..training.positions import learned_positions
 
 NAME = "generate"
 SUMMARY = "continue a prompt with a base model and an adapter"
 EXAMPLE = '  artemis generate artemis-demo/base --adapter artemis-demo/hybrid --prompt "The "'
+
+#: Logits are divided by the temperature, and have to stay finite.
+COLDEST = 1e-6
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,8 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.max_new_tokens < 1:
         raise AdapterError(f"--max-new-tokens: got {args.max_new_tokens}, allowed: from 1")
-    if args.temperature < 0:
-        raise AdapterError(f"--temperature: got {args.temperature}, allowed: from 0")
+    if args.temperature != 0 and not COLDEST <= args.temperature < math.inf:
+        raise AdapterError(
+            f"--temperature: got {args.temperature}, allowed: 0, or a number from {COLDEST}"
+        )
+    if not 0 <= args.seed <= MAX_SEED:
+        raise AdapterError(f"--seed: got {args.seed}, allowed: an integer from 0 to {MAX_SEED}")
     model, tokenizer = load_base(args.model, resolve_precision(args.precision))
     if args.adapter is not None:
         load = load_peft_adapter if holds_lora(args.adapter) else load_hybrid_adapter

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     if not is_first_process():
         return
     if args.json:
-        print(json.dumps(result))
+        print(json.dumps(result, allow_nan=False))
         return
     share = result["trainable_parameters"] / result["total_parameters"]
     print(f"trained {result['trainable_parameters']:,} parameters ({share:.2%} of the model)")

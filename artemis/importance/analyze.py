@@ -44,7 +44,8 @@ def analyze_layer_importance(
 
     Args:
         model: a transformers model, or any module if `loss` is given.
-        dataset: a list of batches or a DataLoader, or a dataset of examples; labels included.
+        dataset: a list of batches or a DataLoader, or a dataset or list of examples of one length;
+            labels included.
         method: "snr", "weight_snr", "sensitivity" or "energy" (see docs/importance.md).
         batches: how many to use at most; the first two methods need at least 2.
         batch_size: examples a batch, where `dataset` holds examples.

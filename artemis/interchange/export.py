@@ -19,6 +19,7 @@ from ..checkpoint import adapter_state
 from ..config import HybridAdapterConfig
 from ..errors import AdapterError, listed
 from ..plan import Plan, SiteSpec
+from ..wrappers import unwrapped
 from .files import write_files
 
 #: "peft": each module with its own rank and factor. "vllm": for readers that know one rank and one
@@ -92,7 +93,8 @@ def export_adapter(
     Replaces `adapter_config.json` and `adapter_model.safetensors` there and touches nothing else.
 
     Args:
-        source: a model with the adapter, or the path of a saved one; it stays as it is.
+        source: a model with the adapter, wrapped or not, or the path of a saved one; it stays as
+            it is.
         form: "peft" for `PeftModel.from_pretrained`; "vllm" for readers of one rank and one factor.
         allow_partial: whether what has no place there may be left out: bottlenecks, and for vLLM
             trained heads. What is exported then is another model than the hybrid.
@@ -104,6 +106,7 @@ def export_adapter(
     """
     if form not in FORMS:
         raise AdapterError(f"form: got {form!r}, allowed: {' or '.join(FORMS)}")
+    source = unwrapped(source)
     adapter = _of_model(source) if isinstance(source, nn.Module) else _of_file(source)
     sites = [site for site in adapter.plan.sites if site.kind == "lora"]
     if not sites:

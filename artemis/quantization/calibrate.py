@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import AdapterError
-from ..importance.data import batches_of, to_device
+from ..importance.data import Batch, batches_of, to_device
 
 BATCHES, BATCH_SIZE = 16, 8
 
@@ -19,24 +19,28 @@ def column_importance(
 ) -> dict[str, torch.Tensor]:
     """Path -> E[x²] fp32 [in] of each layer over at most 16 batches of `data`; then as before.
 
-    Of a dataset of examples, 16 batches of 8 are drawn, always the same. Tokens that a batch's
-    `attention_mask` leaves out do not count. A layer that was not called is left out.
+    Of examples, 16 batches of 8 are drawn, always the same. Tokens that a batch's
+    `attention_mask` (a decoder's beside an encoder: `decoder_attention_mask`) leaves out do not
+    count. A layer that was not called is left out.
 
     Raises `AdapterError` where there is no batch, or a layer reads inf or nan.
     """
-    squares = _Squares()
+    padding = _Padding(model)
+    squares = _Squares(padding)
     device = next(model.parameters()).device
     modes = [(module, module.training) for module in model.modules()]
     batches = 0
     with ExitStack() as stack:
+        hooks = [padding.encoder.register_forward_hook(padding.keep)] if padding.encoder else []
         for path, module in layers.items():
-            handle = module.register_forward_pre_hook(squares.adder(path), with_kwargs=True)
+            hooks.append(module.register_forward_pre_hook(squares.adder(path), with_kwargs=True))
+        for handle in hooks:
             stack.callback(handle.remove)
         try:
             model.eval()
-            for batch in batches_of(data, BATCHES, BATCH_SIZE, None):
+            for batch in batches_of(data, BATCHES, BATCH_SIZE, None, "data"):
                 batch = to_device(batch, device)
-                squares.mask = batch.get("attention_mask")
+                padding.begin(batch)
                 model(**batch)
                 batches += 1
         finally:
@@ -50,27 +54,57 @@ def column_importance(
     return {p: total / squares.rows[p] for p, total in squares.sums.items() if squares.rows[p]}
 
 
+class _Padding:
+    """The mask of what a layer reads; padding is 0.
+
+    Beside a decoder, a batch's `attention_mask` is of the encoder's tokens: of what its layers
+    read, and of what others read of its output, as cross attention's keys and values do.
+    """
+
+    def __init__(self, model: nn.Module):
+        both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        #: Of a model that has a decoder too; else None.
+        self.encoder = model.get_encoder() if both and hasattr(model, "get_encoder") else None
+        self._inside = set(self.encoder.modules()) if self.encoder else set()
+
+    def begin(self, batch: Batch) -> None:
+        self._batch, self._output = batch, None
+
+    def keep(self, encoder: nn.Module, args: tuple, output: Any) -> None:
+        """A forward hook of the encoder."""
+        self._output = output if isinstance(output, torch.Tensor) else output[0]
+
+    def mask(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+        of_encoder = self.encoder is None or module in self._inside or self._is_output(x)
+        return self._batch.get("attention_mask" if of_encoder else "decoder_attention_mask")
+
+    def _is_output(self, x: torch.Tensor) -> bool:
+        output = self._output
+        return output is not None and x.data_ptr() == output.data_ptr() and x.shape == output.shape
+
+
 class _Squares:
     """Sums of x² by column of each layer, over the rows that are not padding."""
 
-    def __init__(self):
+    def __init__(self, padding: _Padding):
         self.sums: dict[str, torch.Tensor] = {}
         self.rows: dict[str, int] = {}
-        #: The batch's `attention_mask`: padding is 0.
-        self.mask: torch.Tensor | None = None
+        self._padding = padding
 
     def adder(self, path: str):
         """A forward pre-hook."""
 
         def add(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            x = self._without_padding((*args, *kwargs.values())[0]).float()
+            x = (*args, *kwargs.values())[0]
+            x = _without_padding(x, self._padding.mask(module, x)).float()
             self.sums[path] = self.sums.get(path, 0.0) + x.square().sum(0)
             self.rows[path] = self.rows.get(path, 0) + x.shape[0]
 
         return add
 
-    def _without_padding(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in] -> [rows, in]; all rows where the mask is of another shape than they."""
-        if self.mask is None or self.mask.shape != x.shape[:-1]:
-            return x.flatten(0, -2)
-        return x[self.mask.bool()]
+
+def _without_padding(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """x [..., in] -> [rows, in]; all rows where the mask is of another shape than they."""
+    if mask is None or mask.shape != x.shape[:-1]:
+        return x.flatten(0, -2)
+    return x[mask.bool()]

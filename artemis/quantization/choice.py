@@ -1,11 +1,11 @@
 """What to pack and how: options and model in, checked layers out; nothing is changed."""
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers.pytorch_utils import Conv1D
 
 from .. import architectures
@@ -14,6 +14,7 @@ from ..errors import AdapterError, listed
 from ..layers import PACKED, weight_of
 from ..merging import check_unmerged
 from ..quantized_layers import is_packed, packed_layers
+from ..wrappers import check_bare
 from .report import LayerReport
 
 #: (bits, format of the user) -> format of the weight.
@@ -82,7 +83,7 @@ def checked_options(
         raise AdapterError(f"data: got some for {packed}, allowed: with bits=4, which it serves")
     if not isinstance(include_head, bool):
         raise AdapterError(f"include_head: got {include_head!r}, allowed: True or False")
-    if isinstance(leave, str):
+    if isinstance(leave, str) or not isinstance(leave, Iterable):
         raise AdapterError(f"leave: got {leave!r}, allowed: a list of paths of modules")
     return Options(
         packed, group_size, activation_bits, adapter_bits, include_head, bool(calibrated),
@@ -93,13 +94,15 @@ def checked_options(
 def choose_layers(
     model: nn.Module, options: Options
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The layers to pack by path, and path -> reason for every other linear layer.
+    """The layers to pack by path, and path -> reason for all other matrices that layers multiply.
 
     Raises `AdapterError` where the model as a whole, or the shape or the values of a layer, forbid.
     """
     _check_model(model, options)
     chosen, skipped = {}, {}
     for path, module in model.named_modules():
+        if names := architectures.stacked_weights(module):
+            skipped[path] = f"no linear layer: {listed(names)} hold many matrices each, as experts"
         if not isinstance(module, (nn.Linear, Conv1D)) or is_packed(module):
             continue
         reason = _why_not(model, path, module, options)
@@ -119,11 +122,7 @@ def choose_layers(
 
 
 def _check_model(model: nn.Module, options: Options) -> None:
-    if not isinstance(model, nn.Module) or isinstance(model, DistributedDataParallel):
-        raise AdapterError(
-            f"got a {type(model).__name__}, allowed: a torch.nn.Module that is not wrapped for"
-            " several processes yet"
-        )
+    check_bare(model)
     earlier = begun(model)
     if earlier is not None and earlier.options != options:
         raise AdapterError(
@@ -155,7 +154,7 @@ def _why_not(model: nn.Module, path: str, module: nn.Module, options: Options) -
     if "forward" in vars(module):
         return "it carries a forward of its own"
     if reader := architectures.reader_of(model, path):
-        return f"{reader} reads its weight itself"
+        return f"in {reader} its weight is read or changed past the layer"
     if "weight" not in module._parameters:
         return "its weight is worked out at each forward (pruning, weight norm)"
     tied = tied_to(model, module)
@@ -163,7 +162,20 @@ def _why_not(model: nn.Module, path: str, module: nn.Module, options: Options) -
         return f"its weight is also {tied}"
     if not module.weight.is_floating_point():
         return f"its weight is {module.weight.dtype}"
+    if _kept_in_fp32(model, path, module):
+        return "transformers keeps it in float32, beside 16 bits, for its range"
     return None
+
+
+def _kept_in_fp32(model: nn.Module, path: str, module: nn.Module) -> bool:
+    """Whether transformers held this layer back from 16 bits, whose range its numbers may leave."""
+    names = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    patterns = [p.replace("*", ".*") for n in names for p in getattr(model, n, None) or ()]
+    if module.weight.dtype != torch.float32:
+        return False
+    if not any(re.search(pattern, f"{path}.weight") for pattern in patterns):
+        return False
+    return any(p.is_floating_point() and p.dtype.itemsize == 2 for p in model.parameters())
 
 
 def _within(path: str, modules: Iterable[str]) -> bool:

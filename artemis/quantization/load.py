@@ -19,6 +19,7 @@ from ..bank import find_bank
 from ..errors import AdapterError, listed
 from ..layers import weight_of
 from ..quantized_layers import PARTS, QUANTIZED, SAMPLE, pack, packed_layers
+from ..wrappers import check_bare
 from .report import LayerReport
 from .store import StoredBase, named_tensors, read_stored
 
@@ -82,6 +83,7 @@ def _empty(config: PretrainedConfig, stored: StoredBase) -> nn.Module:
 
 def _check(model: nn.Module, stored: StoredBase) -> dict[str, nn.Module]:
     """The layers to pack by path; `AdapterError` where the file is not this model's."""
+    check_bare(model)
     name = type(model).__name__
     if find_bank(model) is not None or any(packed_layers(model)):
         raise AdapterError(

@@ -1,5 +1,6 @@
 """`quantize_adapter_model`: one layer after the other, in place."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ from tqdm import tqdm
 
 from artemis_kernels import QuantizedWeight
 
-from ..architectures import output_head
+from ..architectures import output_head, stacked_weights
 from ..bank import find_bank
 from ..layers import PACKED, weight_of
 from ..quantized_layers import pack, packed_layers, sample
@@ -38,7 +39,8 @@ def quantize_adapter_model(
     """Hold the linear layers of `model` in few bits, in place, and return the model.
 
     It may have a hybrid adapter, or get one afterwards. Embeddings, norms, heads that train and
-    the output head stay as they are. Each weight is dropped before the next is packed. What was
+    the output head stay as they are, and so do experts held as one parameter, with a warning where
+    that is most of the model. Each weight is dropped before the next is packed. What was
     done stands in `model.quantization_report`, which prints as a table. A call that is interrupted
     leaves a model that computes, part of it packed; the same call again packs the rest.
 
@@ -51,8 +53,8 @@ def quantize_adapter_model(
             else 64, or what divides.
         activation_bits: 16: products read x as it is. 8: x and dY are rounded to 8 bits, row by
             row (int8 and fp8 weights). "auto": 8 where it is faster, else 16.
-        data: with 4 bits, batches (or a dataset of examples) of the model's arguments, to weigh
-            the error of a column by the mean square of what it multiplies.
+        data: with 4 bits, batches of the model's arguments, or a dataset or list of examples of
+            one length, to weigh the error of a column by the mean square of what it multiplies.
         include_head: take the output head too. One that is tied to the embedding becomes a matrix
             of its own: products are faster, and memory grows by it, since the embedding stays.
         leave: paths of modules to leave as they are, all that is in them included: those that an
@@ -60,9 +62,9 @@ def quantize_adapter_model(
         progress: show a progress bar where standard error is a terminal.
 
     Raises:
-        AdapterError: options that make no sense, a model quantized already or merged, a layer
-            (or, with adapter_bits=8, an adapter) whose shape or values do not fit; before anything
-            is changed.
+        AdapterError: options that make no sense, a model quantized already, merged or wrapped, a
+            layer (or, with adapter_bits=8, an adapter) whose shape or values do not fit; before
+            anything is changed.
     """
     options = checked_options(
         bits, format, group_size, activation_bits, adapter_bits, include_head, data is not None,
@@ -85,7 +87,21 @@ def quantize_adapter_model(
         packed, skipped, options.activation_bits, state.bytes_before, _model_bytes(model)
     )
     delattr(model, BEGUN)
+    _warn_of_experts(model)
     return model
+
+
+def _warn_of_experts(model: nn.Module) -> None:
+    """Warn where more weights are no linear layers, and stay as they were, than are packed."""
+    packed = sum(e.out_features * e.in_features for e in model.quantization_report.layers)
+    left = sum(m.get_parameter(n).numel() for m in model.modules() for n in stacked_weights(m))
+    if left > packed:
+        warnings.warn(
+            f"{type(model).__name__}: {left / (left + packed):.0%} of the weights that could be"
+            " packed are experts held as one parameter, no linear layers, and stay as they were"
+            " (quantization_report.skipped)",
+            stacklevel=4,
+        )
 
 
 def _begin(model: nn.Module, layers: Mapping[str, nn.Module], options: Options) -> Begun:

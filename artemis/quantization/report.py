@@ -31,7 +31,7 @@ class QuantizationReport:
 
     Attributes:
         layers: every packed layer, in the model's order.
-        skipped: path of a linear layer left as it was -> why.
+        skipped: path of a linear layer, or of experts held as one, left as it was -> why.
         activation_bits: what the products' inputs are rounded to: "auto", 8 or 16.
         model_bytes_before, model_bytes_after: parameters and buffers of the whole model.
     """

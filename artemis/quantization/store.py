@@ -29,6 +29,7 @@ from ..errors import AdapterError, listed
 from ..merging import check_unmerged
 from ..quantized_layers import PARTS, SAMPLE, packed_layers
 from ..version import __version__
+from ..wrappers import unwrapped
 from .report import QuantizationReport
 
 FILE = "quantized_base.safetensors"
@@ -58,15 +59,18 @@ class StoredBase:
 def save_quantized(model: nn.Module, path: str | os.PathLike) -> None:
     """Save the quantized base of `model`, without its adapter, into the directory `path`.
 
-    Killed at any moment, it leaves the old file or the new one; other files are not touched.
+    Of a wrapper (of `torch.compile`, for several devices) the model within is saved. Killed at any
+    moment, it leaves the old file or the new one; other files are not touched.
 
-    Raises `AdapterError` where the model is not quantized or holds a merged adapter, or `path` is a
-    file.
+    Raises `AdapterError` where the model is not quantized or holds a merged adapter, packed layers
+    are not where they were packed, or `path` is a file; `OSError` where it cannot be written.
     """
+    model = unwrapped(model)
     report = getattr(model, "quantization_report", None)
     if report is None or not any(packed_layers(model)):
         raise AdapterError(f"{type(model).__name__} is not quantized; quantize_adapter_model does")
     check_unmerged(model)
+    _check_places(model, report)
     directory = Path(path)
     if directory.exists() and not directory.is_dir():
         raise AdapterError(f"{directory}: got a file, allowed: a directory to save the base in")
@@ -91,6 +95,16 @@ def holds_base(path: str | os.PathLike) -> bool:
     """Whether `path` is a quantized base, or a directory that one was saved in."""
     path = Path(path)
     return (path / FILE).is_file() or path.is_file() and path.name == FILE
+
+
+def _check_places(model: nn.Module, report: QuantizationReport) -> None:
+    """Refuse a model whose packed layers bear other names than in the report: none could load."""
+    moved = {path for path, _ in packed_layers(model)} ^ {entry.path for entry in report.layers}
+    if moved:
+        raise AdapterError(
+            f"{listed(sorted(moved))}: wrapped, moved or replaced since the model was quantized;"
+            " allowed: layers in the place where they were packed"
+        )
 
 
 def _tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

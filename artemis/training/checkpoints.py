@@ -7,26 +7,35 @@ from typing import Any
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..adapter_file import PARAMETERS_FILE
 from ..errors import AdapterError
 
 
-def complete_checkpoint(checkpoint: str | bool, output_dir: str) -> str:
+def complete_checkpoint(checkpoint: str | bool, output_dir: str, hybrid: bool) -> str:
     """The path of the checkpoint to resume from; True stands for the last complete one.
 
+    Args:
+        hybrid: whether it must hold an adapter. What a whole model needs transformers looks for.
+
     Raises:
-        AdapterError: it does not exist, or its saving was cut short.
+        AdapterError: it does not exist, its saving was cut short, or it holds no adapter.
     """
     if checkpoint is True:
-        found = [path for path in checkpoints(Path(output_dir)) if _is_complete(path)]
+        found = [path for path in checkpoints(Path(output_dir)) if not _missing(path, hybrid)]
         if not found:
-            raise AdapterError(f"no complete checkpoint under {output_dir!r} to resume from")
+            kind = " of an adapter" if hybrid else ""
+            raise AdapterError(
+                f"no complete checkpoint under {output_dir!r} to resume a run{kind} from"
+            )
         return str(found[-1])
-    if not _is_complete(Path(checkpoint)):
-        raise AdapterError(
-            f"{str(checkpoint)!r} is not a complete checkpoint: {TRAINER_STATE_NAME}, which is "
-            "written last, is missing or cut short"
-        )
+    if reason := _missing(Path(checkpoint), hybrid):
+        raise AdapterError(f"{str(checkpoint)!r} is not a complete checkpoint: {reason}")
     return str(checkpoint)
+
+
+def holds_adapter(checkpoint: str | Path) -> bool:
+    """Whether a checkpoint is of a run that trained an adapter."""
+    return Path(checkpoint, PARAMETERS_FILE).is_file()
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -44,9 +53,10 @@ def saved_state(checkpoint: str | Path) -> dict[str, Any]:
     return json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text())
 
 
-def _is_complete(checkpoint: Path) -> bool:
+def _missing(checkpoint: Path, hybrid: bool) -> str:
+    """What a checkpoint cannot do without and lacks, in words; empty where it lacks nothing."""
     try:
         saved_state(checkpoint)
     except (OSError, ValueError):
-        return False
-    return True
+        return f"{TRAINER_STATE_NAME}, which is written last, is missing or cut short"
+    return f"{PARAMETERS_FILE} is missing" if hybrid and not holds_adapter(checkpoint) else ""

@@ -20,15 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import yaml
 from transformers import TrainingArguments
 
 from ..config import HybridAdapterConfig
 from ..errors import AdapterError
 from ..quantization.choice import checked_options
+from ..yaml_file import read_yaml
 from . import schema
 from .compiling import require_compiler
 from .loading import PRECISIONS, default_device
+
+#: The largest that numpy takes.
+MAX_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ class TrainingConfig:
     precision: str = schema.choice(*PRECISIONS, default="auto")
     checkpointing: bool = schema.flag(False)
     compile: bool = schema.flag(False)
-    seed: int = schema.integer(0, 0)
+    seed: int = schema.integer(0, 0, MAX_SEED)
     logging_steps: int = schema.integer(1, 10)
     eval_steps: int | None = schema.optional_integer(1)
     save_steps: int | None = schema.optional_integer(1)
@@ -173,6 +176,7 @@ class TrainingConfig:
             use_cpu=default_device().type == "cpu",
             seed=self.seed,
             logging_steps=self.logging_steps,
+            logging_nan_inf_filter=False,  # which reports the mean of earlier losses for a NaN
             eval_strategy="steps" if self.eval_steps else "no",
             eval_steps=self.eval_steps,
             save_strategy="steps" if self.save_steps else "no",
@@ -199,16 +203,15 @@ class RunConfig:
 
         Raises:
             FileNotFoundError: there is no such file.
-            AdapterError: it is not YAML, or a key or a value is not allowed; names the section and
-                the key, what was given and what is allowed.
+            AdapterError: it is not YAML, or a key is given twice, or it or its value is not
+                allowed; names the section and the key, what was given and what is allowed.
         """
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"training file {str(path)!r} does not exist")
+            raise FileNotFoundError(f"training file {str(path)!r} does not exist or is not a file")
+        values = read_yaml(path)
         try:
-            return cls.from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-        except yaml.YAMLError as error:
-            raise AdapterError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+            return cls.from_dict(values)
         except ValueError as error:
             raise AdapterError(f"{path}: {error}") from None
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 from ..errors import AdapterError, listed
-from .checkpoints import checkpoints, complete_checkpoint
+from .checkpoints import checkpoints, complete_checkpoint, holds_adapter
 from .config import RunConfig
 
 
@@ -15,15 +15,17 @@ def prepare_output(config: RunConfig, resume: bool) -> str | None:
     """Make the folder of a run; return the checkpoint to go on from, None where a run begins.
 
     Raises:
-        AdapterError: there is no checkpoint to resume from; or, with `training.output_dir` named,
-            the folder is the base's own and what is saved would take its place, it holds
-            checkpoints that a later `--resume` could take for this run's, or it cannot be written.
+        AdapterError: there is no checkpoint to resume from, or it is of an adapter and the run is
+            not; or, with `training.output_dir` named, the folder is the base's own and what is
+            saved would take its place, it holds checkpoints that a later `--resume` could take for
+            this run's, or it cannot be written.
     """
     folder = Path(config.training.output_dir)
     _refuse_the_base(config, folder)
     checkpoint = None
     if resume:
-        checkpoint = complete_checkpoint(True, str(folder))
+        checkpoint = complete_checkpoint(True, str(folder), _hybrid(config))
+        _refuse_another_kind(config, checkpoint)
     elif found := checkpoints(folder):
         raise AdapterError(
             f"training.output_dir: got {str(folder)!r}, which holds"
@@ -34,10 +36,22 @@ def prepare_output(config: RunConfig, resume: bool) -> str | None:
     return checkpoint
 
 
+def _hybrid(config: RunConfig) -> bool:
+    return config.hybrid_adapter is not None and config.hybrid_adapter.enabled
+
+
+def _refuse_another_kind(config: RunConfig, checkpoint: str) -> None:
+    if holds_adapter(checkpoint) and not _hybrid(config):
+        raise AdapterError(
+            f"hybrid_adapter: absent or not enabled, and {checkpoint} is of an adapter, allowed:"
+            " the section that the run began with"
+        )
+
+
 def _refuse_the_base(config: RunConfig, folder: Path) -> None:
     if folder.resolve() != Path(config.model).resolve():
         return
-    hybrid = config.hybrid_adapter is not None and config.hybrid_adapter.enabled
+    hybrid = _hybrid(config)
     # An adapter's files have names of their own. But a folder made for them where the model is not
     # one would hide the model of that name.
     if not (hybrid and folder.is_dir()):

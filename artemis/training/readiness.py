@@ -16,6 +16,10 @@ def check_ready(model: nn.Module) -> None:
     bank = find_bank(model)
     check_writable(bank, "trained")
     check_in_place(model, bank.sites.values())
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise AdapterError(
+            "nothing of the model would be trained: no parameter requires a gradient"
+        )
     if names := trained_and_not_saved(model):
         raise AdapterError(
             f"{listed(names)}: would be trained and not saved, since checkpoints hold the adapter"

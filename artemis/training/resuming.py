@@ -7,16 +7,20 @@ transformers reads some settings back from a checkpoint and says so in a log at 
 | `learning_rate`, `weight_decay` | the checkpoint: they are the optimizer's, and the scheduler's |
 | `logging_steps`, `eval_steps`, `save_steps` | the checkpoint: the trainer's state holds them |
 | batch size, accumulation, data | the arguments, in whose batches what was seen is counted |
+| `seed` | the arguments: the rest of a pass is of another order, and nothing tells it |
 | whatever else | the arguments |
 
-Nothing is said of what is the same, nor of steps that the arguments give no effect.
+Nothing is said of what is the same, nor of steps that the arguments give no effect. What a
+checkpoint lacks is named, too, with what begins anew for it.
 """
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerState, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from ..errors import listed
 
@@ -74,6 +78,30 @@ def moved_place(
         f" {state.global_step} steps (batches of {state.train_batch_size}), which are {place:.6g}"
         f" epochs with what is set now; that is used, and the examples between {what}"
     ]
+
+
+def begun_anew(args: TrainingArguments, checkpoint: str) -> list[str]:
+    """Sentences on states that a checkpoint lacks, where transformers goes on without a word."""
+    several = args.world_size > 1
+    random = f"rng_state_{args.process_index}.pth" if several else "rng_state.pth"
+    # Without one of the first two the parent loads neither.
+    both = "the optimizer and the schedule of the learning rate begin anew"
+    anew = {OPTIMIZER_NAME: both, SCHEDULER_NAME: both, random: "dropout draws other masks"}
+    return [
+        f"{name}: missing in {checkpoint}, and so {what}"
+        for name, what in anew.items()
+        if not Path(checkpoint, name).is_file()
+    ]
+
+
+def place_in_stream(state: TrainerState, max_steps: int) -> tuple[int, int]:
+    """Passes over data without a length that were finished, and optimizer steps in the next.
+
+    transformers counts each pass as `max_steps` long, those of the run that saved `state`, and
+    writes its place at the end of a step: a pass that has just been filled is not finished yet.
+    """
+    passes = math.ceil(state.epoch) - 1
+    return passes, round((state.epoch - passes) * max_steps)
 
 
 def _kept(name: str, old: Any, new: Any) -> str:

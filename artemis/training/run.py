@@ -26,6 +26,7 @@ from ..targets import find_heads
 from .checkpoints import saved_state
 from .config import DataConfig, RunConfig
 from .data import TokenBlocks, load_blocks
+from .divergence import StopWhereDiverged, check_loss, check_parameters
 from .loading import attention_for, default_device, load_base, resolve_precision
 from .output import prepare_output
 from .positions import learned_positions
@@ -48,7 +49,8 @@ def run_training(config: RunConfig, resume: bool = False) -> dict[str, Any]:
         every process returns it.
 
     Raises:
-        AdapterError: the model, the data, the folder or the configuration cannot be used.
+        AdapterError: the model, the data, the folder or the configuration cannot be used; or the
+            run has diverged.
     """
     settings = config.training
     hybrid = config.hybrid_adapter is not None and config.hybrid_adapter.enabled
@@ -81,18 +83,28 @@ def run_training(config: RunConfig, resume: bool = False) -> dict[str, Any]:
         processing_class=tokenizer,
     )
     show_progress(trainer, "training")
-    outcome = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
+    trainer.add_callback(StopWhereDiverged)
+    # Read before the run, which may remove this checkpoint for later ones.
     begun = saved_state(checkpoint)["global_step"] if checkpoint else 0
+    outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    check_loss("the mean loss", outcome.training_loss)
+    check_parameters(model)
+    trainer.save_model()
     return {
         "output_dir": settings.output_dir,
         "steps": outcome.global_step,
         "train_loss": outcome.training_loss if outcome.global_step > begun else None,
-        "eval_loss": trainer.evaluate()["eval_loss"] if eval_data else None,
+        "eval_loss": _held_out_loss(trainer) if eval_data else None,
         "tokens_per_second": tokens_per_second(trainer, outcome, begun),
         "lora_rank": chosen,
         **count_parameters(model),
     }
+
+
+def _held_out_loss(trainer: Trainer) -> float:
+    loss = trainer.evaluate()["eval_loss"]
+    check_loss("the held-out loss", loss)
+    return loss
 
 
 def is_first_process() -> bool:

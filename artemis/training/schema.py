@@ -52,11 +52,11 @@ def choice(*options: str | int | None, default: str | int | None) -> Any:
     )
 
 
-def integer(least: int, default: int) -> Any:
-    """A whole number from `least`."""
+def integer(least: int, default: int, most: int | None = None) -> Any:
+    """A whole number from `least`, up to `most`."""
     return rule(
-        lambda value: _is_integer(value) and value >= least,
-        f"an integer from {least}",
+        lambda value: _is_integer(value) and least <= value and (most is None or value <= most),
+        f"an integer from {least}" + ("" if most is None else f" to {most}"),
         default=default,
     )
 

@@ -27,12 +27,7 @@ import transformers
 from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import (
-    PREFIX_CHECKPOINT_DIR,
-    EvalLoopOutput,
-    TrainOutput,
-    has_length,
-)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 from transformers.training_args import ParallelMode
 
 from ..adapter_file import read_adapter
@@ -48,11 +43,11 @@ from .loss import lean_loss
 from .optimizers import holds_others, resized, untrained
 from .penalty import add_penalty_gradient, penalty_weight
 from .readiness import check_ready, narrow_parts
-from .resuming import kept_intervals, kept_rates, moved_place, rates
+from .resumption import ResumingTrainer
 from .throughput import of_this_call
 
 
-class Trainer(transformers.Trainer):
+class Trainer(ResumingTrainer):
     """transformers' Trainer; `model` is optional, and `args` defaults to `TrainingConfig`'s.
 
     Everything else is as in the parent, and is passed by keyword.
@@ -110,7 +105,8 @@ class Trainer(transformers.Trainer):
         self._renew_optimizer()
         begun = 0
         if checkpoint:
-            checkpoint = complete_checkpoint(checkpoint, self.args.output_dir)
+            hybrid = _hybrid(self.model)
+            checkpoint = complete_checkpoint(checkpoint, self.args.output_dir, hybrid)
             begun = saved_state(checkpoint)["global_step"]
         output = super().train(checkpoint or None, *args, **kwargs)
         # transformers 5.17 divides by the steps of the whole schedule; 5.23 keeps this attribute.
@@ -124,6 +120,9 @@ class Trainer(transformers.Trainer):
         given = None if self.optimizer is self._own_optimizer else self.optimizer
         scheduler = None if self._created_lr_scheduler else self.lr_scheduler
         callbacks = self.callback_handler.callbacks
+        more = {}
+        if self.optimizer_cls_and_kwargs is not None:  # which Seq2SeqTrainer does not take
+            more["optimizer_cls_and_kwargs"] = self.optimizer_cls_and_kwargs
         # The parent reads signature, labels, loss and device from the model in its constructor, and
         # offers no other way to set one.
         super().__init__(
@@ -136,8 +135,8 @@ class Trainer(transformers.Trainer):
             compute_loss_func=self.compute_loss_func,
             compute_metrics=self.compute_metrics,
             optimizers=(given, scheduler),
-            optimizer_cls_and_kwargs=self.optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=self.preprocess_logits_for_metrics,
+            **more,
         )
         self.callback_handler.callbacks = callbacks
 
@@ -229,34 +228,12 @@ class Trainer(transformers.Trainer):
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
-    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        if resume_from_checkpoint is not None:
-            sentences = kept_intervals(self.args, self.state)
-            if has_length(train_dataloader):
-                _, steps, *_, batches, _ = self.set_initial_training_values(
-                    self.args, train_dataloader
-                )
-                sentences += moved_place(self.args, self.state, steps, batches)
-            _warn(sentences)
+    def _prepare_for_training(self, *args: Any, **kwargs: Any):
         own = self.optimizer is None
-        prepared = super()._prepare_for_training(
-            max_steps, train_dataloader, resume_from_checkpoint
-        )
+        prepared = super()._prepare_for_training(*args, **kwargs)
         if own:
             self._own_optimizer = self.optimizer
         return prepared
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        given = rates(self.optimizer)
-        super()._load_optimizer_and_scheduler(checkpoint)
-        _warn(kept_rates(given, rates(self.optimizer)))
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:
-            # Resumed in an epoch, after the last step; the parent looks after a step only.
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
 
     def _load_best_model(self) -> None:
         if _hybrid(self.model):
@@ -273,11 +250,6 @@ class _NoModel(nn.Module):
 
 def _hybrid(model: nn.Module) -> bool:
     return find_bank(model) is not None
-
-
-def _warn(sentences: list[str]) -> None:
-    for sentence in sentences:
-        warnings.warn(sentence, stacklevel=2)
 
 
 def _load_adapter(model: nn.Module, path: str) -> None:

@@ -23,6 +23,7 @@ _FEW_ROWS = {"int8": 4, "fp8": 2, "int4": 2}  # up to here a copy of the weight 
 _FEW_BF16_ROWS = {"int8": 16, "fp8": 16, "int4": 8}  # the same where they are multiplied in bf16
 MOST_DIRECT_ROWS = 8  # rows that the compiled pass over a packed weight takes, but for bf16's
 _BY_BYTES = (torch.float32, torch.bfloat16)
+_ALIGNMENT = 32  # bytes: torch's int8 pass loads whole registers, and crashes at others
 
 
 #: The end of a strategy whose dY is the gradient of logits, rounded with more care.
@@ -158,14 +159,28 @@ class PackedBase:
         """`x Wᵀ` in fp32, every byte of the weight read once; None where nothing does that."""
         if x.device.type != "cpu" or x.dtype not in _BY_BYTES or not x.numel():
             return None
-        out_features, columns = self.weight.shape
-        odd = out_features % 16 or columns % 32  # torch's reads past their end
-        in_bf16 = x.shape[0] > 2 and quantized.takes_bf16_rows(x, self.weight)
-        if self.weight.format != "int8" or odd or in_bf16:
-            return quantized.few_rows(x, self.weight)
+        data, (out_features, columns) = self.weight.data, self.weight.shape
+        # Of other sizes torch's reads past their end.
+        torch_can = self.weight.format == "int8" and not (out_features % 16 or columns % 32)
+        plain_bf16 = x.dtype == torch.bfloat16 and not quantized.takes_bf16_rows(x, self.weight)
+        torch_is_fast = torch_can and plain_bf16 and _is_aligned(data)
+        y = None if torch_is_fast else quantized.few_rows(x, self.weight)
+        if y is not None or not torch_can:
+            return y
         ones = x.new_ones(out_features)  # the scales would be rounded to x's dtype
-        y = torch._weight_int8pack_mm(x.contiguous(), self.weight.data.contiguous(), ones)
+        y = torch._weight_int8pack_mm(_aligned(x), _aligned(data), ones)
         return y.float().mul_(self.weight.scale)
+
+
+def _is_aligned(tensor: torch.Tensor) -> bool:
+    return tensor.is_contiguous() and tensor.data_ptr() % _ALIGNMENT == 0
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, contiguous and at such an address; a view or a mapped file may start anywhere."""
+    if _is_aligned(tensor):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 Base = PlainBase | PackedBase

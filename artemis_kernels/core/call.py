@@ -6,11 +6,14 @@ from typing import NamedTuple
 import torch
 
 from . import rng
-from .device import has_autocast, why_no_bf16, why_no_triton
+from .device import has_autocast, why_no_triton
 from .quantized import QuantizedWeight
+from .registration import DEVICES
 from .types import Unavailable
 
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+#: What an exported program of any number of rows is made for: its one path fits many best.
+ROWS_OF_AN_EXPORT = 1024
 
 
 class Path(NamedTuple):
@@ -73,6 +76,20 @@ def dropout(
     return float(p), seed.reshape(1)
 
 
+def rows(x: torch.Tensor) -> int:
+    """Rows of x [..., in] that a path is chosen for.
+
+    A choice by the number at hand would become a guard: torch.compile compiles anew where it
+    fails, but a program of torch.export could not take other numbers.
+    """
+    found = x.numel() // max(x.shape[-1], 1)
+    if torch.compiler.is_exporting():
+        from torch.fx.experimental.symbolic_shapes import has_static_value  # loaded by then
+
+        return found if has_static_value(found) else ROWS_OF_AN_EXPORT
+    return found
+
+
 def implementation(
     op: str,
     impl: str | None,
@@ -80,7 +97,7 @@ def implementation(
     device: torch.device,
     trains_weight: bool,
 ) -> tuple[str, str]:
-    """The implementation that runs and why; raises `Unavailable` for a named one that cannot.
+    """The implementation that runs and why; raises `Unavailable` where none can, or not the named.
 
     `trains_weight`: the weight asks for a gradient, which only the reference gives.
     """
@@ -91,6 +108,11 @@ def implementation(
             return "reference", "the weight requires a gradient, which only the reference gives"
         raise Unavailable(
             f"{op}: impl={impl!r} takes a frozen weight, but this one requires a gradient"
+        )
+    if device.type not in (*DEVICES, "meta"):
+        raise Unavailable(
+            f"{op}: the tensors are on {device.type!r}, and the operators run on 'cpu' and 'cuda'"
+            " only; impl='reference' runs on any device"
         )
     if impl == "eager":
         return impl, "it was asked for"
@@ -109,8 +131,6 @@ def why_no_kernels(dtype: torch.dtype, device: torch.device) -> str | None:
     blocker = why_no_triton(device)
     if blocker is None and dtype not in TRITON_DTYPES:
         blocker = f"x is {dtype}, and the kernels take float16, bfloat16 and float32"
-    if blocker is None and dtype == torch.bfloat16:
-        blocker = why_no_bf16(device)
     return blocker
 
 

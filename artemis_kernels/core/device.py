@@ -84,7 +84,8 @@ def interpreting() -> bool:
 
 
 @functools.cache
-def _gpu(index: int) -> Chip:
+def _gpu(index: int) -> tuple[str, int, int, int]:
+    """What a `Chip` is made of."""
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         name = properties.gcnArchName.split(":")[0]
@@ -93,7 +94,16 @@ def _gpu(index: int) -> Chip:
     else:
         name, warp_size = f"sm_{properties.major}{properties.minor}", 32
         shared = properties.shared_memory_per_block_optin
-    return Chip(name, properties.multi_processor_count, shared, warp_size)
+    return name, properties.multi_processor_count, shared, warp_size
+
+
+def _facts(device: torch.device) -> tuple[str, int, int, int]:
+    return _gpu(torch.cuda.current_device() if device.index is None else device.index)
+
+
+# A fact of the machine is no part of a traced graph. This is torch.compiler.assume_constant_result,
+# which would import torch._dynamo, and triton with it: a second, for everyone who never compiles.
+_facts._dynamo_marked_constant = True
 
 
 def chip(device: torch.device | Chip) -> Chip:
@@ -105,7 +115,7 @@ def chip(device: torch.device | Chip) -> Chip:
         return device
     if device.type != "cuda":
         return CHIPS[INTERPRETER]
-    return _gpu(torch.cuda.current_device() if device.index is None else device.index)
+    return Chip(*_facts(device))  # tracing follows the properties of what it sees made
 
 
 def gpu_count() -> int:
@@ -118,14 +128,19 @@ def made_current(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+# Of NVIDIA's generations, as Triton supports them: before, products in 16 bits take no tensor cores
+# and spill, and the widest tiles do not fit in shared memory.
+_OLDEST = 80
+
+
 def why_no_triton(device: torch.device) -> str | None:
     """One sentence saying why kernels cannot run on tensors of `device`, or None if they can."""
     if not has_triton():
         return "triton is not installed"
     if device.type == "cuda":
         on = chip(device)
-        if on.backend == "cuda" and on.generation < 70:
-            return f"triton compiles for NVIDIA's GPUs from sm_70 on, and this is one of {on.name}"
+        if on.backend == "cuda" and on.generation < _OLDEST:
+            return f"the kernels need sm_{_OLDEST} or later of NVIDIA, and this GPU is {on.name}"
         return None
     if device.type == "cpu" and interpreting():
         return None
@@ -134,19 +149,7 @@ def why_no_triton(device: torch.device) -> str | None:
     )
 
 
-# A fact of the machine is no part of a traced graph. This is torch.compiler.assume_constant_result,
-# which would import torch._dynamo, and triton with it: a second, for everyone who never compiles.
-why_no_triton._dynamo_marked_constant = True
-
-
-def why_no_bf16(device: torch.device) -> str | None:
-    """The same for kernels on bf16 tensors, which NVIDIA's GPUs before Ampere do not multiply."""
-    if device.type != "cuda" or has_fast_bf16(device):
-        return None
-    return "x is torch.bfloat16, and this GPU has no products of it, as NVIDIA's from sm_80 on have"
-
-
-why_no_bf16._dynamo_marked_constant = True  # as above
+why_no_triton._dynamo_marked_constant = True  # as above
 
 
 def has_autocast(kind: str) -> bool:

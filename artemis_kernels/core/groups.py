@@ -117,7 +117,7 @@ def _function(op: GroupOperation, forward_operator, backward_operator):
             return tuple(ys)
 
         @staticmethod
-        @once
+        @once(op.name)
         def backward(ctx, *dys):
             seed, x, *tensors = ctx.saved_tensors
             operands, kept = tensors[: ctx.size], tensors[ctx.size :]

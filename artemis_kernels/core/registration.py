@@ -12,17 +12,19 @@ from collections.abc import Callable
 import torch
 
 from .device import has_autocast
+from .types import Unavailable
 
+#: Types of devices that operators have kernels for.
+DEVICES = ("cpu", "cuda")
 _LIBRARY = torch.library.Library("artemis", "DEF")
-_DEVICES = ("CPU", "CUDA")
 
 
 def define(schema: str, kernel: Callable, fake: Callable) -> torch._ops.OpOverload:
     """Define `artemis::<schema>` with one Python kernel for every device; return the operator."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for device in _DEVICES:
-        _LIBRARY.impl(name, kernel, device)
+    for device in DEVICES:
+        _LIBRARY.impl(name, kernel, device.upper())
     torch.library.register_fake(f"artemis::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.artemis, name).default
 
@@ -33,7 +35,7 @@ def differentiate(name: str, function: type[torch.autograd.Function]) -> None:
 
 
 class Operation(torch.autograd.Function):
-    """Base of the operations' Functions: one clear error where a second derivative is asked for."""
+    """Base of the operations' Functions."""
 
     @staticmethod
     def below_autograd():
@@ -41,24 +43,34 @@ class Operation(torch.autograd.Function):
         return torch._C._AutoDispatchBelowAutograd()
 
 
-def once(backward: Callable) -> Callable:
-    """Wrap a Function's backward: its gradients are constants, and autocast does not reach in.
+def once(name: str) -> Callable[[Callable], Callable]:
+    """Decorator of the backward of operation `name`: autocast does not reach in.
 
+    Its gradients are constants. Under `create_graph`, which alone leaves the grad mode on, they
+    would make second derivatives wrong in silence, so it is refused; torch's once_differentiable
+    refuses only where dY requires a gradient, and that of a sum does not.
     Where no gradient reached any output, none is passed on.
     """
 
-    @torch.autograd.function.once_differentiable
-    def wrapped(ctx, *grads):
-        reached = next((grad for grad in grads if grad is not None), None)
-        if reached is None:
-            return (None,) * len(ctx.needs_input_grad)
-        kind = reached.device.type
-        if not has_autocast(kind) or not torch.is_autocast_enabled(kind):
-            return backward(ctx, *grads)
-        with torch.autocast(kind, enabled=False):
-            return backward(ctx, *grads)
+    def decorate(backward: Callable) -> Callable:
+        def wrapped(ctx, *grads):
+            if torch.is_grad_enabled():
+                raise Unavailable(
+                    f"{name}: there is no second derivative (create_graph=True);"
+                    " impl='reference' has one"
+                )
+            reached = next((grad for grad in grads if grad is not None), None)
+            if reached is None:
+                return (None,) * len(ctx.needs_input_grad)
+            kind = reached.device.type
+            if not has_autocast(kind) or not torch.is_autocast_enabled(kind):
+                return backward(ctx, *grads)
+            with torch.autocast(kind, enabled=False):
+                return backward(ctx, *grads)
 
-    return wrapped
+        return wrapped
+
+    return decorate
 
 
 def present(gradients: tuple[torch.Tensor | None, ...], like: torch.Tensor) -> list[torch.Tensor]:

@@ -51,7 +51,7 @@ def _hash(pairs: int, high: int, seed: torch.Tensor) -> torch.Tensor:
     k0 = _mix(low_seed + _mix(high_seed) + _signed(0x9E3779B9 * (high + 1)))
     k1 = _mix(high_seed ^ k0 ^ _signed(0x85EBCA6B))
     h = _int32(torch.arange(pairs, dtype=torch.int64, device=seed.device))
-    h.bitwise_xor_(k0)
+    h = h ^ k0  # no in-place operation: under vmap k0 is a batch, and h is not yet
     h.bitwise_xor_(_shift(h, 16)).mul_(_signed(0x7FEB352D))
     h.bitwise_xor_(_shift(h, 15)).add_(k1).mul_(_signed(0x846CA68B))
     return h.bitwise_xor_(_shift(h, 16))

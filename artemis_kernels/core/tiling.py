@@ -108,6 +108,11 @@ def max_row_block_width(chip: Chip) -> int:
 @functools.cache
 def heuristic(kernel: str, shape: Shape, chip: Chip) -> Config:
     """The configuration of `kernel` (a key of `HEURISTICS`) where nothing was measured."""
+    return worked_out(kernel, shape, chip)
+
+
+def worked_out(kernel: str, shape: Shape, chip: Chip) -> Config:
+    """`heuristic` without a cache: what torch.compile traces, which warns of caches."""
     if chip.name == INTERPRETER:
         return _interpreted(shape)
     return HEURISTICS[kernel](shape, chip)

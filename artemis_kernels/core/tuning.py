@@ -183,7 +183,7 @@ def _weight_hides_a(shape: Shape, chip: Chip) -> bool:
 
     A is fp32 [r, k]; the cache that keeps it is taken to give twice the memory's bandwidth.
     """
-    columns = -(-shape.n // tiling.heuristic("one_pass", shape.bucket, chip).block_n)
+    columns = -(-shape.n // tiling.worked_out("one_pass", shape.bucket, chip).block_n)
     again = 4 * shape.r * shape.k * columns
     return again / 2 <= shape.n * shape.k * shape.dtype.itemsize + _LAUNCH_BYTES
 

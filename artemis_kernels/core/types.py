@@ -34,4 +34,7 @@ class Choice:
 
 
 class Unavailable(RuntimeError):
-    """A path asked for by name cannot run this call; the message says why in one sentence."""
+    """This call, a path asked for by name, or a second derivative of any but the reference's.
+
+    The message says why in one sentence.
+    """

@@ -1,5 +1,6 @@
 """What a launch or a compilation can end in, and what a row says of it."""
 
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -9,12 +10,38 @@ import triton
 FAILURES = (RuntimeError, ValueError, TypeError, AssertionError, triton.TritonError)
 
 
+Row = dict[str, Any]
+
+
 def out_of_memory(error: Exception) -> bool:
     """Whether a GPU's memory ran out; Triton and cuBLAS say so in words."""
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
-def failure(error: Exception) -> dict[str, Any]:
+def failure(error: Exception) -> Row:
     """`passed` is None where memory ran out: what did not run is not known to be wrong."""
     passed = None if out_of_memory(error) else False
     return {"passed": passed, "where": f"{type(error).__name__}: {error}"[:300]}
+
+
+def tried(
+    calls: dict[str, Callable[[], object]], rows: dict[str, Row]
+) -> dict[str, Callable[[], object]]:
+    """Those of `calls` that run, each tried once; of one that does not, its row says why."""
+    running = {}
+    for name, call in calls.items():
+        try:
+            call()
+        except FAILURES as error:
+            rows[name] |= failure(error)
+        else:
+            running[name] = call
+    return running
+
+
+def contained(rows: Iterable[Row], about: Row) -> Iterator[Row]:
+    """The rows of one workload; where it breaks off, one says so, and the next workload comes."""
+    try:
+        yield from rows
+    except FAILURES as error:
+        yield about | {"provider": "artemis"} | failure(error)

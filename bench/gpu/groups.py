@@ -1,7 +1,7 @@
 """Layers that read one x (q, k and v; gate and up) as one operation, beside one by one and PEFT."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
@@ -11,7 +11,7 @@ from artemis.benchmark.peers import HAS_PEFT, peft_layer
 from artemis.benchmark.timer import Timer
 from artemis_kernels import adapter_linear, adapter_linear_group, lora_linear, lora_linear_group
 
-from .failures import FAILURES, failure
+from .failures import FAILURES, Row, contained, failure, tried
 
 Ys = Sequence[torch.Tensor]
 
@@ -65,29 +65,37 @@ class Operands(NamedTuple):
         return Operands(self.x.detach().to(dtype).requires_grad_(), *lists)
 
 
-def groups(device: torch.device, tiny: bool, rounds: int) -> Iterator[dict[str, Any]]:
+def groups(device: torch.device, tiny: bool, rounds: int) -> Iterator[Row]:
     """A row for every workload and provider; `over_joined` compares with the group."""
     dtype = torch.float32 if tiny else torch.bfloat16
     timer = Timer(device, rounds)
     for work in workloads(tiny):
-        torch.manual_seed(0)
-        with torch.device(device):
-            given = _operands(work).to(dtype)
-            dys = [torch.randn(work.rows, n).to(dtype) for n in work.outs]
-        ways = _ways(work, given, dtype)
-        rows = _checked(work, given, dys, ways)
-        calls = {
-            name: _call(way, given, dys, given.leaves if name != "bare" else [given.x])
-            for name, way in ways.items()
-            if rows[name]["passed"]
-        }
-        for name, times in timer.rows(calls).items():
-            rows[name] |= times
-        joined = rows["artemis, group"].get("ms")
-        for name, row in rows.items():
-            if "ms" in row and joined:
-                row["over_joined"] = row["ms"]["p50"] / joined["p50"]
-            yield {"kind": "group", "provider": name, **work._asdict(), **row}
+        about = {"kind": "group", **work._asdict()}
+        measured = _measured(work, dtype, device, timer)
+        yield from contained((about | row for row in measured), about)
+
+
+def _measured(
+    work: Workload, dtype: torch.dtype, device: torch.device, timer: Timer
+) -> Iterator[Row]:
+    torch.manual_seed(0)
+    with torch.device(device):
+        given = _operands(work).to(dtype)
+        dys = [torch.randn(work.rows, n).to(dtype) for n in work.outs]
+    ways = _ways(work, given, dtype)
+    rows = _checked(work, given, dys, ways)
+    calls = {
+        name: _call(way, given, dys, given.leaves if name != "bare" else [given.x])
+        for name, way in ways.items()
+        if rows[name]["passed"]
+    }
+    for name, times in timer.rows(tried(calls, rows)).items():
+        rows[name] |= times
+    joined = rows["artemis, group"].get("ms")
+    for name, row in rows.items():
+        if "ms" in row and joined:
+            row["over_joined"] = row["ms"]["p50"] / joined["p50"]
+        yield {"provider": name} | row
 
 
 def _operands(work: Workload) -> Operands:
@@ -137,16 +145,14 @@ def _call(way: Callable[[Operands], Ys], given: Operands, dys: Ys, leaves: list[
     return lambda: torch.autograd.grad(way(given), leaves, dys)
 
 
-def _checked(
-    work: Workload, given: Operands, dys: Ys, ways: dict[str, Callable]
-) -> dict[str, dict[str, Any]]:
+def _checked(work: Workload, given: Operands, dys: Ys, ways: dict[str, Callable]) -> dict[str, Row]:
     """Largest error over its limit: twice the reference's in the same dtype, ys and gradients.
 
     Peers draw masks of their own and are not checked here: `operations` checks the same layers.
     """
     exact = _outcome(lambda o: _artemis(work, o, False, "reference"), given, torch.float64, dys)
     plain = _outcome(lambda o: _artemis(work, o, False, "reference"), given, given.x.dtype, dys)
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, Row] = {}
     for name, way in ways.items():
         if not name.startswith("artemis"):
             rows[name] = {"passed": True}

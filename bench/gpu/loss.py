@@ -1,7 +1,6 @@
 """A language model's loss and the gradient of its logits, beside torch on a copy in fp32."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch.nn import functional
@@ -9,38 +8,46 @@ from torch.nn import functional
 import artemis_kernels
 from artemis.benchmark.timer import Timer
 
-from .failures import FAILURES, failure
+from .failures import FAILURES, Row, contained, failure, tried
 
 _JUDGED_ROWS = 256  # in fp64
 _RELATIVE = 4e-6  # of fp32's sums and exponentials, as in tests/ops/test_cross_entropy.py
 
 
-def losses(device: torch.device, tiny: bool, rounds: int) -> Iterator[dict[str, Any]]:
+def losses(device: torch.device, tiny: bool, rounds: int) -> Iterator[Row]:
     """A row for every vocabulary and provider, forward and backward together."""
     dtype = torch.float32 if tiny else torch.bfloat16
     timer = Timer(device, rounds)
     for rows, classes in ((6, 50),) if tiny else ((8192, 32000), (8192, 128256)):
-        torch.manual_seed(0)
-        logits = (3 * torch.randn(rows, classes, device=device)).to(dtype).requires_grad_()
-        target = torch.randint(classes, (rows,), device=device)
         about = {"kind": "loss", "rows": rows, "classes": classes}
-        calls = {
-            "torch": lambda x=logits, t=target: torch.autograd.grad(_plain(x, t), x),
-            "artemis": lambda x=logits, t=target: torch.autograd.grad(_ours(x, t), x),
-        }
-        try:
-            verdict = _judged(logits.detach()[:_JUDGED_ROWS], target[:_JUDGED_ROWS])
-            calls["artemis"]()  # of all rows
-        except FAILURES as error:
-            verdict = failure(error)
-        if not verdict["passed"]:
-            del calls["artemis"]
-            yield {**about, "provider": "artemis", **verdict}
-        times = timer.rows(calls)
-        for name, row in times.items():
-            ratio = times["torch"]["ms"]["p50"] / row["ms"]["p50"]
-            more = verdict if name == "artemis" else {}
-            yield {**about, "provider": name, "over_torch": ratio, **more, **row}
+        measured = _measured(rows, classes, dtype, device, timer)
+        yield from contained((about | row for row in measured), about)
+
+
+def _measured(
+    count: int, classes: int, dtype: torch.dtype, device: torch.device, timer: Timer
+) -> Iterator[Row]:
+    """A row for either provider; `over_torch` is torch's time over its own."""
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(count, classes, device=device)).to(dtype).requires_grad_()
+    target = torch.randint(classes, (count,), device=device)
+    rows: dict[str, Row] = {"torch": {}, "artemis": {}}
+    calls = {
+        "torch": lambda: torch.autograd.grad(_plain(logits, target), logits),
+        "artemis": lambda: torch.autograd.grad(_ours(logits, target), logits),
+    }
+    try:
+        rows["artemis"] = _judged(logits.detach()[:_JUDGED_ROWS], target[:_JUDGED_ROWS])
+    except FAILURES as error:
+        rows["artemis"] = failure(error)
+    if not rows["artemis"]["passed"]:
+        del calls["artemis"]
+    for name, times in timer.rows(tried(calls, rows)).items():
+        rows[name] |= times
+    for name, row in rows.items():
+        if "ms" in row and "ms" in rows["torch"]:
+            row["over_torch"] = rows["torch"]["ms"]["p50"] / row["ms"]["p50"]
+        yield {"provider": name} | row
 
 
 def _ours(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -51,7 +58,7 @@ def _plain(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return functional.cross_entropy(x.float(), target)
 
 
-def _judged(logits: torch.Tensor, target: torch.Tensor) -> dict[str, Any]:
+def _judged(logits: torch.Tensor, target: torch.Tensor) -> Row:
     """The largest error over its limit, of the loss and of its gradient, against fp64."""
     found = {}
     for name, run, x in (

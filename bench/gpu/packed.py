@@ -4,7 +4,7 @@ At the rows of decoding, of short prompts and of a training step.
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
@@ -14,7 +14,7 @@ from artemis.benchmark.operations import OPERATIONS, Sizes, Tensors, Truth, oper
 from artemis.benchmark.timer import Timer
 from artemis_kernels import QuantizedWeight, explain
 
-from .failures import FAILURES, failure
+from .failures import FAILURES, Row, contained, failure, tried
 
 FORMATS = ("int8", "fp8", "int4")
 RANK = 16
@@ -41,32 +41,40 @@ def workloads(tiny: bool) -> Iterator[Workload]:
             yield Workload(rows, k, n, backward)
 
 
-def packed(device: torch.device, tiny: bool, rounds: int) -> Iterator[dict[str, Any]]:
+def packed(device: torch.device, tiny: bool, rounds: int) -> Iterator[Row]:
     """A row for every workload, format and provider; `over_bare` compares with the 16-bit one."""
     dtype = torch.float32 if tiny else torch.bfloat16
     timer = Timer(device, rounds)
     for work in workloads(tiny):
-        torch.manual_seed(0)
-        every = operands(_LORA, Sizes(work.rows, work.k, work.n, RANK), dtype, device)
-        tensors = {name: every[name] for name in ("weight", *_LEARN)}
-        weights = {
-            f"artemis, {format}": QuantizedWeight.quantize(every["weight"], format)
-            for format in FORMATS
-        } | {"artemis, 16 bits": every["weight"]}
-        rows = {name: _judged(weight, tensors, work.backward) for name, weight in weights.items()}
-        runs = {n: of_packed.provider(_LORA, w, 0.0, "triton") for n, w in weights.items()}
-        runs["bare"], rows["bare"] = _bare, {"passed": True}
-        calls = {
-            name: _call(run, tensors, work.backward, name == "bare")
-            for name, run in runs.items() if rows[name]["passed"]
-        }  # fmt: skip
-        for name, times in timer.rows(calls).items():
-            rows[name] |= times
-        bare = rows["bare"]["ms"]["p50"]
-        for name, row in rows.items():
-            if "ms" in row:
-                row["over_bare"] = row["ms"]["p50"] / bare
-            yield {"kind": "packed", "provider": name, **work._asdict(), **row}
+        about = {"kind": "packed", **work._asdict()}
+        measured = _measured(work, dtype, device, timer)
+        yield from contained((about | row for row in measured), about)
+
+
+def _measured(
+    work: Workload, dtype: torch.dtype, device: torch.device, timer: Timer
+) -> Iterator[Row]:
+    torch.manual_seed(0)
+    every = operands(_LORA, Sizes(work.rows, work.k, work.n, RANK), dtype, device)
+    tensors = {name: every[name] for name in ("weight", *_LEARN)}
+    weights = {
+        f"artemis, {format}": QuantizedWeight.quantize(every["weight"], format)
+        for format in FORMATS
+    } | {"artemis, 16 bits": every["weight"]}
+    rows = {name: _judged(weight, tensors, work.backward) for name, weight in weights.items()}
+    runs = {n: of_packed.provider(_LORA, w, 0.0, "triton") for n, w in weights.items()}
+    runs["bare"], rows["bare"] = _bare, {"passed": True}
+    calls = {
+        name: _call(run, tensors, work.backward, name == "bare")
+        for name, run in runs.items() if rows[name]["passed"]
+    }  # fmt: skip
+    for name, times in timer.rows(tried(calls, rows)).items():
+        rows[name] |= times
+    bare = rows["bare"].get("ms")
+    for name, row in rows.items():
+        if "ms" in row and bare:
+            row["over_bare"] = row["ms"]["p50"] / bare["p50"]
+        yield {"provider": name} | row
 
 
 def _bare(t: Tensors) -> torch.Tensor:
@@ -78,13 +86,12 @@ def _call(run, tensors: Tensors, backward: bool, bare: bool):
     leaves = {n: t.detach().requires_grad_(n in learns) for n, t in tensors.items()}
     if not backward:
         return lambda: run(leaves)
-    dy = torch.randn_like(run(leaves))
+    x, outputs = tensors["x"], len(tensors["weight"])
+    dy = torch.randn(len(x), outputs, dtype=x.dtype, device=x.device)
     return lambda: torch.autograd.grad(run(leaves), [leaves[name] for name in learns], dy)
 
 
-def _judged(
-    weight: QuantizedWeight | torch.Tensor, tensors: Tensors, backward: bool
-) -> dict[str, Any]:
+def _judged(weight: QuantizedWeight | torch.Tensor, tensors: Tensors, backward: bool) -> Row:
     """The path, the largest error over its limit, and the verdict."""
     given = {"scale": 1.0} | tensors | {"weight": weight}
     strategy = explain("lora_linear", **given, impl="triton").strategy

@@ -5,7 +5,7 @@ how far Triton's are taken to lack behind the vendor's. Forward `x Wᵀ` and dX 
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
@@ -19,7 +19,7 @@ from artemis_kernels.ops.low_rank.expand import expand
 from artemis_kernels.ops.low_rank.expand_persistent import expand_persistent, has_descriptors
 from artemis_kernels.ops.low_rank.steps import updated
 
-from .failures import FAILURES, failure
+from .failures import FAILURES, Row, contained, failure, tried
 
 
 class Product(NamedTuple):
@@ -48,28 +48,36 @@ def workloads(tiny: bool) -> Iterator[Product]:
         yield from (Product(m, k, n, r, back) for back in (False, True))
 
 
-def products(device: torch.device, tiny: bool, rounds: int) -> Iterator[dict[str, Any]]:
+def products(device: torch.device, tiny: bool, rounds: int) -> Iterator[Row]:
     """A row for every product and way; `over_pointers` compares with the kernel by pointers."""
     dtype = torch.float32 if tiny else torch.bfloat16
-    timer, chip = Timer(device, rounds), devices.chip(device)
+    timer = Timer(device, rounds)
     for work in workloads(tiny):
-        torch.manual_seed(0)
-        m, k, n, r, back = work
-        with torch.device(device):
-            x, weight = torch.randn(m, k).to(dtype), (torch.randn(n, k) / k**0.5).to(dtype)
-            s, b = torch.randn(m, r), torch.randn(n, r) / r**0.5
-        weight = weight.t().contiguous().t() if back else weight
-        ways = _ways(x, weight, s, b, chip)
-        rows = _checked(ways, x, weight, s, b)
-        for name, times in timer.rows({n: w for n, w in ways.items() if rows[n]["passed"]}).items():
-            rows[name] |= times
-        for name, row in rows.items():
-            if "ms" in row:
-                row["tflops"] = 2 * m * n * (k + r * (name != "bare")) / row["ms"]["p50"] / 1e9
-                if "ms" in rows["pointers"]:
-                    row["over_pointers"] = row["ms"]["p50"] / rows["pointers"]["ms"]["p50"]
-            provider = name if name == "bare" else f"artemis, {name}"
-            yield {"kind": "product", "provider": provider, **work._asdict(), **row}
+        about = {"kind": "product", **work._asdict()}
+        measured = _measured(work, dtype, device, timer)
+        yield from contained((about | row for row in measured), about)
+
+
+def _measured(
+    work: Product, dtype: torch.dtype, device: torch.device, timer: Timer
+) -> Iterator[Row]:
+    torch.manual_seed(0)
+    m, k, n, r, back = work
+    with torch.device(device):
+        x, weight = torch.randn(m, k).to(dtype), (torch.randn(n, k) / k**0.5).to(dtype)
+        s, b = torch.randn(m, r), torch.randn(n, r) / r**0.5
+    weight = weight.t().contiguous().t() if back else weight
+    ways = _ways(x, weight, s, b, devices.chip(device))
+    rows = _checked(ways, x, weight, s, b)
+    calls = {name: way for name, way in ways.items() if rows[name]["passed"]}
+    for name, times in timer.rows(tried(calls, rows)).items():
+        rows[name] |= times
+    for name, row in rows.items():
+        if "ms" in row:
+            row["tflops"] = 2 * m * n * (k + r * (name != "bare")) / row["ms"]["p50"] / 1e9
+            if "ms" in rows["pointers"]:
+                row["over_pointers"] = row["ms"]["p50"] / rows["pointers"]["ms"]["p50"]
+        yield {"provider": name if name == "bare" else f"artemis, {name}"} | row
 
 
 def _ways(x, weight, s, b, chip) -> dict[str, Callable[[], torch.Tensor]]:
@@ -92,12 +100,12 @@ def _vendor(x, weight, s, b, chip) -> torch.Tensor:
     return updated(y, s, b, chip, dtype=y.dtype, out=y)
 
 
-def _checked(ways: dict[str, Callable], x, weight, s, b) -> dict[str, dict[str, Any]]:
+def _checked(ways: dict[str, Callable], x, weight, s, b) -> dict[str, Row]:
     """Error of each way against fp64; limit: half as much again as plain torch's."""
     exact = x.double() @ weight.double().t() + s.double() @ b.double().t()
     plain = functional.linear(x, weight) + functional.linear(s.to(x.dtype), b.to(x.dtype))
     limit = 1.5 * relative_error(plain, exact) + torch.finfo(x.dtype).eps / 4
-    rows: dict[str, dict[str, Any]] = {"bare": {"passed": True}}
+    rows: dict[str, Row] = {"bare": {"passed": True}}
     for name, way in ways.items():
         if name == "bare":
             continue

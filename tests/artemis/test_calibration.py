@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from artemis.quantization.calibrate import column_importance
-from tests.artemis.models import bert, tokens
+from tests.artemis.models import adapted, bert, t5, tokens
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -37,3 +37,47 @@ def test_a_mask_of_another_shape_leaves_nothing_out():
     )
     first = model.bert(ids, attention_mask=mask).last_hidden_state[:, 0]
     torch.testing.assert_close(found["pooler"], first.detach().square().mean(0))
+
+
+#: Layers of T5 and the mask of what they read: the encoder's states, or the decoder's.
+READ = {
+    "encoder.block.1.layer.1.DenseReluDense.wo": "attention_mask",
+    "decoder.block.0.layer.1.EncDecAttention.k": "attention_mask",
+    "decoder.block.1.layer.1.EncDecAttention.v": "attention_mask",
+    "decoder.block.1.layer.1.EncDecAttention.q": "decoder_attention_mask",
+    "decoder.block.0.layer.0.SelfAttention.k": "decoder_attention_mask",
+    "decoder.block.1.layer.2.DenseReluDense.wi": "decoder_attention_mask",
+    "lm_head": "decoder_attention_mask",
+}
+
+
+def adapted_t5():
+    return adapted(t5(), target_modules=["k", "v", "wi"], apply_lora_to=["k", "v"])
+
+
+@pytest.mark.parametrize("build", [t5, adapted_t5])
+@pytest.mark.parametrize("decoder_padded", [False, True])
+def test_an_encoder_and_its_decoder_have_masks_of_their_own(decoder_padded, build):
+    torch.manual_seed(0)
+    model, lengths = build(), {"attention_mask": 3}
+    batch = {"input_ids": tokens(2, 8), "decoder_input_ids": tokens(2, 8)}
+    if decoder_padded:
+        lengths["decoder_attention_mask"] = 6
+    for name, length in lengths.items():
+        batch[name] = (torch.arange(8) < length).long().expand(2, 8)
+    layers = {path: model.get_submodule(path) for path in READ}
+    seen = {}
+    handles = [
+        layer.register_forward_pre_hook(lambda m, args, path=path: seen.update({path: args[0]}))
+        for path, layer in layers.items()
+    ]
+    with torch.no_grad():
+        model(**batch)
+    for handle in handles:
+        handle.remove()
+    found = column_importance(model, layers, [batch, batch])
+    for path, name in READ.items():
+        read = seen[path][:, : lengths.get(name, 8)].double()
+        expected = read.square().mean((0, 1)).float()
+        torch.testing.assert_close(found[path], expected, rtol=1e-4, atol=1e-6, msg=path)
+    assert not model.encoder._forward_hooks

@@ -231,6 +231,10 @@ def test_sources_of_data():
     ]
     assert analyze_layer_importance(model, loader) == analyze_layer_importance(model, in_order)
     assert analyze_layer_importance(model, Stream()).keys() == reference.keys()
+    listed = [{name: t.tolist() for name, t in examples[i].items()} for i in range(24)]
+    as_dataset = analyze_layer_importance(model, examples)
+    for rows in (listed, tuple(examples[i] for i in range(24))):
+        assert analyze_layer_importance(model, rows) == as_dataset
     few = analyze_layer_importance(model, Examples(5))  # fewer examples than batches times size
     assert sum(few.values()) == pytest.approx(1)
 
@@ -350,6 +354,7 @@ def without_labels() -> list[dict[str, torch.Tensor]]:
         (lambda: [tokens()], {}, "got a Tensor as a batch"),
         (lambda: batches()[0], {}, "dataset: got a dict"),
         (lambda: 7, {}, "dataset: got a int"),
+        (lambda: tokens(), {}, "dataset: got a Tensor"),
         (batches, dict(loss=lambda m, b: torch.tensor(float("nan"))), "got nan"),
         (batches, dict(loss=lambda m, b: torch.ones(())), "depends on none of the modules"),
         (batches, dict(loss=lambda m, b: 3.0), "got 3.0, allowed: a finite 0-d tensor"),

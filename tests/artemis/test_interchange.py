@@ -115,6 +115,16 @@ def test_a_saved_adapter_is_exported_as_its_model_is(tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+def test_a_compiled_model_is_saved_and_exported_as_what_it_wraps(tmp_path):
+    model = adapted(llama(), **ONLY_LORA)
+    compiled = torch.compile(model, backend="eager")
+    for name, source in (("plain", model), ("compiled", compiled)):
+        source.save_adapter_parameters(tmp_path / name)
+        artemis.export_adapter(source, tmp_path / name)
+    for path in (tmp_path / "plain").iterdir():
+        assert path.read_bytes() == (tmp_path / "compiled" / path.name).read_bytes(), path.name
+
+
 def test_half_a_hybrid_only_where_it_is_asked_for(tmp_path):
     base, ids = llama(), tokens()
     ours = adapted(copy.deepcopy(base))

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrize, prune
 from transformers import TrainingArguments
@@ -362,3 +362,33 @@ def test_a_module_that_is_wrapped_in_its_place_is_in_its_place():
     model.remove_adapter()
     assert type(layer.self_attn.q_proj.inner) is nn.Linear
     assert not layer.mlp.inner._forward_hooks
+
+
+def test_a_state_says_whether_it_is_merged(tmp_path):
+    """Else LoRA would count twice, or not at all, in the model that it is loaded into."""
+    model, plain, ids = adapted(llama()), adapted(llama()), tokens()
+    own = snapshot(model)
+    model.merge_adapter()
+    merged, expected = snapshot(model), model(ids).logits
+    path = tmp_path / "merged.safetensors"
+    save_file(merged, path)
+    for state in (merged, copy.deepcopy(model).state_dict(), load_file(path)):
+        with pytest.raises(RuntimeError, match=r"Unexpected key.*hybrid_adapter\.merged"):
+            plain.load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r"Missing key.*hybrid_adapter\.merged"):
+        model.load_state_dict(own)
+
+    plain.merge_adapter()
+    plain.load_state_dict(merged)
+    assert torch.equal(plain(ids).logits, expected)
+    plain.unmerge_adapter()
+    assert plain.state_dict().keys() == own.keys()
+
+
+def test_a_merged_model_is_saved_as_a_plain_one(tmp_path):
+    names = ["q_proj", "v_proj"]
+    model, ids = adapted(llama(), target_modules=names, apply_lora_to=names), tokens()
+    model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)

@@ -11,7 +11,7 @@ from artemis import (
     quantize_adapter_model,
 )
 from artemis.quantized_layers import packed_layers
-from tests.artemis.models import adapted, assert_same_state, bert, llama, snapshot
+from tests.artemis.models import adapted, assert_same_state, bert, llama, snapshot, tokens
 from tests.artemis.test_quantization import quantized
 
 
@@ -31,6 +31,15 @@ from tests.artemis.test_quantization import quantized
         (dict(bits=4, data=[]), "data: got no batch"),
         (dict(include_head=1), "include_head: got 1"),
         (dict(leave="lm_head"), "leave: got 'lm_head', allowed: a list"),
+        (dict(leave=None), "leave: got None, allowed: a list"),
+        (dict(bits=4, data=["a text"]), "data: got a str as a batch, allowed: a mapping"),
+        (dict(bits=4, data="a text"), "data: got a str, allowed: a list of batches"),
+        (dict(bits=4, data=tokens()), "data: got a Tensor, allowed: a list of batches"),
+        (dict(bits=4, data=[{"input_ids": [[3, 4]]}]), "data: the input_ids of a batch are a list"),
+        (
+            dict(bits=4, data=[{"input_ids": [3, 4]}, {"input_ids": [3]}] * 32),
+            "data: examples that make no batch .* of one length",
+        ),
         (dict(leave=["head"]), "leave: LlamaForCausalLM has no module head"),
     ],
 )
@@ -94,3 +103,15 @@ def test_bad_models_are_refused_and_left():
         quantize_adapter_model(nn.Sequential(nn.Embedding(3, 4)))
     with pytest.raises(AdapterError, match="got a int, allowed: a torch.nn.Module"):
         quantize_adapter_model(3)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda model: torch.compile(model, backend="eager"), nn.DataParallel]
+)
+def test_a_wrapped_model_is_refused_and_left(wrap):
+    model = llama()
+    wrapped = wrap(model)
+    attributes = set(vars(wrapped))
+    with pytest.raises(AdapterError, match="that is not wrapped yet; compile"):
+        quantize_adapter_model(wrapped)
+    assert set(vars(wrapped)) == attributes and not any(packed_layers(model))

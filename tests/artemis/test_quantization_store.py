@@ -278,6 +278,33 @@ def test_what_cannot_be_saved(tmp_path):
         save_quantized(quantized(llama()), tmp_path / "file")
 
 
+@pytest.mark.parametrize(
+    "wrap", [lambda model: torch.compile(model, backend="eager"), nn.DataParallel]
+)
+def test_of_a_wrapper_the_model_within_is_saved(wrap, tmp_path):
+    model = quantized(llama())
+    save_quantized(model, tmp_path / "a")
+    save_quantized(wrap(model), tmp_path / "b")
+    assert (tmp_path / "a" / FILE).read_bytes() == (tmp_path / "b" / FILE).read_bytes()
+    with pytest.raises(AdapterError, match="that is not wrapped yet"):
+        load_quantized(wrap(llama()), tmp_path / "b")
+
+
+def test_layers_that_moved_are_refused_before_anything_is_written(tmp_path):
+    """As where single blocks are compiled: no model has layers of such names."""
+    model = quantized(llama())
+    save_quantized(model, tmp_path)
+    old, block = (tmp_path / FILE).read_bytes(), model.model.layers[1]
+    for other in (torch.compile(block, backend="eager"), llama().model.layers[1]):
+        model.model.layers[1] = other
+        with pytest.raises(AdapterError, match=r"layers\.1\..*: wrapped, moved or"):
+            save_quantized(model, tmp_path)
+    assert (tmp_path / FILE).read_bytes() == old
+    model.model.layers[1] = block
+    save_quantized(model, tmp_path)
+    assert (tmp_path / FILE).read_bytes() == old
+
+
 def test_a_merged_adapter_is_not_saved_as_the_base(tmp_path):
     names = ["q_proj", "lm_head"]
     model = quantized(adapted(llama(), target_modules=names, apply_lora_to=names))

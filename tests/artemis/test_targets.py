@@ -1,5 +1,8 @@
 """Which modules a configuration means, and the errors where it means none."""
 
+import copy
+import warnings
+
 import pytest
 import torch
 import transformers
@@ -115,15 +118,77 @@ def test_a_block_gets_a_bottleneck_of_the_hidden_size():
     assert (spec.kind, spec.in_features, spec.out_features) == ("block", 32, 32)
 
 
-def test_default_names_that_a_model_lacks_only_warn():
+def clip():
+    """Two towers of different widths, each with a configuration of its own."""
+    text = dict(SMALL, vocab_size=99, max_position_embeddings=32, eos_token_id=2)
+    vision = dict(SMALL, hidden_size=48, image_size=16, patch_size=8)
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=32)
+    return transformers.CLIPModel(config).eval()
+
+
+def test_a_block_of_a_tower_gets_the_towers_width(tmp_path):
+    base, settings = clip(), dict(target_modules=["q_proj", "mlp"], apply_lora_to=["q_proj"])
+    model = adapted(copy.deepcopy(base), **settings)
+    widths = {p: s.spec.in_features for p, s in model.hybrid_adapter.sites.items() if "mlp" in p}
+    assert widths == {
+        "text_model.encoder.layers.0.mlp": 32,
+        "vision_model.encoder.layers.0.mlp": 48,
+    }
+    inputs = dict(input_ids=tokens(length=8), pixel_values=torch.randn(2, 3, 16, 16))
+    model.save_adapter_parameters(tmp_path)
+    again = load_hybrid_adapter(base, tmp_path)
+    assert torch.equal(again(**inputs).logits_per_text, model(**inputs).logits_per_text)
+
+
+def test_a_block_of_another_width_is_refused_by_its_path():
+    """As in Swin, which states the width of its last stage alone."""
+    stage = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))})
+    model = nn.ModuleDict({"layers": nn.ModuleList([stage])})
+    model.config = transformers.PretrainedConfig(hidden_size=16)
+    before = snapshot(model)
+    with pytest.raises(AdapterError, match=r"layers\.0\.mlp .*turn 8 features into 8, .* is 16;"):
+        adapted(model, target_modules=["mlp"], apply_lora_to=[])
+    assert_same_state(model, before)
+
+
+def test_a_block_that_returns_another_width_is_named():
+    model = adapted(bert(), target_modules=["intermediate"], apply_lora_to=[])
+    with pytest.raises(AdapterError, match=r"layer\.0\.intermediate returned 48 .* is for 32"):
+        model(tokens())
+
+
+def mixtral():
     config = transformers.MixtralConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=2, **TOKENS,
     )  # fmt: skip
-    model = transformers.MixtralForCausalLM(config)
-    with pytest.warns(UserWarning, match="'(gate|up|down)_proj' matches no module"):
+    return transformers.MixtralForCausalLM(config)
+
+
+def test_default_names_that_a_model_lacks_only_warn():
+    model = mixtral()
+    with pytest.warns(UserWarning, match="'(gate|up|down)_proj' matches no module") as warned:
         adapted(model)
     assert set(kinds(model).values()) == {"lora"}
+    assert not any("_proj' or" in str(w.message) for w in warned)  # those are targets already
+
+
+def test_experts_that_are_one_parameter_are_refused_with_the_way_out():
+    with pytest.raises(AdapterError, match=r"mlp.experts is a Mix.*: name the block around it"):
+        adapted(mixtral(), target_modules=["experts"], apply_lora_to=[])
+
+
+def test_layers_of_another_kind_that_the_default_leaves_out_are_named():
+    config = transformers.BambaConfig(
+        **SMALL | TOKENS | dict(num_hidden_layers=2), num_key_value_heads=2, attn_layer_indices=[1],
+        mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match=r"layers 0 of model.layers get no LoRA.* \(in_proj\);"):
+        adapted(transformers.BambaForCausalLM(config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapted(llama())
+        adapted(llama(), layers=[1])
 
 
 BAD_TARGETS = [
@@ -228,10 +293,30 @@ def torch_encoder():
     return nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
 
 
+def layoutlm():
+    """Its encoder takes rows of the layers that weigh relative positions."""
+    config = transformers.LayoutLMv3Config(
+        **SMALL, vocab_size=64, coordinate_size=4, shape_size=8, visual_embed=False,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return transformers.LayoutLMv3Model(config).eval()
+
+
+def rwkv():
+    """The model rescales two weights of a layer when it goes from training to inference."""
+    config = transformers.RwkvConfig(
+        hidden_size=32, attention_hidden_size=32, num_hidden_layers=2, rescale_every=1, **TOKENS
+    )
+    return transformers.RwkvForCausalLM(config).eval()
+
+
 READ = [
     (wavlm, ["q_proj", "k_proj", "v_proj", "out_proj"], "intermediate_dense", "WavLMAttention"),
     (mamba, ["x_proj", "dt_proj", "out_proj"], "in_proj", "MambaMixer"),
     (torch_encoder, ["linear1", "linear2"], None, "TransformerEncoderLayer"),
+    (layoutlm, ["rel_pos_bias", "rel_pos_x_bias"], "query", "LayoutLMv3Encoder"),
+    (rwkv, ["attention.output"], "key", "RwkvSelfAttention"),
+    (rwkv, ["feed_forward.value"], "receptance", "RwkvFeedForward"),
 ]
 
 
@@ -240,7 +325,7 @@ def test_a_layer_whose_weight_is_read_past_it_is_refused(build, names, other, re
     model = build()
     before = snapshot(model)
     for name in names:
-        with pytest.raises(AdapterError, match=rf"{name}, whose weights are read by {reader}"):
+        with pytest.raises(AdapterError, match=rf"{name}, whose weights are .* in {reader} past"):
             adapted(model, target_modules=[name], apply_lora_to=[name])
     assert_same_state(model, before)
     assert {type(m).__name__ for m in model.modules() if "Adapted" in type(m).__name__} == set()
@@ -253,11 +338,38 @@ def test_a_layer_whose_weight_is_read_past_it_is_refused(build, names, other, re
 def test_a_layer_whose_weight_is_read_past_it_is_not_packed(build, names, other, reader):
     model = quantize_adapter_model(build(), progress=False)
     skipped = model.quantization_report.skipped
-    read = {p.rpartition(".")[2] for p, r in skipped.items() if r.startswith(f"{reader} reads")}
+    read = {p.rpartition(".")[2] for p, r in skipped.items() if r.startswith(f"in {reader} its")}
     assert read == set(names)
     assert any(layer.path.endswith(other) for layer in model.quantization_report.layers)
     x = torch.randn(1, 400) if build is wavlm else tokens()
     assert torch.isfinite(model(x)[0]).all()
+
+
+@pytest.mark.parametrize("build", [layoutlm, rwkv])
+def test_a_model_that_uses_weights_past_their_layers_runs_packed(build):
+    base, ids = build(), tokens()
+    inputs = dict(input_ids=ids) | (
+        dict(bbox=torch.zeros(2, 9, 4).long()) if build is layoutlm else {}
+    )
+    model = quantize_adapter_model(copy.deepcopy(base), activation_bits=16, progress=False)
+    for training in (False, True, False):
+        got, wanted = (m.train(training)(**inputs)[0] for m in (model, base))
+        assert (got - wanted).norm() < 0.05 * wanted.norm()
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_layers_that_only_one_configuration_reads_are_targets_in_the_others(exact):
+    config = transformers.BloomConfig(
+        hidden_size=32, n_layer=1, n_head=4, pretraining_tp=2, slow_but_exact=exact, vocab_size=64
+    )
+    model, names = transformers.BloomModel(config).eval(), ["dense", "dense_4h_to_h"]
+    if exact:
+        with pytest.raises(AdapterError, match=r"in BloomAttention, BloomMLP past the layers"):
+            adapted(model, target_modules=names, apply_lora_to=["dense"])
+        return
+    base = model(tokens())[0]
+    adapted(model, target_modules=names, apply_lora_to=["dense"])
+    assert not torch.allclose(model(tokens())[0], base, atol=1e-3)
 
 
 def test_a_model_with_an_adapter_is_refused():

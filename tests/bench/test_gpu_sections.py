@@ -9,7 +9,7 @@ from artemis.benchmark.operations import OPERATIONS
 from artemis_kernels.core.device import why_no_triton
 from bench import tuned
 from bench.gpu import __main__ as script
-from bench.gpu import accuracy, frozen, loss, models, tuning
+from bench.gpu import accuracy, frozen, groups, loss, models, packed, products, tuning
 from bench.gpu.summary import summary
 
 CPU = torch.device("cpu")
@@ -57,6 +57,48 @@ def test_a_broken_loss_leaves_torch_beside_it(monkeypatch):
     rows = {row["provider"]: row for row in loss.losses(CPU, tiny=True, rounds=1)}
     assert rows["artemis"]["passed"] is False and "no such kernel" in rows["artemis"]["where"]
     assert "ms" not in rows["artemis"] and rows["torch"]["ms"]["p50"] > 0
+
+
+@interpreted
+def test_a_loss_that_torch_has_no_memory_for_leaves_all_else_of_its_section(monkeypatch):
+    monkeypatch.setattr(loss, "_plain", raising(NO_MEMORY))
+    rows = list(script._section("groups", "", CPU, tiny=True, rounds=1))
+    torchs, ours, *joined = rows
+    assert torchs["provider"] == "torch" and torchs["passed"] is None and "ms" not in torchs
+    assert ours["kind"] == "loss" and ours["passed"] and ours["ms"]["p50"] > 0
+    assert len(joined) >= 6 and all(row["passed"] and "ms" in row for row in joined)
+    assert script._state("passed", rows) == "passed"  # a peer is not judged
+
+
+def bare_without_memory(monkeypatch, section) -> None:
+    if section is packed:
+        monkeypatch.setattr(packed, "_bare", raising(NO_MEMORY))
+        return
+    ways = section._ways
+    monkeypatch.setattr(section, "_ways", lambda *how: ways(*how) | {"bare": raising(NO_MEMORY)})
+
+
+@interpreted
+@pytest.mark.parametrize("section", [groups, packed, products], ids=lambda s: s.__name__)
+def test_a_peer_without_memory_leaves_ours_timed(monkeypatch, section):
+    name = section.__name__.rpartition(".")[2]
+    bare_without_memory(monkeypatch, section)
+    rows = list(getattr(section, name)(CPU, tiny=True, rounds=1))
+    bare = [row for row in rows if row["provider"] == "bare"]
+    ours = [row for row in rows if row["provider"].startswith("artemis")]
+    assert bare and all(row["passed"] is None and "ms" not in row for row in bare)
+    assert len(ours) >= 2 * len(bare) and all(row["ms"]["p50"] > 0 for row in ours)
+
+
+@pytest.mark.parametrize("section", [groups, packed, products], ids=lambda s: s.__name__)
+def test_a_workload_that_breaks_off_is_told_and_the_next_one_comes(monkeypatch, section):
+    name = section.__name__.rpartition(".")[2]
+    judge = "_judged" if section is packed else "_checked"
+    monkeypatch.setattr(section, judge, raising(NO_MEMORY))
+    rows = list(getattr(section, name)(CPU, tiny=True, rounds=1))
+    assert len(rows) == len(list(section.workloads(tiny=True))) > 1
+    assert all(row["provider"] == "artemis" and row["passed"] is None for row in rows)
+    assert script._state("passed", rows) == "incomplete"
 
 
 def test_a_loss_that_is_no_number_is_wrong(monkeypatch):

@@ -22,6 +22,12 @@ def test_hard_shapes(path, sizes):
 
 
 @pytest.mark.parametrize("path", BOTTLENECK.paths())
+def test_no_width(path, guarded_allocations):
+    """The bias and the scale still learn; what nobody writes is nan here."""
+    follow_reference(BOTTLENECK, path, BOTTLENECK.operands(Sizes(33, 40, 0, 0), path.dtype))
+
+
+@pytest.mark.parametrize("path", BOTTLENECK.paths())
 def test_residual_is_x(path):
     tensors = BOTTLENECK.operands(SIZES, path.dtype, without=("residual",))
     follow_reference(BOTTLENECK, path, tensors)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.export import Dim, export
 from torch.utils.checkpoint import checkpoint
 
 import artemis_kernels
@@ -99,6 +100,48 @@ def test_one_graph_serves_every_number_of_rows(operation):
         wanted = kit.outcome(run, tensors, operation.trained)
         kit.assert_same_outcome(kit.outcome(compiled, tensors, operation.trained), wanted)
     assert counter.frame_count == 1
+
+
+def test_one_graph_serves_every_tensor_scale():
+    counter = CompileCounterWithBackend(BACKEND)
+    compiled = torch.compile(artemis_kernels.lora_linear, fullgraph=True, backend=counter)
+    tensors = LORA.operands(SMALL, SINGLE)
+    for scale in (0.25, 0.5, 1.5):
+        tensors["scale"] = torch.tensor(scale)
+        wanted = artemis_kernels.lora_linear(**tensors | {"scale": scale})
+        torch.testing.assert_close(compiled(**tensors), wanted)
+    assert counter.frame_count == 1
+
+
+class Quantized(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = artemis_kernels.QuantizedWeight.quantize(torch.randn(64, 16))
+
+    def forward(self, x):
+        return artemis_kernels.quantized_linear(x, self.weight)
+
+
+def folding_by_rows() -> torch.nn.Module:
+    """A bottleneck that is cheaper folded from 22 rows on."""
+    module = artemis_kernels.nn.AdapterLinear(torch.nn.Linear(16, 64), 4)
+    torch.nn.init.normal_(module.up)
+    return module.eval()
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+@pytest.mark.parametrize("make", [folding_by_rows, Quantized])
+def test_an_exported_program_takes_any_number_of_rows(make, strict):
+    """Though a call would choose another strategy for few."""
+    module = make()
+    with torch.no_grad():
+        program = export(
+            module, (torch.randn(1, 64, 16),), dynamic_shapes=({1: Dim.DYNAMIC},), strict=strict
+        )
+        for rows in (3, 500):
+            x = torch.randn(1, rows, 16)
+            y, wanted = program.module()(x), module(x)
+            assert (y - wanted).norm() < 0.02 * wanted.norm()  # few rows are not rounded to int8
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=str)

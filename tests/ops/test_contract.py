@@ -4,8 +4,12 @@ import math
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.autograd import functional
 from torch.utils.checkpoint import checkpoint
 
+import artemis_kernels
+from artemis_kernels import Unavailable
 from tests import kit
 from tests.kit import SIZES, Sizes
 from tests.ops.operations import (
@@ -149,12 +153,72 @@ def test_second_backward_over_a_retained_graph(operation, path):
 
 
 @EVERY_PATH
-def test_double_backward_is_refused(operation, path):
+def test_a_second_derivative_is_refused(operation, path):
+    """At once, and of a sum too, whose dY is a constant that hides it from autograd."""
     leaves = leaves_of(operation.operands(SIZES, path.dtype), operation.trained)
     y = operation.along(path)(**leaves, **masking(path))
-    (dx,) = torch.autograd.grad(y.square().sum(), leaves["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+    for loss in (y.sum(), y.square().sum()):
+        with pytest.raises(Unavailable, match=f"^{operation.name}: .*impl='reference'"):
+            torch.autograd.grad(loss, leaves["x"], create_graph=True)
+
+
+@EVERY_OPERATION
+def test_what_torch_makes_of_second_derivatives(operation):
+    """The reference has them, so has no other path; a Jacobian needs none."""
+    tensors = operation.operands(Sizes(2, 4, 3, 2), DOUBLE)
+    x = tensors.pop("x")
+
+    def summed(x, impl=None):
+        return operation.public(x, **tensors, impl=impl).square().sum()
+
+    def by_reference(x):
+        return summed(x, "reference")
+
+    for second in (functional.hessian, functional.hvp):
+        with pytest.raises(Unavailable, match="second derivative"):
+            second(summed, x, *((x,) if second is functional.hvp else ()))
+    assert torch.autograd.gradgradcheck(by_reference, x.clone().requires_grad_())
+    torch.testing.assert_close(functional.jacobian(summed, x), functional.jacobian(by_reference, x))
+
+
+@pytest.mark.parametrize("group", ["lora_linear_group", "quantized_linear"])
+def test_the_other_operations_refuse_it_as_well(group):
+    tensors = LORA.operands(SIZES, SINGLE)
+    x, weight = tensors["x"].requires_grad_(), tensors["weight"]
+    if group == "quantized_linear":
+        y = artemis_kernels.quantized_linear(x, artemis_kernels.QuantizedWeight.quantize(weight))
+    else:
+        parts = ([tensors[name]] * 2 for name in ("weight", "lora_a", "lora_b", "scale"))
+        y = artemis_kernels.lora_linear_group(x, *parts)[1]
+    with pytest.raises(Unavailable, match=f"^{group}: .*second derivative"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+@EVERY_OPERATION
+def test_devices_without_operators(operation):
+    """Refused by the call and by `explain` alike; the reference is torch, which runs there."""
+    with FakeTensorMode():
+        shapes = operation.shapes(SIZES)
+        tensors = {name: torch.empty(shape, device="mps") for name, shape in shapes.items()}
+        for call in (operation.public, operation.explained):
+            for impl in (None, "eager"):
+                with pytest.raises(Unavailable, match="'mps'.*impl='reference'"):
+                    call(**tensors, scale=0.5, impl=impl)
+        assert operation.reference(**tensors).device.type == "mps"
+
+
+@EVERY_OPERATION
+def test_the_reference_under_vmap(operation):
+    """A seed for each: what a loop over them gives."""
+    tensors, seeds = operation.operands(SIZES, SINGLE), torch.tensor([[1], [2], [3]])
+
+    def run(seed=None):
+        return operation.reference(**tensors, dropout_p=0.4, seed=seed)
+
+    looped = torch.stack([run(seed) for seed in seeds])
+    torch.testing.assert_close(torch.vmap(run)(seeds), looped)
+    drawn = torch.vmap(lambda seed: run(), randomness="different")(seeds)
+    assert not torch.equal(drawn[0], drawn[1])
 
 
 @EVERY_PATH

@@ -1,11 +1,12 @@
 """`explain` tells the path that the call takes: the same function decides both."""
 
+import re
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import artemis_kernels
-from artemis_kernels.core import call
 from artemis_kernels.core import device as device_facts
 from artemis_kernels.core.device import Chip
 from artemis_kernels.core.types import Choice, Cost
@@ -138,28 +139,18 @@ def test_autocast_decides_with_its_dtype():
         assert artemis_kernels.explain("lora_linear", **tensors).cost.bytes * 2 == plain.cost.bytes
 
 
-OLD_GPUS = [
-    pytest.param("sm_75", BF16, "sm_80", id="turing-bf16"),
-    pytest.param("sm_70", BF16, "sm_80", id="volta-bf16"),
-    pytest.param("sm_61", torch.float16, "sm_70", id="pascal"),
-]
-
-
-@pytest.mark.parametrize(("name", "dtype", "wanted"), OLD_GPUS)
-def test_a_gpu_too_old_for_the_kernels_takes_torchs_paths(name, dtype, wanted, monkeypatch):
+@pytest.mark.parametrize("name", ["sm_75", "sm_70", "sm_61"])
+@pytest.mark.parametrize("dtype", [torch.float16, BF16, SINGLE], ids=str)
+def test_a_gpu_too_old_for_the_kernels_takes_torchs_paths(name, dtype, monkeypatch):
     """And says why; operands are fake, on a GPU that is not here."""
-    on = Chip(name, 40, 1 << 16)
-    monkeypatch.setattr(device_facts, "chip", lambda device: on)
-    device_facts.has_fast_bf16.cache_clear()
+    wanted = f"sm_80 or later.* {name}$"
+    monkeypatch.setattr(device_facts, "chip", lambda device: Chip(name, 40, 1 << 16))
     with FakeTensorMode():
         x, weight, a, b = (
             torch.empty(sizes, dtype=dtype, device="cuda")
             for sizes in ((32, 64), (96, 64), (8, 64), (96, 8))
         )
         choice = artemis_kernels.explain("lora_linear", x, weight, a, b, 1.0)
-        assert choice.impl == "eager" and wanted in choice.reason
+        assert choice.impl == "eager" and re.search(wanted, choice.reason)
         with pytest.raises(artemis_kernels.Unavailable, match=wanted):
             artemis_kernels.explain("lora_linear", x, weight, a, b, 1.0, impl="triton")
-    impl, _ = call.implementation("lora_linear", None, torch.float16, torch.device("cuda"), False)
-    assert impl == ("eager" if name == "sm_61" else "triton")
-    device_facts.has_fast_bf16.cache_clear()

@@ -1,5 +1,8 @@
 """`frozen_linear`: prepared constants compute what the adapted layer computes."""
 
+import copy
+import io
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -17,8 +20,9 @@ from artemis_kernels import (
     frozen_linear,
     lora_linear,
 )
-from artemis_kernels.core import frozen
+from artemis_kernels.core import frozen, native
 from artemis_kernels.core.device import why_no_triton
+from artemis_kernels.core.native import Native
 from tests import kit
 
 FORMATS = (None, "int8", "fp8", "int4")
@@ -343,6 +347,37 @@ def test_as_an_object(rows, format):
         linear(tensors["x"][:, :10])
     with pytest.raises(ValueError, match="requires a gradient"):
         linear(tensors["x"].clone().requires_grad_())
+
+
+def saved(made: FrozenLinear) -> FrozenLinear:
+    """By torch's pickles: plain ones hold no e4m3."""
+    torch.save(made, file := io.BytesIO())
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, saved])
+@pytest.mark.parametrize("format", FORMATS)
+def test_copies(format, copied):
+    """The same bits, by tensors of its own but for a shallow copy."""
+    tensors, held, _ = layer(64, 136, format, BF16, 20)
+    adapter = FrozenAdapter.lora(tensors["lora_a"], tensors["lora_b"], 0.5, bias=tensors["bias"])
+    made = FrozenLinear(held, adapter, impl="eager")
+    wanted = [made(tensors["x"][:rows]) for rows in (1, 20)]
+    other = copied(made)
+    assert other.impl == "eager" and (other.adapter is adapter) == (copied is copy.copy)
+    if copied is not copy.copy:
+        adapter.up.zero_()
+    for y in wanted:
+        kit.assert_same_bits(other(tensors["x"][: len(y)]), y)
+
+
+def test_a_pickle_is_read_where_nothing_is_compiled(monkeypatch):
+    tensors, held, exact = layer(64, 136, "int8", BF16, 1)
+    kept = pickle.dumps(FrozenLinear(held, FrozenAdapter.none(held, dtype=BF16)))
+    monkeypatch.setattr(native, "library", lambda: Native(None, "switched off"))
+    y, truth = pickle.loads(kept)(tensors["x"]).double(), linear(tensors["x"].double(), exact)
+    assert (y - truth).norm() < 0.01 * truth.norm()
 
 
 @pytest.mark.parametrize("rows", [1, 3, 20])

@@ -59,6 +59,19 @@ def test_parameters_are_fp32_over_a_16_bit_base():
             assert parameter.grad.abs().sum() > 0, name
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+def test_parameters_are_fp32_whatever_torchs_default(default):
+    """As in transformers' `from_pretrained(dtype=torch.bfloat16)`, which makes it the default."""
+    base = nn.Linear(6, 8)
+    torch.set_default_dtype(default)
+    try:
+        modules = LoRALinear(base, 2), AdapterLinear(base, 2), BottleneckAdapter(6, 2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for module in modules:
+        assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+
+
 def filled(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.5)

@@ -1,6 +1,8 @@
 """`quantized_linear`: the bare product of a packed weight, judged by the dequantized one."""
 
 import functools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -74,6 +76,45 @@ def test_torchs_default_dtype_does_not_matter(format, rows):
     finally:
         torch.set_default_dtype(torch.float32)
     kit.assert_same_outcome(got, wanted)
+
+
+UNALIGNED = """
+import itertools, sys
+from dataclasses import replace
+import torch
+from artemis_kernels import QuantizedWeight, quantized_linear
+from artemis_kernels.core import native, quantized
+from artemis_kernels.core.native import Native
+
+if sys.argv[1] == "no bf16 dot products":
+    quantized.has_bf16_rows = lambda: False
+elif sys.argv[1] == "nothing compiled":
+    native.library = lambda: Native(None, "switched off")
+
+def moved(tensor, by):
+    line, room = 64, torch.empty(tensor.nbytes + 128, dtype=torch.uint8)
+    start = -room.data_ptr() % line + by
+    return room[start:start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+weight = QuantizedWeight.quantize(torch.randn(64, 96), activation_bits=16)
+of_x, of_weight = (0, 4, 16, 32, 40), (0, 1, 8, 16)
+for dtype, rows, x_by, by in itertools.product(
+    (torch.bfloat16, torch.float32), (1, 2, 3, 4), of_x, of_weight
+):
+    print(dtype, rows, x_by, by, end="; ", flush=True)
+    held = replace(weight, data=moved(weight.data, by), scale=moved(weight.scale, 4 * by))
+    x = moved(torch.randn(rows, 96).to(dtype), x_by)
+    truth = x.double() @ weight.dequantize(torch.float64).t()
+    error = (quantized_linear(x, held) - truth).norm() / truth.norm()
+    assert error < 0.01, error
+"""
+
+
+@pytest.mark.parametrize("way", ["as it is", "no bf16 dot products", "nothing compiled"])
+def test_tensors_that_start_anywhere(way):
+    """Views, and files that lie in memory. In a process of its own, which a crash would end."""
+    done = subprocess.run([sys.executable, "-c", UNALIGNED, way], capture_output=True, text=True)
+    assert not done.returncode, (done.stdout[-60:], done.stderr)
 
 
 def test_agrees_with_a_lora_of_zero_bit_for_bit():

@@ -117,7 +117,7 @@ def plan(
         return call.Path(impl, "composed", reason)
     trains = torch.is_grad_enabled() and (x.requires_grad or down.requires_grad)
     case = Case(
-        NAME, x.numel() // max(in_features, 1), in_features, out_features, width, named(dtype),
+        NAME, call.rows(x), in_features, out_features, width, named(dtype),
         weight_of(weight), trains, dropout_p > 0,
     )  # fmt: skip
     strategy, why = tables.choice(case, impl, x.device, usual(case, impl, weight, x.device))
@@ -281,7 +281,7 @@ class _AdapterLinear(Operation):
         return y
 
     @staticmethod
-    @once
+    @once(NAME)
     def backward(ctx, dy):
         *operands, weight_scale, weight_offset, scale_tensor, seed = ctx.saved_tensors
         activation, dropout_p, impl, strategy = ctx.options

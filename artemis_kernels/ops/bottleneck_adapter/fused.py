@@ -83,7 +83,8 @@ def backward(
     needs_x, needs_down, needs_up, needs_scale, needs_bias_down, needs_bias_up = needs
     chip = device.chip(dy.device)
     sigma, hidden = Scale(scale, scale_tensor), Hidden(activation, Dropout(dropout_p, seed))
-    if strategy != ONE_READ and needs_down and (needs_up or needs_scale):
+    joint = strategy != ONE_READ and z.shape[1] > 0  # else no launch sums dY
+    if joint and needs_down and (needs_up or needs_scale):
         return _jointly(
             dy, x, down, up, bias_down, bias_up, z, sigma, hidden, strategy, residual_is_x, needs,
             chip,

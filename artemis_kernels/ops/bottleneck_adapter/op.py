@@ -110,8 +110,10 @@ def plan(
     impl, reason = call.implementation(NAME, impl, dtype, x.device, trains_weight=False)
     if impl == "reference":
         return call.Path(impl, "composed", reason)
-    rows, trains = x.numel() // max(hidden, 1), _trains(x, down)
-    case = Case(NAME, rows, 0, hidden, width, named(dtype), trains=trains, drops=dropout_p > 0)
+    case = Case(
+        NAME, call.rows(x), 0, hidden, width, named(dtype), trains=_trains(x, down),
+        drops=dropout_p > 0,
+    )  # fmt: skip
     strategy, why = tables.choice(case, impl, x.device, usual(case, impl, None, x.device))
     return call.Path(impl, strategy, f"{reason} and {why}" if why else reason)
 
@@ -255,7 +257,7 @@ class _BottleneckAdapter(Operation):
         return y
 
     @staticmethod
-    @once
+    @once(NAME)
     def backward(ctx, dy):
         *operands, scale_tensor, seed = ctx.saved_tensors
         scale, activation, dropout_p, impl, strategy, residual_is_x = ctx.options

@@ -166,7 +166,7 @@ class _CrossEntropy(Operation):
         return losses
 
     @staticmethod
-    @once
+    @once(NAME)
     def backward(ctx, d):
         with Operation.below_autograd():
             dlogits = _backward_operator(d, *ctx.saved_tensors, *ctx.path)

@@ -1,5 +1,7 @@
 """`frozen_linear`: an adapted layer at inference, its constants prepared, in one call."""
 
+import functools
+
 import torch
 
 from ...core import base, call, checks, frozen
@@ -89,6 +91,10 @@ class FrozenLinear:
         self._most_rows = in_one.index(False)
         self._few_rows = frozen.FewRows(weight, adapter) if self._most_rows else None
         self._planned = 0, paths[0]  # of so many rows: checking and choosing take 80 µs
+
+    def __reduce__(self):
+        """A copy is made anew: where it is unpickled there may be other passes."""
+        return functools.partial(type(self), impl=self.impl), (self.weight, self.adapter)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> [..., out]."""

@@ -27,7 +27,7 @@ def plan(x, weight, adapter, *, impl=None) -> call.Path:
         return call.Path(impl, "composed", reason)
     (out_features, in_features), rank = weight.shape, adapter.down.shape[0]
     case = Case(
-        FROZEN + _kind(adapter), x.numel() // max(in_features, 1), in_features, out_features, rank,
+        FROZEN + _kind(adapter), call.rows(x), in_features, out_features, rank,
         named(dtype), weight_of(weight),
     )  # fmt: skip
     normal = usual(case, impl, weight, x.device)

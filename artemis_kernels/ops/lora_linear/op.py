@@ -103,7 +103,7 @@ def plan(
         return call.Path(impl, "composed", reason)
     trains = torch.is_grad_enabled() and (x.requires_grad or lora_a.requires_grad)
     case = Case(
-        NAME, x.numel() // max(in_features, 1), in_features, out_features, rank, named(dtype),
+        NAME, call.rows(x), in_features, out_features, rank, named(dtype),
         weight_of(weight), trains, dropout_p > 0,
     )  # fmt: skip
     strategy, why = tables.choice(case, impl, x.device, usual(case, impl, weight, x.device))
@@ -236,7 +236,7 @@ class _LoRALinear(Operation):
         return y
 
     @staticmethod
-    @once
+    @once(NAME)
     def backward(ctx, dy):
         x, weight, lora_a, lora_b, s, scale_tensor, seed, *quantizers = ctx.saved_tensors
         scale, dropout_p, impl, strategy = ctx.options

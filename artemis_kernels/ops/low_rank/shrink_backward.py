@@ -64,7 +64,8 @@ def shrink_backward(
     columns = x.new_empty(P, K, dtype=torch.float32) if with_columns else None
     if M == 0:
         return df, columns
-    grid = (triton.cdiv(K, config.block_k), triton.cdiv(R, config.block_r), P)
+    tiles_r = max(triton.cdiv(R, config.block_r), 1)  # x's columns are summed at any rank
+    grid = (triton.cdiv(K, config.block_k), tiles_r, P)
     _shrink_backward[grid](
         x_ptr=x, s_ptr=s, df_ptr=df, columns_ptr=columns, M=M, K=K, R=R,
         stride_xm=x.stride(0), stride_xk=x.stride(1), stride_sm=s.stride(0), PARTS=P,

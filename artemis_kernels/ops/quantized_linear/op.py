@@ -75,7 +75,7 @@ def plan(x, weight, *, bias=None, impl=None) -> call.Path:
     out_features, in_features = weight.shape
     trains = torch.is_grad_enabled() and x.requires_grad
     case = Case(
-        NAME, x.numel() // max(in_features, 1), in_features, out_features, 0, named(dtype),
+        NAME, call.rows(x), in_features, out_features, 0, named(dtype),
         weight_of(weight), trains,
     )  # fmt: skip
     strategy, why = tables.choice(case, impl, x.device, usual(case, impl, weight, x.device))
@@ -164,7 +164,7 @@ class _QuantizedLinear(Operation):
         return y
 
     @staticmethod
-    @once
+    @once(NAME)
     def backward(ctx, dy):
         weight, *quantizers = ctx.saved_tensors
         with Operation.below_autograd():

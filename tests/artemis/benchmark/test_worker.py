@@ -10,7 +10,17 @@ from artemis.benchmark.models import Cell
 from artemis.benchmark.steps import Prepared, Step
 
 CELL = Cell("64x2", 2, 96, 2, 16, whole=True)
-NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
+
+
+def of_gpu() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def of_cpu() -> None:
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+refused = pytest.mark.parametrize("allocate", [of_gpu, of_cpu])
 
 
 def job(workload: str, *arms: str) -> dict:
@@ -18,15 +28,16 @@ def job(workload: str, *arms: str) -> dict:
     return {"steps": steps, "check": [], "rounds": 4, "warmup": 1}
 
 
+@refused
 @pytest.mark.parametrize("call", [0, 1, 3])
-def test_a_step_ends_at_the_call_that_finds_no_memory(monkeypatch, call):
+def test_a_step_ends_at_the_call_that_finds_no_memory(monkeypatch, call, allocate):
     """The 0th: building it. What was timed before stays, and the other step has all its rounds."""
     calls = {"full-bf16": 0, "hybrid": 0}
 
     def prepare(step: Step) -> Prepared:
         def run() -> None:
             if step.arm == "hybrid" and calls[step.arm] == call:
-                raise NO_MEMORY
+                allocate()
             calls[step.arm] += 1
 
         run()
@@ -40,9 +51,17 @@ def test_a_step_ends_at_the_call_that_finds_no_memory(monkeypatch, call):
     assert calls["full-bf16"] == 6
 
 
-def test_a_peak_beyond_the_memory_is_no_figure(monkeypatch):
-    def measure(step: Step):
-        raise NO_MEMORY
-
-    monkeypatch.setattr("artemis.benchmark.worker.measure_memory", measure)
+@refused
+def test_a_peak_beyond_the_memory_is_no_figure(monkeypatch, allocate):
+    monkeypatch.setattr("artemis.benchmark.worker.measure_memory", lambda step: allocate())
     assert list(worker.run(job("memory", "hybrid"))) == [{"step": 0, "failed": "out of memory"}]
+
+
+@pytest.mark.parametrize("place", ["prepare", "measure_memory"])
+def test_another_error_is_a_fault(monkeypatch, place):
+    def fails(step: Step):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(f"artemis.benchmark.worker.{place}", fails)
+    with pytest.raises(RuntimeError, match="multiplied"):
+        list(worker.run(job("memory" if place == "measure_memory" else "train", "hybrid")))

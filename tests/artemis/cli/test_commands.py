@@ -323,13 +323,22 @@ def test_a_bad_key_ends_in_one_line(workspace, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
-def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError])
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch, kind):
     def faulty(args):
-        raise ValueError("not the user's fault")
+        raise kind("not the user's fault")
 
     monkeypatch.setattr("artemis.cli.info.run", faulty)
-    with pytest.raises(ValueError, match="not the user's fault"):
+    with pytest.raises(kind, match="not the user's fault"):
         main(["info", "x"])
+
+
+def test_memory_that_a_cpu_has_not_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("artemis.cli.info.run", lambda args: torch.empty(2**60, dtype=torch.uint8))
+    assert main(["info", "x"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("artemis info: ") and "allocate memory" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", ["demo", "train", "generate", "info", "bench"])
