@@ -100,7 +100,7 @@ def place_in_stream(state: TrainerState, max_steps: int) -> tuple[int, int]:
     transformers counts each pass as `max_steps` long, those of the run that saved `state`, and
     writes its place at the end of a step: a pass that has just been filled is not finished yet.
     """
-    passes = math.ceil(state.epoch) - 1
+    passes = max(math.ceil(state.epoch) - 1, 0)
     return passes, round((state.epoch - passes) * max_steps)
 
 

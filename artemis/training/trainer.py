@@ -3,8 +3,8 @@
 What differs from the parent:
 - the model may come late: `Trainer(args=..., train_dataset=...)`, then `trainer.train(model)`;
 - a checkpoint holds the adapter, the optimizer, the scheduler, the random states and the trainer's
-  state, never the base; resuming from it continues the run bit for bit on a CPU, trains nothing
-  where all steps are done, and warns of arguments that the checkpoint outweighs (`resuming`);
+  state, never the base nor a tokenizer; resuming from it continues the run bit for bit on a CPU,
+  and more than the parent is said and done for that (`resuming_trainer`);
 - the orthogonality penalty is added once per optimizer step, whatever the accumulation;
 - gains and biases of the adapter are not decayed;
 - a causal language model's loss is read from its logits as they are stored (`lean_loss`);
@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -43,7 +42,7 @@ from .loss import lean_loss
 from .optimizers import holds_others, resized, untrained
 from .penalty import add_penalty_gradient, penalty_weight
 from .readiness import check_ready, narrow_parts
-from .resumption import ResumingTrainer
+from .resuming_trainer import ResumingTrainer
 from .throughput import of_this_call
 
 

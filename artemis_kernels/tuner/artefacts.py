@@ -38,6 +38,7 @@ class Artefact:
     stack: int  # bytes of local memory: anything but 0 is a spill or a register array
     shared: int  # bytes
     text: str  # PTX, or AMD assembly
+    columns: int = 0  # of tensor memory, which Blackwell's datacentre chips have
 
     def count(self, pattern: str) -> int:
         """Number of instructions that match a regular expression at their start."""
@@ -97,7 +98,8 @@ def _nvidia(result) -> Artefact:
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
-    return Artefact(registers, stack, result.metadata.shared, result.asm["ptx"])
+    columns = result.metadata.tmem_size or 0
+    return Artefact(registers, stack, result.metadata.shared, result.asm["ptx"], columns)
 
 
 def _amd(result) -> Artefact:

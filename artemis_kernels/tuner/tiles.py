@@ -3,7 +3,7 @@
 1. by the shared memory that a pipelined loop stages and the registers of its accumulator (lower
    bounds, without compiling);
 2. by the cost model: padding, unfilled waves, and what each tile reads again;
-3. by the compiled artefact: none, registers that spill, shared memory beyond the chip's.
+3. by the compiled artefact: none, registers that spill, memory of a program beyond the chip's.
 """
 
 import warnings
@@ -27,6 +27,7 @@ from .search import entry
 MOST_COMPILED = 24  # of one kernel and shape, the best by the cost model
 MOST_ACCUMULATORS = 128  # registers of a thread; it has 255, and operands need the others
 _LIKELY = 1.5  # times the best predicted cost
+_COLUMNS = 512  # of tensor memory, in every chip that has any
 
 
 class Facts(NamedTuple):
@@ -75,6 +76,7 @@ class Resources(NamedTuple):
 
     shared: int
     stack: int
+    columns: int = 0  # of tensor memory
 
 
 def search(
@@ -221,7 +223,7 @@ def compiled_resources(kernel: str, shape: Shape, config: Config, chip: Chip) ->
 
     launch = launches.launcher(kernel, shape, chip, meta)
     made = [artefacts.compiled(one, chip) for one in artefacts.launches_of(lambda: launch(config))]
-    return Resources(max(one.shared for one in made), max(one.stack for one in made))
+    return Resources(*(max(getattr(one, name) for one in made) for name in Resources._fields))
 
 
 def _needed(
@@ -235,7 +237,9 @@ def _needed(
 
 
 def _runs(resources: Resources | None, chip: Chip) -> bool:
-    return resources is not None and resources.shared <= chip.shared_bytes
+    if resources is None:
+        return False
+    return resources.shared <= chip.shared_bytes and resources.columns <= _COLUMNS
 
 
 def _fits(resources: Resources | None, chip: Chip) -> bool:

@@ -52,6 +52,7 @@ def _summary(artefact: Artefact) -> dict:
         "registers": artefact.registers,
         "stack": artefact.stack,
         "shared": artefact.shared,
+        "columns": artefact.columns,
         "instructions": {name: count for name, count in counts.items() if count},
     }
 

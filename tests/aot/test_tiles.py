@@ -60,6 +60,16 @@ for kernel in ("expand", "weight_only_int8", "weight_only_int4", "eight_bit_int8
     found[kernel] = compiled_resources(kernel, shape, smallest, chip)
 print(json.dumps(found))
 """
+TENSOR_MEMORY = """
+import json
+from artemis_kernels.core.device import CHIPS
+from artemis_kernels.core.tiling import Config, Shape
+from artemis_kernels.tuner.tiles import compiled_resources
+shape, chip = Shape(8192, 4096, 4096, 64), CHIPS["sm_100"]
+found = {n: compiled_resources("one_pass", shape, Config(128, n, 64, warps=8, stages=2), chip)
+         for n in (128, 256)}
+print(json.dumps(found))
+"""
 
 
 def compiled_by(program: str):
@@ -73,18 +83,24 @@ def compiled_by(program: str):
 
 def test_kernels_over_packed_weights_are_read_too():
     """Every family, launched on stand-ins of its operands; no default is pruned."""
-    for kernel, (shared, stack) in compiled_by(PACKED).items():
+    for kernel, (shared, stack, _) in compiled_by(PACKED).items():
         assert stack == 0 and shared <= CHIPS["sm_90"].shared_bytes, kernel
 
 
 def test_the_smallest_tiles_compile():
     """Half of each of the defaults for an odd fp32 layer: no dot is asked for too few numbers."""
-    for kernel, (shared, stack) in compiled_by(SMALLEST).items():
+    for kernel, (shared, stack, _) in compiled_by(SMALLEST).items():
         assert stack == 0 and shared <= CHIPS["sm_90"].shared_bytes, kernel
 
 
 def test_a_spill_is_seen():
     """128 × 256 fp32 numbers take all 256 registers of each of 128 threads."""
-    (usual_shared, usual_stack), (large_shared, large_stack) = compiled_by(PROGRAM)
+    (usual_shared, usual_stack, _), (large_shared, large_stack, _) = compiled_by(PROGRAM)
     assert usual_stack == 0 < large_stack
     assert 0 < usual_shared < large_shared
+
+
+def test_tensor_memory_is_seen():
+    """A column holds 128 fp32 numbers: beside an accumulator of 128 × 256, S takes the 513th."""
+    found = compiled_by(TENSOR_MEMORY)
+    assert 0 < found["128"][2] <= 512 < found["256"][2]

@@ -1478,14 +1478,14 @@ QUANTIZED = (
     ),
     Fault(
         "a finished run trained one step more",
-        "artemis/training/trainer.py",
+        "artemis/training/resuming_trainer.py",
         "if self.state.global_step >= self.state.max_steps:",
         "if self.state.global_step > self.state.max_steps:",
         ("tests/artemis/training/test_resume.py", "-k", "steps_are_done"),
     ),
     Fault(
         "rates compared with themselves",
-        "artemis/training/trainer.py",
+        "artemis/training/resuming_trainer.py",
         "_warn(kept_rates(given, rates(self.optimizer)))",
         "_warn(kept_rates(rates(self.optimizer), rates(self.optimizer)))",
         ("tests/artemis/training/test_resuming.py", "-k", "learning_rate or weight_decay"),
@@ -2001,6 +2001,13 @@ TUNING = (
         ("tests/ops/test_explain.py", "-k", "too_old"),
     ),
     Fault(
+        "tiles beyond tensor memory timed",
+        f"{TUNER}/tiles.py",
+        "and resources.columns <= _COLUMNS",
+        "and True",
+        (TILES_TESTS, "-k", "never_timed"),
+    ),
+    Fault(
         "a search ends where Triton refuses a configuration",
         f"{TUNER}/tiles.py",
         "except TritonError:",
@@ -2243,8 +2250,8 @@ COMMANDS = (
     Fault(
         "nothing to resume noticed late",
         "artemis/training/output.py",
-        "checkpoint = complete_checkpoint(True, str(folder))",
-        "checkpoint = True",
+        "checkpoint = complete_checkpoint(True, str(folder), _hybrid(config))",
+        'checkpoint = "last"',
         (TRAIN_COMMAND, "-k", "nothing_to_resume"),
     ),
     Fault(
@@ -2377,7 +2384,80 @@ COMMANDS = (
 
 OPTIMIZERS = "tests/artemis/training/test_optimizers.py"
 READINESS = "tests/artemis/training/test_readiness.py"
+DIVERGED = ("tests/artemis/cli/test_train.py", "-k", "diverged")
 TRAINING = (
+    Fault(
+        "the step that a run was resumed from read when its checkpoint may be gone",
+        "artemis/training/run.py",
+        '    begun = saved_state(checkpoint)["global_step"] if checkpoint else 0\n'
+        "    outcome = trainer.train(resume_from_checkpoint=checkpoint)\n",
+        "    outcome = trainer.train(resume_from_checkpoint=checkpoint)\n"
+        '    begun = saved_state(checkpoint)["global_step"] if checkpoint else 0\n',
+        ("tests/artemis/cli/test_train.py", "-k", "outlive"),
+    ),
+    Fault(
+        "losses that are no numbers replaced by earlier ones",
+        "artemis/training/config.py",
+        "logging_nan_inf_filter=False,",
+        "logging_nan_inf_filter=True,",
+        DIVERGED,
+    ),
+    Fault(
+        "what has diverged saved over an earlier result",
+        "artemis/training/run.py",
+        '    check_loss("the mean loss", outcome.training_loss)\n    check_parameters(model)\n',
+        "",
+        DIVERGED,
+    ),
+    Fault(
+        "a run that has diverged trained to its end",
+        "artemis/training/run.py",
+        "    trainer.add_callback(StopWhereDiverged)\n",
+        "",
+        DIVERGED,
+    ),
+    Fault(
+        "a filled pass over a stream taken for a finished one",
+        "artemis/training/resuming.py",
+        "max(math.ceil(state.epoch) - 1, 0)",
+        "int(state.epoch)",
+        ("tests/artemis/training/test_resuming.py", "-k", "the_place_in_a_stream"),
+    ),
+    Fault(
+        "the place in a stream counted over all its passes",
+        "artemis/training/resuming_trainer.py",
+        "return passes, steps * self.args.gradient_accumulation_steps",
+        "return place",
+        ("tests/artemis/training/test_resuming.py", "-k", "a_stream_goes_on"),
+    ),
+    Fault(
+        "no word on states that a checkpoint lacks",
+        "artemis/training/resuming_trainer.py",
+        "            _warn(begun_anew(self.args, checkpoint))\n",
+        "            pass\n",
+        ("tests/artemis/training/test_resume.py", "-k", "lacks"),
+    ),
+    Fault(
+        "a checkpoint without its adapter taken for a complete one",
+        "artemis/training/checkpoints.py",
+        "if hybrid and not holds_adapter(checkpoint)",
+        "if False",
+        ("tests/artemis/training/test_resume.py", "-k", "cut_short or without_an_adapter"),
+    ),
+    Fault(
+        "a key given twice read as the last of both",
+        "artemis/yaml_file.py",
+        "if name in lines:",
+        "if False:",
+        ("tests/artemis/training/test_config.py", "-k", "given_twice"),
+    ),
+    Fault(
+        "keys that a merge brings compared with a mapping's own",
+        "artemis/yaml_file.py",
+        "key.tag == _MERGE",
+        "False",
+        ("tests/artemis/training/test_config.py", "-k", "merged_key"),
+    ),
     Fault(
         "a second adapter trained by the optimizer of the first",
         "artemis/training/trainer.py",

@@ -6,7 +6,8 @@
                                                 w = code · scale[n, group] + offset[n, group]
 
 An e4m3 number's bits, moved into fp16, are the number times 2⁻⁸ (subnormals too), so no chip and no
-interpreter needs to know the format.
+interpreter needs to know the format. The two codes of nan, which `QuantizedWeight.quantize` never
+writes, read as ±480: telling them apart would cost every weight a comparison and a selection.
 """
 
 import triton

@@ -30,7 +30,7 @@ def change(path: Path, **sections) -> Path:
         if changes is None:
             del values[name]
         elif isinstance(changes, dict):
-            values[name] |= changes
+            values[name] = values.get(name, {}) | changes
         else:
             values[name] = changes
     path.write_text(yaml.safe_dump(values))
@@ -89,6 +89,66 @@ def test_a_new_run_leaves_the_checkpoints_of_an_old_one(workspace, tmp_path, cap
     assert "2 steps, all done before\n" in capsys.readouterr().out
     assert main(["train", str(path), "--resume", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["train_loss"] is None
+
+
+def test_a_resumed_run_may_outlive_its_checkpoint(workspace, tmp_path, capsys):
+    path = training_file(workspace, tmp_path, max_steps=2, save_steps=1)
+    assert main(["train", str(path)]) == 0
+    capsys.readouterr()
+    change(path, training={"max_steps": 5})
+    assert main(["train", str(path), "--resume", "--json"]) == 0
+    assert {file.name for file in (tmp_path / "out").glob("checkpoint-*")} == {
+        "checkpoint-4",
+        "checkpoint-5",
+    }
+    result = json.loads(capsys.readouterr().out)
+    assert result["steps"] == 5 and result["eval_loss"] > 0 and result["train_loss"] > 0
+
+
+def test_another_kind_of_run_is_not_resumed(workspace, tmp_path, capsys, monkeypatch):
+    path = training_file(workspace, tmp_path, max_steps=1, save_steps=1)
+    assert main(["train", str(path)]) == 0
+    adapter = yaml.safe_load(path.read_text())["hybrid_adapter"]
+    change(path, hybrid_adapter=None, training={"learning_rate": 1e-4})
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "load_base", None)
+        for absent in (None, {"enabled": False}):
+            if absent:
+                change(path, hybrid_adapter=adapter | absent)
+            error = fails_in_one_line(path, capsys, "--resume")
+            assert "hybrid_adapter: absent or not enabled, and" in error
+            assert "checkpoint-1 is of an adapter" in error
+    shutil.rmtree(tmp_path / "out")
+    assert main(["train", str(path)]) == 0
+    change(path, hybrid_adapter=adapter | {"enabled": True})
+    monkeypatch.setattr(run_module, "load_base", None)
+    assert "to resume a run of an adapter" in fails_in_one_line(path, capsys, "--resume")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"logging_steps": 1}, "the loss at step 3 is nan: "), ({}, "the mean loss is nan: ")],
+    ids=["reported", "at the end"],
+)
+def test_a_run_that_diverged_leaves_the_earlier_result(workspace, tmp_path, capsys, changes, words):
+    path = training_file(workspace, tmp_path)
+    assert main(["train", str(path)]) == 0
+    before = (tmp_path / "out" / ADAPTER).read_bytes()
+    capsys.readouterr()
+    change(path, training={"learning_rate": 1e30} | changes)
+    assert main(["train", str(path), "--json"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines()[-1].startswith(f"artemis train: {words}")
+    assert (tmp_path / "out" / ADAPTER).read_bytes() == before
+
+
+def test_a_last_step_that_diverged_shows_in_the_held_out_loss(workspace, tmp_path, capsys):
+    path = training_file(workspace, tmp_path, max_steps=2, learning_rate=1e30)
+    assert main(["train", str(path), "--json"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "artemis train: the held-out loss is nan: training has diverged" in captured.err
 
 
 def test_a_run_without_checkpoints_may_be_repeated(workspace, tmp_path):

@@ -82,6 +82,7 @@ def test_scientific_notation_is_a_number():
         ({"training": {"batchsize": 4}}, "training: unknown key 'batchsize'; did you mean"),
         ({"training": {"batch_size": 0}}, "training.batch_size: got 0, allowed: an integer from 1"),
         ({"training": {"batch_size": 1.5}}, "training.batch_size: got 1.5"),
+        ({"training": {"seed": 2**32}}, "seed: got 4294967296, allowed: .* from 0 to 4294967295"),
         ({"training": {"batch_size": True}}, "training.batch_size: got True"),
         ({"training": {"learning_rate": 0}}, "training.learning_rate: got 0, allowed: a number ab"),
         ({"training": {"learning_rate": "fast"}}, "training.learning_rate: got 'fast'"),
@@ -115,9 +116,57 @@ def test_a_file_without_sections_says_which_there_are(tmp_path, content):
 def test_a_file_that_is_not_yaml(tmp_path):
     path = tmp_path / "train.yaml"
     path.write_text("model: [")
-    with pytest.raises(AdapterError, match="train.yaml: not YAML") as error:
+    with pytest.raises(AdapterError, match="train.yaml: not valid YAML") as error:
         RunConfig.from_yaml(path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("model: a\ndata: {train: b}\nmodel: c\n", "line 3: the key 'model' .* after line 1"),
+        ("data:\n  train: a\n  'train': b\n", "line 3: the key 'train' .* after line 2"),
+        ("data: {train: a, train: b}", "line 1: the key 'train' is given a second time"),
+        ("x: {a: 1}\n? [1]\n: {b: 1, b: 2}", "line 3: the key 'b'"),
+    ],
+)
+def test_a_key_that_is_given_twice(tmp_path, text, message):
+    path = tmp_path / "train.yaml"
+    path.write_text(text)
+    with pytest.raises(AdapterError, match=f"train.yaml: not valid YAML: {message}"):
+        RunConfig.from_yaml(path)
+    with pytest.raises(AdapterError, match=message):
+        HybridAdapterConfig.from_yaml(path)
+
+
+def test_a_merged_key_may_be_overridden(tmp_path):
+    path = tmp_path / "train.yaml"
+    path.write_text(
+        "model: m\ndata: {train: a}\n"
+        "hybrid_adapter: &first\n  <<: {lora_rank: 2, adapter_size: 3}\n  lora_rank: 4\n"
+        "training: {seed: 3}\n"
+    )
+    adapter = RunConfig.from_yaml(path).hybrid_adapter
+    assert (adapter.lora_rank, adapter.adapter_size) == (4, 3)
+    path.write_text(
+        "a:\n  b: &inner {<<: &rank {lora_rank: 2}, lora_rank: 4}\n"
+        "hybrid_adapter: {<<: *inner, <<: {adapter_size: 3}}\n"
+    )
+    adapter = HybridAdapterConfig.from_yaml(path)
+    assert (adapter.lora_rank, adapter.adapter_size) == (4, 3)
+
+
+@pytest.mark.parametrize("read", [RunConfig.from_yaml, HybridAdapterConfig.from_yaml])
+def test_a_file_that_is_not_utf8(tmp_path, read):
+    path = tmp_path / "train.yaml"
+    path.write_bytes(b"model: caf\xe9")
+    with pytest.raises(AdapterError, match="train.yaml: not UTF-8 text .byte 10"):
+        read(path)
+
+
+def test_a_folder_is_not_said_to_be_absent(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist or is not a file"):
+        RunConfig.from_yaml(tmp_path)
 
 
 def test_a_missing_file():
@@ -170,6 +219,7 @@ def test_arguments_carry_every_setting(monkeypatch):
     assert (arguments.num_train_epochs, arguments.max_steps) == (2.5, 7)
     assert (arguments.weight_decay, arguments.max_grad_norm) == (0.125, 0.75)
     assert (arguments.seed, arguments.logging_steps) == (11, 13)
+    assert not arguments.logging_nan_inf_filter
     assert (arguments.eval_strategy, arguments.eval_steps) == ("steps", 17)
     assert (arguments.save_strategy, arguments.save_steps) == ("steps", 19)
     assert arguments.save_total_limit == 23

@@ -61,6 +61,12 @@ def test_what_would_be_trained_and_not_saved_is_refused(tmp_path):
     assert_equal_states(snapshot(model), before)
 
 
+def test_nothing_that_trains_is_refused(tmp_path):
+    model = hybrid().requires_grad_(False)
+    with pytest.raises(AdapterError, match="nothing of the model would be trained"):
+        trainer_for(model, tmp_path).train()
+
+
 def test_named_as_heads_they_are_trained_and_saved(tmp_path):
     norms = [f"model.layers.{layer}.input_layernorm" for layer in (0, 1)]
     model = hybrid(modules_to_save=["model.embed_tokens", *norms])

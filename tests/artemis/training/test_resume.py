@@ -130,12 +130,14 @@ def test_resume_may_stand_beside_a_model(tmp_path):
     assert_equal_states(trained_state(model), expected)
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "no adapter"])
 def test_a_checkpoint_cut_short_is_passed_over(tmp_path, damage):
     expected = uninterrupted(tmp_path, save_steps=2, save_total_limit=None)
     state = tmp_path / "checkpoint-6" / "trainer_state.json"
     if damage == "missing":
         state.unlink()
+    elif damage == "no adapter":
+        (state.parent / "hybrid_adapter.safetensors").unlink()
     else:
         state.write_text(state.read_text()[:-20])
     model = hybrid(**ADAPTER)
@@ -145,6 +147,38 @@ def test_a_checkpoint_cut_short_is_passed_over(tmp_path, damage):
     trainer.train(True)
     assert min(steps) == 5
     assert_equal_states(trained_state(model), expected)
+
+
+def test_a_path_without_an_adapter_is_no_checkpoint(tmp_path):
+    uninterrupted(tmp_path, save_steps=2)
+    (tmp_path / "checkpoint-6" / "hybrid_adapter.safetensors").unlink()
+    with pytest.raises(AdapterError, match="complete checkpoint: hybrid_adapter.safetensors is mi"):
+        trainer_for(hybrid(**ADAPTER), tmp_path).train(str(tmp_path / "checkpoint-6"))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("optimizer.pt", "the optimizer and the schedule of the learning rate begin anew"),
+        ("scheduler.pt", "the optimizer and the schedule of the learning rate begin anew"),
+        ("rng_state.pth", "dropout draws other masks"),
+    ],
+)
+def test_what_a_checkpoint_lacks_is_said(tmp_path, name, words):
+    expected = uninterrupted(tmp_path, save_steps=4)
+    checkpoint = tmp_path / "checkpoint-4"
+    (checkpoint / name).unlink()
+    model = hybrid(**ADAPTER)
+    trainer = trainer_for(model, tmp_path)
+    with pytest.warns(UserWarning, match=f"^{name}: missing in {checkpoint}.* {words}$"):
+        trainer.train(str(checkpoint))
+    # What is said is so: another end, and the rate of the first steps.
+    got = trained_state(model)
+    assert not all(torch.equal(got[key], expected[key]) for key in expected)
+    learning_rates = [
+        entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry
+    ]
+    assert (learning_rates[4:] == learning_rates[:2]) == (name != "rng_state.pth")
 
 
 def test_interrupted_save_over_an_old_checkpoint_does_not_count(tmp_path, monkeypatch):

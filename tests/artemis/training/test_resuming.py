@@ -5,9 +5,18 @@ import warnings
 
 import pytest
 from torch.utils.data import IterableDataset
+from transformers import TrainerState
 
 from artemis.training import Trainer
-from tests.artemis.training.kit import StopAfter, blocks, hybrid, settings
+from artemis.training.resuming import place_in_stream
+from tests.artemis.training.kit import (
+    StopAfter,
+    assert_equal_states,
+    blocks,
+    hybrid,
+    settings,
+    trained_state,
+)
 
 # The first run is cut after three of six steps: three quarters of an epoch, in batches of two.
 SETTINGS = dict(save_steps=3, weight_decay=0.1)
@@ -20,6 +29,14 @@ class Stream(IterableDataset):
         data = blocks()
         while True:
             yield from (data[index] for index in range(len(data)))
+
+
+class OnePass(IterableDataset):
+    """The blocks, with no length."""
+
+    def __iter__(self):
+        data = blocks()
+        return (data[index] for index in range(len(data)))
 
 
 class Recorder(Trainer):
@@ -43,11 +60,11 @@ def run(directory, until: int, checkpoint=None, data=None, **changes) -> Recorde
     return trainer
 
 
-def resume(directory, **changes) -> tuple[list[str], Recorder]:
-    """What resuming warns of, and the trainer two steps later."""
+def resume(directory, until: int = 5, **changes) -> tuple[list[str], Recorder]:
+    """What resuming warns of, and the trainer at step `until`."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        trainer = run(directory, 5, checkpoint=True, **changes)
+        trainer = run(directory, until, checkpoint=True, **changes)
     return [str(warning.message) for warning in seen], trainer
 
 
@@ -144,3 +161,24 @@ def test_what_else_moves_the_place_in_the_data(tmp_path, changes, words):
 def test_the_place_stays(tmp_path, data, changes):
     run(tmp_path, 3, data=data)
     assert resume(tmp_path, data=data, **changes)[0] == []
+
+
+@pytest.mark.parametrize(("cut", "accumulation"), [(2, 1), (4, 1), (5, 1), (9, 1), (3, 2)], ids=str)
+def test_a_stream_goes_on_where_it_was(tmp_path, cut, accumulation):
+    """Four batches make a pass over data that has no length."""
+    changes = dict(data=OnePass(), max_steps=12, save_steps=1, accumulation=accumulation)
+    whole = run(tmp_path / "whole", 10, **changes)
+    run(tmp_path, cut, **changes)
+    sentences, trainer = resume(tmp_path, 10, **changes)
+    assert sentences == []
+    assert trainer.examples == whole.examples[2 * accumulation * cut :]
+    assert_equal_states(trained_state(trainer.model), trained_state(whole.model))
+
+
+@pytest.mark.parametrize(
+    ("epoch", "place"),
+    [(0, (0, 0)), (4 / 12, (0, 4)), (1.0, (0, 12)), (1 + 1 / 12, (1, 1)), (7 + 11 / 12, (7, 11))],
+)
+def test_the_place_in_a_stream(epoch, place):
+    """A run of 12 steps whose only pass is as long ends in that pass, not after it."""
+    assert place_in_stream(TrainerState(epoch=epoch), 12) == place

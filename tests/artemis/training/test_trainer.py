@@ -3,11 +3,16 @@
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import TrainerCallback, set_seed
+from transformers import (
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    TrainerCallback,
+    set_seed,
+)
 
 from artemis import AdapterError, load_hybrid_adapter, orthogonality_penalty
 from artemis.training import Trainer, TrainingConfig
-from tests.artemis.models import adapted, bert, llama, snapshot
+from tests.artemis.models import adapted, bert, llama, snapshot, t5
 from tests.artemis.training.kit import (
     GradientRecorder,
     Sentences,
@@ -45,6 +50,27 @@ def test_train_takes_the_model(tmp_path):
     output = trainer.train(late)
     assert output.global_step == 6
     assert trainer.model is late
+    assert_equal_states(trained_state(late), trained_state(early))
+
+
+def test_it_goes_with_a_trainer_that_takes_less(tmp_path):
+    """Seq2SeqTrainer knows no `optimizer_cls_and_kwargs`."""
+
+    class Sequences(Trainer, Seq2SeqTrainer):
+        pass
+
+    def model():
+        set_seed(1)
+        return adapted(t5(), target_modules=["q", "v", "wi"], apply_lora_to=["q", "v"])
+
+    early, late = model(), model()
+    arguments = Seq2SeqTrainingArguments(
+        str(tmp_path), max_steps=2, learning_rate=1e-2, use_cpu=True, report_to="none"
+    )
+    set_seed(1)
+    Trainer(early, arguments, train_dataset=blocks()).train()
+    set_seed(1)
+    Sequences(args=arguments, train_dataset=blocks()).train(late)
     assert_equal_states(trained_state(late), trained_state(early))
 
 

@@ -1,6 +1,6 @@
 """transformers' Trainer going on from a checkpoint: where it is, and what it says.
 
-- it warns of arguments that the checkpoint outweighs, and of what the checkpoint lacks (`resuming`);
+- it warns of arguments that the checkpoint outweighs, and of what that lacks (`resuming`);
 - in data without a length it finds its place in a later pass, too;
 - where all steps are done it trains nothing.
 """
