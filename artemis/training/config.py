@@ -197,6 +197,11 @@ class RunConfig:
     hybrid_adapter: HybridAdapterConfig | None
     training: TrainingConfig
 
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether an adapter trains; else the whole model does."""
+        return self.hybrid_adapter is not None and self.hybrid_adapter.enabled
+
     @classmethod
     def from_yaml(cls, path: str | Path) -> "RunConfig":
         """Read a training file.

@@ -24,7 +24,7 @@ def prepare_output(config: RunConfig, resume: bool) -> str | None:
     _refuse_the_base(config, folder)
     checkpoint = None
     if resume:
-        checkpoint = complete_checkpoint(True, str(folder), _hybrid(config))
+        checkpoint = complete_checkpoint(True, str(folder), config.trains_adapter)
         _refuse_another_kind(config, checkpoint)
     elif found := checkpoints(folder):
         raise AdapterError(
@@ -36,12 +36,8 @@ def prepare_output(config: RunConfig, resume: bool) -> str | None:
     return checkpoint
 
 
-def _hybrid(config: RunConfig) -> bool:
-    return config.hybrid_adapter is not None and config.hybrid_adapter.enabled
-
-
 def _refuse_another_kind(config: RunConfig, checkpoint: str) -> None:
-    if holds_adapter(checkpoint) and not _hybrid(config):
+    if holds_adapter(checkpoint) and not config.trains_adapter:
         raise AdapterError(
             f"hybrid_adapter: absent or not enabled, and {checkpoint} is of an adapter, allowed:"
             " the section that the run began with"
@@ -51,7 +47,7 @@ def _refuse_another_kind(config: RunConfig, checkpoint: str) -> None:
 def _refuse_the_base(config: RunConfig, folder: Path) -> None:
     if folder.resolve() != Path(config.model).resolve():
         return
-    hybrid = _hybrid(config)
+    hybrid = config.trains_adapter
     # An adapter's files have names of their own. But a folder made for them where the model is not
     # one would hide the model of that name.
     if not (hybrid and folder.is_dir()):

@@ -53,7 +53,7 @@ def run_training(config: RunConfig, resume: bool = False) -> dict[str, Any]:
             run has diverged.
     """
     settings = config.training
-    hybrid = config.hybrid_adapter is not None and config.hybrid_adapter.enabled
+    hybrid = config.trains_adapter
     dtype = resolve_precision(settings.precision)
     heads = hybrid and bool(config.hybrid_adapter.modules_to_save)
     # A frozen base may be held in bf16; weights that are trained need float32's small steps.

@@ -2250,7 +2250,7 @@ COMMANDS = (
     Fault(
         "nothing to resume noticed late",
         "artemis/training/output.py",
-        "checkpoint = complete_checkpoint(True, str(folder), _hybrid(config))",
+        "checkpoint = complete_checkpoint(True, str(folder), config.trains_adapter)",
         'checkpoint = "last"',
         (TRAIN_COMMAND, "-k", "nothing_to_resume"),
     ),
