@@ -53,6 +53,10 @@ def adopt(model: nn.Module, files: LoRAFiles, shared: bool = False) -> Adopted:
     config = _config(model, files, factor, heads, shared)
     ranks = {path: len(a) for path, (a, _) in files.lora.items()}
     plan = make_plan(model, config)
+    if lost := files.lora.keys() - {site.path for site in plan.sites}:
+        raise AdapterError(
+            f"{files.path}: {listed(sorted(lost))}: LoRA within a module that is saved whole"
+        )
     plan = Plan(tuple(replace(site, size=ranks[site.path]) for site in plan.sites), plan.heads)
     tensors = dict(files.others)
     for site in plan.sites:

@@ -1,14 +1,13 @@
 """What a launch or a compilation can end in, and what a row says of it."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
 #: Of one case, which fails, not the run; descriptors check by asserting.
 FAILURES = (RuntimeError, ValueError, TypeError, AssertionError, triton.TritonError)
-
 
 Row = dict[str, Any]
 
@@ -45,3 +44,12 @@ def contained(rows: Iterable[Row], about: Row) -> Iterator[Row]:
         yield from rows
     except FAILURES as error:
         yield about | {"provider": "artemis"} | failure(error)
+
+
+def of_each(
+    kind: str, workloads: Iterable[NamedTuple], measured: Callable[[Any], Iterable[Row]]
+) -> Iterator[Row]:
+    """The rows of every workload, each with what the workload is."""
+    for work in workloads:
+        about = {"kind": kind, **work._asdict()}
+        yield from contained((about | row for row in measured(work)), about)

@@ -11,7 +11,7 @@ from artemis.benchmark.peers import HAS_PEFT, peft_layer
 from artemis.benchmark.timer import Timer
 from artemis_kernels import adapter_linear, adapter_linear_group, lora_linear, lora_linear_group
 
-from .failures import FAILURES, Row, contained, failure, tried
+from .failures import FAILURES, Row, failure, of_each, tried
 
 Ys = Sequence[torch.Tensor]
 
@@ -69,10 +69,7 @@ def groups(device: torch.device, tiny: bool, rounds: int) -> Iterator[Row]:
     """A row for every workload and provider; `over_joined` compares with the group."""
     dtype = torch.float32 if tiny else torch.bfloat16
     timer = Timer(device, rounds)
-    for work in workloads(tiny):
-        about = {"kind": "group", **work._asdict()}
-        measured = _measured(work, dtype, device, timer)
-        yield from contained((about | row for row in measured), about)
+    yield from of_each("group", workloads(tiny), lambda work: _measured(work, dtype, device, timer))
 
 
 def _measured(

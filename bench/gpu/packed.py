@@ -14,7 +14,7 @@ from artemis.benchmark.operations import OPERATIONS, Sizes, Tensors, Truth, oper
 from artemis.benchmark.timer import Timer
 from artemis_kernels import QuantizedWeight, explain
 
-from .failures import FAILURES, Row, contained, failure, tried
+from .failures import FAILURES, Row, failure, of_each, tried
 
 FORMATS = ("int8", "fp8", "int4")
 RANK = 16
@@ -45,10 +45,9 @@ def packed(device: torch.device, tiny: bool, rounds: int) -> Iterator[Row]:
     """A row for every workload, format and provider; `over_bare` compares with the 16-bit one."""
     dtype = torch.float32 if tiny else torch.bfloat16
     timer = Timer(device, rounds)
-    for work in workloads(tiny):
-        about = {"kind": "packed", **work._asdict()}
-        measured = _measured(work, dtype, device, timer)
-        yield from contained((about | row for row in measured), about)
+    yield from of_each(
+        "packed", workloads(tiny), lambda work: _measured(work, dtype, device, timer)
+    )
 
 
 def _measured(

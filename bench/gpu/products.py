@@ -19,7 +19,7 @@ from artemis_kernels.ops.low_rank.expand import expand
 from artemis_kernels.ops.low_rank.expand_persistent import expand_persistent, has_descriptors
 from artemis_kernels.ops.low_rank.steps import updated
 
-from .failures import FAILURES, Row, contained, failure, tried
+from .failures import FAILURES, Row, failure, of_each, tried
 
 
 class Product(NamedTuple):
@@ -52,10 +52,9 @@ def products(device: torch.device, tiny: bool, rounds: int) -> Iterator[Row]:
     """A row for every product and way; `over_pointers` compares with the kernel by pointers."""
     dtype = torch.float32 if tiny else torch.bfloat16
     timer = Timer(device, rounds)
-    for work in workloads(tiny):
-        about = {"kind": "product", **work._asdict()}
-        measured = _measured(work, dtype, device, timer)
-        yield from contained((about | row for row in measured), about)
+    yield from of_each(
+        "product", workloads(tiny), lambda work: _measured(work, dtype, device, timer)
+    )
 
 
 def _measured(

@@ -302,6 +302,19 @@ def test_tensors_that_are_refused(change, message, tmp_path):
     assert not hasattr(ours, "hybrid_adapter")
 
 
+def test_lora_within_a_head_is_refused(tmp_path):
+    base = bert()
+    ours = copy.deepcopy(base)
+    saved_by_peft(base, tmp_path, r=4, target_modules=["query"], task_type="SEQ_CLS")
+    tensors = load_file(tmp_path / TENSORS_FILE)
+    tensors["base_model.model.classifier.lora_A.weight"] = torch.zeros(4, 32)
+    tensors["base_model.model.classifier.lora_B.weight"] = torch.zeros(3, 4)
+    save_file(tensors, tmp_path / TENSORS_FILE)
+    with pytest.raises(artemis.AdapterError, match="classifier: LoRA within a module that is sa"):
+        artemis.load_peft_adapter(ours, tmp_path)
+    assert not hasattr(ours, "hybrid_adapter")
+
+
 def test_what_is_missing_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match="no PEFT adapter"):
         artemis.load_peft_adapter(llama(), tmp_path)
