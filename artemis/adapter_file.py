@@ -102,9 +102,6 @@ def write_adapter(
     copy = json.dumps(header, indent=2) + "\n"
     metadata = {_METADATA_KEY: json.dumps(header | {_SAMPLES_KEY: base.samples}, indent=2)}
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    if directory.exists() and not directory.is_dir():
-        raise AdapterError(f"{directory}: got a file, allowed: a directory to save the adapter in")
-    directory.mkdir(parents=True, exist_ok=True)
     replace_files(
         directory,
         {

@@ -10,6 +10,8 @@ from tempfile import TemporaryDirectory
 
 from safetensors import SafetensorError
 
+from .errors import AdapterError
+
 _DAY = 24 * 60 * 60  # seconds
 
 
@@ -18,9 +20,14 @@ def replace_files(directory: Path, writers: Mapping[str, Callable[[Path], object
 
     A file has the permissions of the one that it replaces, else those of any new file. What a
     killed process leaves behind, `.artemis-*.tmp`, a later call removes once it is a day old.
+    `directory` is made where it is missing.
 
-    Raises `OSError`, with the path, where a file cannot be written; the old files stay.
+    Raises `AdapterError` where a file is in its place; `OSError`, with the path, where a file
+    cannot be written. The old files stay.
     """
+    if directory.exists() and not directory.is_dir():
+        raise AdapterError(f"{directory}: got a file, allowed: a directory")
+    directory.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(".tmp", ".artemis-", directory, ignore_cleanup_errors=True) as folder:
         staged = Path(folder)
         _remove_leftovers(directory, staged.stat().st_mtime)

@@ -92,9 +92,6 @@ def write_files(
         name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()
     }
     text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-    if folder.exists() and not folder.is_dir():
-        raise AdapterError(f"{folder}: got a file, allowed: a directory to export to")
-    folder.mkdir(parents=True, exist_ok=True)
     replace_files(
         folder,
         {

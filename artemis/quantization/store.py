@@ -72,8 +72,6 @@ def save_quantized(model: nn.Module, path: str | os.PathLike) -> None:
     check_unmerged(model)
     _check_places(model, report)
     directory = Path(path)
-    if directory.exists() and not directory.is_dir():
-        raise AdapterError(f"{directory}: got a file, allowed: a directory to save the base in")
     tensors, aliases = _tensors(model)
     header = json.dumps(
         {
@@ -87,7 +85,6 @@ def save_quantized(model: nn.Module, path: str | os.PathLike) -> None:
             "untied": [path for path, module in packed_layers(model) if module.packing.untied],
         }
     )
-    directory.mkdir(parents=True, exist_ok=True)
     replace_files(directory, {FILE: lambda file: save_file(tensors, file, {_METADATA_KEY: header})})
 
 
