@@ -2,9 +2,10 @@
 
 import argparse
 import json
+from typing import Any
 
 from ..training import RunConfig, default_device, keep_freed_memory, run_training
-from ..training.run import is_first_process
+from ..training.processes import end_processes, is_first_process
 
 NAME = "train"
 SUMMARY = "train an adapter, or a whole model, as a YAML file says"
@@ -23,9 +24,13 @@ def run(args: argparse.Namespace) -> None:
     if default_device().type == "cpu":
         keep_freed_memory()
     result = run_training(RunConfig.from_yaml(args.config), resume=args.resume)
-    if not is_first_process():
-        return
-    if args.json:
+    if is_first_process():
+        _print(result, args.json)
+    end_processes()
+
+
+def _print(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
         print(json.dumps(result, allow_nan=False))
         return
     share = result["trainable_parameters"] / result["total_parameters"]

@@ -1,11 +1,9 @@
 """The job that a training file describes."""
 
-import sys
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import distributed
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -30,6 +28,7 @@ from .divergence import StopWhereDiverged, check_loss, check_parameters
 from .loading import attention_for, default_device, load_base, resolve_precision
 from .output import prepare_output
 from .positions import learned_positions
+from .processes import from_first_process, say
 from .progress import show_progress
 from .throughput import tokens_per_second
 from .trainer import Trainer
@@ -107,28 +106,6 @@ def _held_out_loss(trainer: Trainer) -> float:
     return loss
 
 
-def is_first_process() -> bool:
-    """Whether this process is the one that reports: under torchrun only one does."""
-    return not _several_processes() or distributed.get_rank() == 0
-
-
-def _several_processes() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
-
-
-def _from_first_process(value: Any, device: torch.device) -> Any:
-    """The value that the first process has, for all; `device` is this one's, to send it by."""
-    values = [value]
-    if _several_processes():
-        distributed.broadcast_object_list(values, device=device)
-    return values[0]
-
-
-def _say(message: object) -> None:
-    if is_first_process():
-        print(message, file=sys.stderr)
-
-
 def _check_length(model: PreTrainedModel, sequence_length: int) -> None:
     most = learned_positions(model)
     if most is not None and sequence_length > most:
@@ -155,13 +132,13 @@ def _add_adapter(
     model.to(device)  # where the gradients to choose by are as fast as those of training
     choice = choose_ranks(model, data, adapter, batch_size=settings.batch_size)
     # A GPU's sums may differ in their last bits, and processes must not differ in a rank.
-    choice = _from_first_process(choice, device)
-    _say(choice.reason)
+    choice = from_first_process(choice, device)
+    say(choice.reason)
     _add(model, choice.config, settings.seed)
     report = set_dynamic_rank_allocation(
         model, choice.scores, choice.min_rank, choice.max_rank, verbose=False
     )
-    _say(report)
+    say(report)
     return {**choice.to_dict(), "sizes": report.sizes}
 
 
@@ -184,7 +161,7 @@ def _add_as_saved(
     rank = saved.config.lora_rank
     _add(model, replace(config, lora_rank=rank), seed)
     reason = f"lora_rank: auto took up the rank {rank}, and each module's, from {checkpoint}"
-    _say(reason)
+    say(reason)
     sizes = {site.path: site.size for site in saved.plan.sites}
     return {"rank": rank, "reason": reason, "sizes": sizes}
 

@@ -1,7 +1,7 @@
 """Training as torch does it: checkpointing, accumulation, autocast, several processes."""
 
 import copy
-import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -173,10 +173,10 @@ def test_compiled_without_a_graph_break():
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def _distributed_step(rank: int, port: int, model, ids, results) -> None:
+def _distributed_step(rank: int, meeting: Path, model, ids, results) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=2
     )
     wrapped = DistributedDataParallel(copy.deepcopy(model))
     wrapped(input_ids=ids[rank : rank + 1], labels=ids[rank : rank + 1]).loss.backward()
@@ -184,7 +184,7 @@ def _distributed_step(rank: int, port: int, model, ids, results) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_average_their_gradients():
+def test_two_processes_average_their_gradients(tmp_path):
     """Shared tensors included: DDP gives the mean of the two processes' own gradients."""
     model, ids = adapted(llama(), adapter_dropout=0.0).train(), tokens()
     expected = []
@@ -193,12 +193,9 @@ def test_two_processes_average_their_gradients():
         loss_of(model, row).backward()
         expected.append(gradients(model))
     model.zero_grad()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(_distributed_step, (port, model, ids, results), nprocs=2)
+        mp.spawn(_distributed_step, (tmp_path / "meeting", model, ids, results), nprocs=2)
         for got in (results[0], results[1]):
             assert got.keys() == expected[0].keys()
             for name, gradient in got.items():

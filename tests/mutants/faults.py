@@ -2305,16 +2305,23 @@ COMMANDS = (
     ),
     Fault(
         "each process with the ranks it chose",
-        "artemis/training/run.py",
-        "    if _several_processes():\n        distributed.broadcast",
+        "artemis/training/processes.py",
+        "    if _several():\n        distributed.broadcast",
         "    if False:\n        distributed.broadcast",
         (TRAIN_COMMAND, "-k", "two_processes"),
     ),
     Fault(
         "every process reports",
         "artemis/cli/train.py",
-        "if not is_first_process():",
-        "if False:",
+        "if is_first_process():",
+        "if True:",
+        (TRAIN_COMMAND, "-k", "two_processes"),
+    ),
+    Fault(
+        "a group whose threads outlive Python",
+        "artemis/cli/train.py",
+        "    end_processes()",
+        "    pass",
         (TRAIN_COMMAND, "-k", "two_processes"),
     ),
     Fault(
