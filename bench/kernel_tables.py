@@ -8,29 +8,53 @@ from artemis.benchmark.tables import Column, piped
 Record = dict[str, Any]
 #: What makes rows of several providers one row.
 _WORK = ("op", "layer", "m", "k", "n", "r", "dropout", "pass", "dtype")
-_OWN = "artemis"
-#: Provider -> title of its milliseconds.
-_PROVIDERS = {
-    "bare": "bare, ms",
-    _OWN: "Artemis",
-    "artemis, one by one": "one by one",
-    "artemis, int8": "int8",
-    "artemis, int4": "int4",
+_OWN, _FROZEN = "artemis", "artemis, frozen"
+_PEERS = {
     "plain": "plain torch",
     "addmm": "addmm",
     "compile": "torch.compile",
     "peft": "PEFT",
 }
+#: Provider -> title of its milliseconds.
+_TRAINING = {
+    "bare": "bare, ms",
+    _OWN: "Artemis",
+    "artemis, one by one": "one by one",
+    "artemis, int8": "int8",
+    "artemis, int4": "int4",
+    **_PEERS,
+}
+_INFERENCE = {
+    "bare": "bare, ms",
+    _FROZEN: "Artemis",
+    "artemis, int8, frozen": "int8",
+    "artemis, int4, frozen": "int4",
+    _OWN: "constants anew",
+    **_PEERS,
+}
 
 
 def table(rows: Sequence[Record]) -> str:
-    """Milliseconds of everybody, the floor, and Artemis' ratios to it and to the best peer."""
+    """Milliseconds of everybody, the floor, and Artemis' ratios to it and to the best peer.
+
+    A table of the operations as training calls them, and one of layers at inference.
+    """
     works: dict[tuple, dict[str, Record]] = {}
     for row in rows:
         works.setdefault(tuple(row[name] for name in _WORK), {})[row["provider"]] = row
     merged = [{**next(iter(by.values())), "by": by} for by in works.values()]
     merged.sort(key=lambda row: (row["m"], row["op"]))
-    return piped(_COLUMNS, merged)
+    inference = [row for row in merged if _FROZEN in row["by"]]
+    training = [row for row in merged if _FROZEN not in row["by"]]
+    tables = (
+        ("The operations, called with their parameters:", _OWN, _TRAINING, training),
+        ("Layers at inference, constants made beforehand:", _FROZEN, _INFERENCE, inference),
+    )
+    return "\n\n".join(
+        f"{title}\n\n{piped(_columns(own, providers), found)}"
+        for title, own, providers, found in tables
+        if found
+    )
 
 
 def _ms(provider: str) -> Callable[[Record], str]:
@@ -51,19 +75,24 @@ def _ratio(provider: str, name: str, invert: bool = False) -> Callable[[Record],
     return cell
 
 
-def _floor(row: Record) -> str:
-    own = row["by"].get(_OWN, {})
-    return f"{own['ms']['p50'] / own['over_floor']:,.3g}" if "ms" in own else ""
+def _floor(own: str) -> Callable[[Record], str]:
+    def cell(row: Record) -> str:
+        found = row["by"].get(own, {})
+        return f"{found['ms']['p50'] / found['over_floor']:,.3g}" if "ms" in found else ""
+
+    return cell
 
 
-_COLUMNS = (
-    Column("operation", lambda row: f"`{row['op']}`", words=True),
-    Column("layer", lambda row: row["layer"], words=True),
-    Column("tokens × in × out, rank", lambda row: "{m:,} × {k:,} × {n:,}, {r}".format(**row)),
-    Column("pass", lambda row: row["pass"], words=True),
-    Column("floor, ms", _floor),
-    *(Column(title, _ms(provider)) for provider, title in _PROVIDERS.items()),
-    Column("× best peer", _ratio(_OWN, "over_best_peer", invert=True)),
-    Column("÷ floor", _ratio(_OWN, "over_floor")),
-    Column("int8: × best peer", _ratio("artemis, int8", "over_best_peer", invert=True)),
-)
+def _columns(own: str, providers: dict[str, str]) -> tuple[Column, ...]:
+    int8 = own.replace(_OWN, f"{_OWN}, int8")
+    return (
+        Column("operation", lambda row: f"`{row['op']}`", words=True),
+        Column("layer", lambda row: row["layer"], words=True),
+        Column("tokens × in × out, rank", lambda row: "{m:,} × {k:,} × {n:,}, {r}".format(**row)),
+        Column("pass", lambda row: row["pass"], words=True),
+        Column("floor, ms", _floor(own)),
+        *(Column(title, _ms(provider)) for provider, title in providers.items()),
+        Column("× best peer", _ratio(own, "over_best_peer", invert=True)),
+        Column("÷ floor", _ratio(own, "over_floor")),
+        Column("int8: × best peer", _ratio(int8, "over_best_peer", invert=True)),
+    )

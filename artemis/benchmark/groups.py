@@ -15,6 +15,7 @@ from torch.nn import functional
 import artemis_kernels
 
 from .costs import cost_of_pass
+from .inference import AtInference
 from .operations import (
     SEED,
     Operation,
@@ -93,13 +94,18 @@ def _members(group: Group, dtype: torch.dtype, device: torch.device) -> Members:
 def _ways(
     group: Group, members: Members, weights: Weights, impl: str | None, dropout: float
 ) -> dict[str, Run]:
-    """The group, its members one by one, the group over int8, and the peers."""
+    """The group, its members one by one, the group over int8, at inference, and the peers."""
     options = {"dropout_p": dropout, "seed": SEED, "impl": impl}
     ways: dict[str, Run] = {
         "artemis": partial(_joined, group.operation, options=options),
         "artemis, one by one": _each([partial(group.operation.public, **options)] * len(members)),
         f"artemis, {_PACKED}": partial(_joined, group.operation, options=options, weights=weights),
     }
+    if group.which == "forward" and not group.dropout:
+        for name, held in (("", [m["weight"] for m in members]), (f", {_PACKED}", weights)):
+            layers = zip(members, held, strict=True)
+            frozen = [AtInference(group.operation, m, weight, impl) for m, weight in layers]
+            ways[f"artemis{name}, frozen"] = _each(frozen)
     for name, peer in (("plain", plain), ("addmm", addmm)):
         ways[name] = _each([peer(group.operation, dropout)] * len(members))
     if can_compile(members[0]["x"].device):
@@ -150,7 +156,9 @@ def _call(group: Group, run: Run, members: Members, learns: bool) -> Callable[[]
 
 
 def _outcome(group: Group, run: Run, members: Members, dys: Members) -> list[torch.Tensor]:
-    """Every y, then the gradients of x and of every factor."""
+    """Every y, then, unless only the forward is timed, the gradients of x and of every factor."""
+    if group.which == "forward":
+        return list(run(members))
     leaves, wanted = _leaves(group, members)
     ys = run(leaves)
     gradients = torch.autograd.grad(ys, wanted, [dy.to(y) for dy, y in zip(dys, ys, strict=True)])
@@ -179,7 +187,7 @@ def _checked(
             if name == "bare":
                 rows[name] = {"gate": {"passed": True}}
                 continue
-            is_packed = name.endswith(_PACKED)
+            is_packed = _PACKED in name
             given = rounded if is_packed else members
             verdict, error = _judged(group, run, given, dys, dropout, is_packed)
             rows[name] = {"gate": verdict.to_dict(), "error": error}

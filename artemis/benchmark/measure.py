@@ -13,6 +13,7 @@ import artemis_kernels
 
 from . import packed
 from .costs import cost_of_pass
+from .inference import AtInference, at_inference, weight_of
 from .operations import (
     SEED,
     Operation,
@@ -85,7 +86,7 @@ def measure(
     # A backward of what ran before it belongs to that stream, and cannot be captured on another.
     for name, times in timer.rows(calls, graphs=work.which != "backward").items():
         rows[name] |= times
-    choices = _choices(work, tensors, weights, impl)
+    choices = _choices(work, tensors, weights, ways[work.dropout], impl)
     for name, choice in choices.items():
         rows[name] |= {"impl": choice.impl, "strategy": choice.strategy}
     timed = [rows[name]["ms"]["p50"] for name in PEERS if "ms" in rows.get(name, {})]
@@ -93,10 +94,11 @@ def measure(
         if "ms" in row:
             seconds = row["ms"]["p50"] / 1e3
             choice = choices.get(name, choices["artemis"])
-            held = weights[name].nbytes if name in weights else None
+            weight = weight_of(name, weights)
             needed = cost_of_pass(
-                work.operation, work.sizes, name, choice.cost, dtype.itemsize, work.which, held
-            )
+                work.operation, work.sizes, name, choice.cost, dtype.itemsize, work.which,
+                None if weight is None else weight.nbytes,
+            )  # fmt: skip
             floor = max(needed.flops / peaks["gflops"], needed.bytes / peaks["gbs"]) / 1e9
             row |= {
                 "gflops": needed.flops / seconds / 1e9, "gbs": needed.bytes / seconds / 1e9,
@@ -107,17 +109,19 @@ def measure(
 
 
 def _choices(
-    work: Work, tensors: Tensors, weights: Weights, impl: str | None
+    work: Work, tensors: Tensors, weights: Weights, way: dict[str, Run], impl: str | None
 ) -> dict[str, artemis_kernels.Choice]:
-    """What the public function says of each of its calls."""
+    """What the public functions say of each of their calls."""
     given = {"scale": 1.0} | _leaves(tensors, work.which, LEARN)
     calls = {"artemis": given, **{name: given | {"weight": w} for name, w in weights.items()}}
-    return {
+    choices = {
         name: artemis_kernels.explain(
             work.operation.name, **arguments, dropout_p=work.dropout, impl=impl
         )
         for name, arguments in calls.items()
     }
+    frozen = {name: run for name, run in way.items() if isinstance(run, AtInference)}
+    return choices | {name: run.choice(tensors["x"]) for name, run in frozen.items()}
 
 
 def _providers(
@@ -128,15 +132,17 @@ def _providers(
     more: More | None,
     impl: str | None,
 ) -> dict[str, Run]:
-    """`artemis`, the public function, also over packed weights, and its peers."""
+    """`artemis`, the public function, also over packed weights and at inference, and its peers."""
 
     def artemis(t: Tensors) -> torch.Tensor:
         return work.operation.public(t, dropout_p=dropout, seed=SEED, impl=impl)
 
+    infers = work.which == "forward" and not work.dropout
     return {
         "artemis": artemis,
         **({} if more is None else more(work, tensors, dropout)),
         **{n: packed.provider(work.operation, w, dropout, impl) for n, w in weights.items()},
+        **(at_inference(work.operation, tensors, weights, impl) if infers else {}),
         **peers(work.operation, work.sizes, tensors, dropout),
     }
 
@@ -156,12 +162,12 @@ def _checked(
     m, k, n, _ = work.sizes
     few = m * k * n > _CHECKED and tensors["x"].device.type == "cpu"
     tensors = tensors | {"x": tensors["x"][:_GATE_TOKENS]} if few else tensors
-    wanted = tuple(n for n in LEARN if n in tensors) if work.which != "forward" else ("x",)
+    wanted = tuple(n for n in LEARN if n in tensors) if work.which != "forward" else ()
     truths = {p: Truth(work.operation, tensors, wanted, dropout_p=p) for p in ways}
     rows: dict[str, Record] = {}
     for name in ways[0.0]:
         dropout = work.dropout if name.startswith("artemis") else 0.0
-        run, weight, truth = ways[dropout][name], weights.get(name), truths[dropout]
+        run, weight, truth = ways[dropout][name], weight_of(name, weights), truths[dropout]
         if name == "bare":
             rows[name] = {"gate": {"passed": True}}
             continue

@@ -88,11 +88,11 @@ def operands(
 def outcome(
     run: Callable[[Tensors], torch.Tensor], tensors: Tensors, wanted: tuple[str, ...], dy=None
 ) -> Tensors:
-    """`y`, and with `dy` the gradients of `wanted`, by name."""
+    """`y`, and with `dy` the gradients of `wanted`, if any, by name."""
     leaves = {n: t.detach().requires_grad_(n in wanted) for n, t in tensors.items()}
     y = run(leaves)
     results = {"y": y.detach()}
-    if dy is not None:
+    if dy is not None and wanted:
         gradients = torch.autograd.grad(y, [leaves[name] for name in wanted], dy.to(y.dtype))
         results |= dict(zip(wanted, gradients, strict=True))
     return results

@@ -84,6 +84,26 @@ def test_of_an_operation_only_the_last_run_is_shown():
     assert (line["Artemis"], line["PEFT"]) == ("3", "")
 
 
+def test_layers_at_inference_have_a_table_of_their_own():
+    def row(provider: str, ms: float, which: str) -> dict:
+        return {
+            "kind": "row", "table": "kernels", "run": "1", "op": "lora", "layer": "q", "m": 1,
+            "k": 64, "n": 64, "r": 8, "dropout": 0.0, "pass": which, "dtype": "bfloat16",
+            "provider": provider, "ms": {"p50": ms}, "over_floor": 2.0, "over_best_peer": ms / 8,
+        }  # fmt: skip
+
+    rows = [
+        row("artemis", 9.0, "forward"), row("artemis, frozen", 4.0, "forward"),
+        row("artemis, int8, frozen", 2.0, "forward"), row("plain", 8.0, "forward"),
+        row("artemis", 16.0, "both"), row("plain", 8.0, "both"),
+    ]  # fmt: skip
+    training, inference = kernel_table(rows).split("\n\nLayers")
+    (trained,), (inferred,) = shown(training), shown(inference)
+    assert [trained[t] for t in ("Artemis", "× best peer", "floor, ms")] == ["16", "0.50", "8"]
+    shows = ("Artemis", "int8", "constants anew", "× best peer", "int8: × best peer", "floor, ms")
+    assert [inferred[title] for title in shows] == ["4", "2", "9", "2.00", "4.00", "2"]
+
+
 @pytest.mark.parametrize(
     ("other", "hidden"),
     [

@@ -10,7 +10,7 @@ from artemis.benchmark.costs import PASSES, cost_of_pass
 from artemis.benchmark.measure import measure
 from artemis.benchmark.operations import OPERATIONS, Operation, Sizes, Truth, operands
 from artemis.benchmark.timer import Timer
-from artemis_kernels import Cost, QuantizedWeight
+from artemis_kernels import Cost, FrozenAdapter, QuantizedWeight
 
 CPU = torch.device("cpu")
 LORA, ADAPTER, _ = OPERATIONS
@@ -49,6 +49,36 @@ def test_what_is_wrong_or_fails_is_not_timed(monkeypatch):
     timed = [rows[name]["ms"]["p50"] for name in ("plain", "addmm", "peft")]
     assert rows["artemis"]["over_best_peer"] == rows["artemis"]["ms"]["p50"] / min(timed)
     assert {"artemis, int8", "artemis, int4", "bare"} <= rows.keys()
+
+
+def inferred(operation: Operation, **work) -> dict[str, dict]:
+    """Rows of what computes a layer from constants."""
+    timer, peaks = Timer(CPU, 1, flush=False), {"gflops": 1.0, "gbs": 1.0}
+    found = measure(
+        Work(operation, **work), torch.bfloat16, CPU, timer, peaks, compiles=False
+    )  # fmt: skip
+    return {row["provider"]: row for row in found if row["provider"].endswith("frozen")}
+
+
+@pytest.mark.parametrize("operation", [LORA, ADAPTER], ids=lambda op: op.name)
+def test_a_forward_without_dropout_is_timed_from_constants_too(operation):
+    rows = inferred(operation, which="forward", sizes=Sizes(2, 64, 96, 8))
+    assert rows.keys() == {f"artemis{held}, frozen" for held in ("", ", int8", ", int4")}
+    assert all(row["gate"]["passed"] and row["ms"]["p50"] > 0 for row in rows.values())
+    # The packed weight's own bytes: x, y and a scale a row beside, which are few.
+    moved = {name: row["gbs"] * row["ms"]["p50"] for name, row in rows.items()}
+    assert moved["artemis, int4, frozen"] < moved["artemis, int8, frozen"]
+    assert moved["artemis, int8, frozen"] < 0.75 * moved["artemis, frozen"]
+    assert not inferred(operation, which="both") and not inferred(
+        operation, which="forward", dropout=0.1
+    )
+
+
+def test_a_wrong_layer_at_inference_is_not_timed(monkeypatch):
+    right = FrozenAdapter.lora
+    monkeypatch.setattr(FrozenAdapter, "lora", lambda a, b: right(a, b, 1.1))
+    rows = inferred(LORA, which="forward")
+    assert len(rows) == 3 and not any(row["gate"]["passed"] or "ms" in row for row in rows.values())
 
 
 @pytest.mark.parametrize("which", PASSES)

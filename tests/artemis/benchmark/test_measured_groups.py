@@ -39,6 +39,15 @@ def test_everybody_is_right_and_timed(operation, which):
     assert found["artemis"]["over_best_peer"] == found["artemis"]["ms"]["p50"] / min(timed)
 
 
+@pytest.mark.parametrize("operation", [LORA, ADAPTER], ids=lambda op: op.name)
+def test_a_forward_without_dropout_is_timed_from_constants_too(operation):
+    found = rows(operation, "forward", dropout=0.0)
+    frozen = {name: row for name, row in found.items() if name.endswith("frozen")}
+    assert frozen.keys() == {"artemis, frozen", "artemis, int8, frozen"}
+    assert all(row["gate"]["passed"] and row["ms"]["p50"] > 0 for row in frozen.values())
+    assert not any(name.endswith("frozen") for name in rows(operation, "forward"))
+
+
 def louder(x, weights, first, second, scales, run, **options):
     """Its small term a hundredth too large."""
     return run(x, weights, first, second, scales=[1.01 * scale for scale in scales], **options)
