@@ -9,13 +9,7 @@ import torch
 from torch import nn
 
 from . import architectures
-from .adapter_file import (
-    CONFIG_FILE,
-    PARAMETERS_FILE,
-    AdapterFile,
-    read_adapter,
-    write_adapter,
-)
+from .adapter_file import AdapterFile, read_adapter, write_adapter
 from .bank import BANK, MERGED, check_writable, find_bank
 from .config import HybridAdapterConfig
 from .errors import AdapterError, listed
@@ -23,16 +17,6 @@ from .identity import identify
 from .layers import replaced
 from .merging import check_unmerged
 from .plan import Plan, SiteSpec
-
-__all__ = [
-    "CONFIG_FILE",
-    "PARAMETERS_FILE",
-    "check_for_base",
-    "load_adapter_parameters",
-    "read_adapter",
-    "save_adapter_parameters",
-    "trained_and_not_saved",
-]
 
 #: Settings that change what the parameters mean; the others may differ from the file's.
 _MEANING = ("shared_parameters", "scaling_factor", "adapter_scale", "activation", "adapter_bias")

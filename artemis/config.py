@@ -1,13 +1,22 @@
 """`HybridAdapterConfig`: what the hybrid adapter is, from keyword arguments or YAML."""
 
-import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from os import PathLike
-from typing import Any
+from typing import Any, ClassVar
 
-from .errors import AdapterError, listed, nearest
+from .errors import AdapterError, listed
+from .schema import (
+    check_fields,
+    choice,
+    flag,
+    from_mapping,
+    integer,
+    is_integer,
+    number,
+    rule,
+)
 from .yaml_file import read_yaml
 
 SECTION = "hybrid_adapter"
@@ -21,24 +30,6 @@ IMPLEMENTATIONS = ("triton", "eager", "reference")
 AUTO = "auto"
 
 Names = tuple[str, ...] | str
-
-
-def _rule(check: Callable[[Any], bool], allowed: str, default: Any) -> Any:
-    """A field with the test that its value must pass, and the words for what passes."""
-    return field(default=default, metadata={"check": check, "allowed": allowed})
-
-
-def _choice(*options: Any, default: Any) -> Any:
-    allowed = f"one of {', '.join(map(str, options))}"
-    return _rule(lambda value: any(value is o or value == o for o in options), allowed, default)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_list_of(check: Callable[[Any], bool], value: Any) -> bool:
@@ -61,20 +52,12 @@ def _is_pattern(value: str) -> bool:
     return value != ""
 
 
-def _flag(default: bool) -> Any:
-    return _rule(lambda value: isinstance(value, bool), "true or false", default)
-
-
-def _size(default: int) -> Any:
-    return _rule(lambda value: _is_integer(value) and value >= 1, "an integer from 1", default)
-
-
 def _factor(default: float) -> Any:
-    return _rule(lambda value: _is_number(value) and value > 0, "a number above 0", default)
+    return number(lambda value: value > 0, "a number above 0", default)
 
 
 def _probability(default: float) -> Any:
-    return _rule(lambda value: _is_number(value) and 0 <= value < 1, "a number in [0, 1)", default)
+    return number(lambda value: 0 <= value < 1, "a number in [0, 1)", default)
 
 
 _NAMES = "a list of module names or one regular expression for whole paths"
@@ -89,67 +72,67 @@ class HybridAdapterConfig:
     given and what is allowed.
     """
 
-    enabled: bool = _flag(True)
+    SECTION: ClassVar[str] = SECTION
+
+    enabled: bool = flag(True)
     #: rows of LoRA's A; "auto": to be chosen from the task's data (`choose_ranks`)
-    lora_rank: int | str = _rule(
-        lambda value: value == AUTO or (_is_integer(value) and value >= 1),
+    lora_rank: int | str = rule(
+        lambda value: value == AUTO or (is_integer(value) and value >= 1),
         f"an integer from 1, or {AUTO}",
-        8,
+        default=8,
     )
     #: units of a bottleneck
-    adapter_size: int = _size(64)
+    adapter_size: int = integer(1, default=64)
     #: dropout on a bottleneck's units
     adapter_dropout: float = _probability(0.1)
     #: one A, down and up for all layers that agree in target name and shape
-    shared_parameters: bool = _flag(True)
-    target_modules: Names = _rule(
-        lambda value: _is_names(value) and len(value) > 0, _NAMES, DEFAULT_TARGETS
+    shared_parameters: bool = flag(True)
+    target_modules: Names = rule(
+        lambda value: _is_names(value) and len(value) > 0, _NAMES, default=DEFAULT_TARGETS
     )
     #: targets that get LoRA (the others get a bottleneck); None: what the default names of them
-    apply_lora_to: Names | None = _rule(
-        lambda value: value is None or _is_names(value), _NAMES, None
+    apply_lora_to: Names | None = rule(
+        lambda value: value is None or _is_names(value), _NAMES, default=None
     )
     #: LoRA's factor itself, not alpha / rank
     scaling_factor: float = _factor(0.5)
     #: dropout on LoRA's input
     lora_dropout: float = _probability(0.0)
-    activation: str = _choice(*ACTIVATIONS, default="gelu")
+    activation: str = choice(*ACTIVATIONS, default="gelu")
     #: a bottleneck's factor
     adapter_scale: float = _factor(1.0)
     #: biases in the bottlenecks, own to each layer
-    adapter_bias: bool = _flag(True)
-    init: str = _choice("default", "gaussian", "orthogonal", "svd", default="default")
-    orthogonality_weight: float = _rule(
-        lambda value: _is_number(value) and value >= 0, "a number from 0", 0.0
-    )
-    orthogonality_form: str = _choice("cosine", "frobenius", default="cosine")
+    adapter_bias: bool = flag(True)
+    init: str = choice("default", "gaussian", "orthogonal", "svd", default="default")
+    orthogonality_weight: float = number(lambda value: value >= 0, "a number from 0", 0.0)
+    orthogonality_form: str = choice("cosine", "frobenius", default="cosine")
     #: modules that stay as they are although they match
-    exclude_modules: Names = _rule(_is_names, _NAMES, ())
+    exclude_modules: Names = rule(_is_names, _NAMES, default=())
     #: numbers of the layers to adapt; None: all
-    layers: tuple[int, ...] | None = _rule(
+    layers: tuple[int, ...] | None = rule(
         lambda value: (
             value is None
-            or (_is_list_of(lambda n: _is_integer(n) and n >= 0, value) and len(value) > 0)
+            or (_is_list_of(lambda n: is_integer(n) and n >= 0, value) and len(value) > 0)
         ),
         "a list of layer numbers from 0, or null",
-        None,
+        default=None,
     )
     #: dtype of new parameters: float32, or that of the model's weights
-    adapter_dtype: str = _choice("float32", "model", default="float32")
+    adapter_dtype: str = choice("float32", "model", default="float32")
     #: whether modules that read the same tensor share one dropout mask
-    dropout_mask_sharing: str = _choice("input", "module", default="input")
+    dropout_mask_sharing: str = choice("input", "module", default="input")
     #: whether modules that read the same tensor are computed in one operation
-    grouping: bool = _flag(True)
+    grouping: bool = flag(True)
     #: whether what an unchanging adapter comes down to is kept between calls at inference
-    cache_constants: bool = _flag(True)
+    cache_constants: bool = flag(True)
     #: heads to train and save as they are; None: those of a classification model
-    modules_to_save: tuple[str, ...] | None = _rule(
+    modules_to_save: tuple[str, ...] | None = rule(
         lambda value: value is None or _is_list_of(_is_name, value),
         "a list of module names, or null",
-        None,
+        default=None,
     )
     #: path of the operations; None: the best that applies
-    impl: str | None = _choice(None, *IMPLEMENTATIONS, default=None)
+    impl: str | None = choice(None, *IMPLEMENTATIONS, default=None)
 
     def __post_init__(self) -> None:
         self.validate()
@@ -158,12 +141,9 @@ class HybridAdapterConfig:
 
     def validate(self) -> None:
         """Check every field and how they fit together; lists become tuples."""
+        check_fields(self)
         for entry in fields(self):
-            value = getattr(self, entry.name)
-            if not entry.metadata["check"](value):
-                allowed = entry.metadata["allowed"]
-                raise AdapterError(f"{SECTION}.{entry.name}: got {value!r}, allowed: {allowed}")
-            if isinstance(value, list):
+            if isinstance(value := getattr(self, entry.name), list):
                 setattr(self, entry.name, tuple(value))
         self._check_lora_within_targets()
         if self.orthogonality_weight > 0 and self.apply_lora_to == ():
@@ -197,19 +177,7 @@ class HybridAdapterConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "HybridAdapterConfig":
         """Build from a mapping such as YAML gives; `"1e-4"` is a number where one is wanted."""
-        if not isinstance(values, Mapping):
-            raise AdapterError(f"{SECTION}: got {values!r}, allowed: a mapping of settings")
-        declared = {entry.name: entry.type for entry in fields(cls)}
-        for key in values:
-            if key not in declared:
-                hint = nearest(str(key), declared) or f"; allowed: {', '.join(declared)}"
-                raise AdapterError(f"{SECTION}: unknown key {key!r}{hint}")
-        return cls(
-            **{
-                key: _as_float(value) if declared[key] is float else value
-                for key, value in values.items()
-            }
-        )
+        return from_mapping(cls, values)
 
     @classmethod
     def from_yaml(cls, path: str | PathLike) -> "HybridAdapterConfig":
@@ -218,7 +186,7 @@ class HybridAdapterConfig:
         if not isinstance(content, dict) or SECTION not in content:
             found = listed(content) if isinstance(content, dict) else type(content).__name__
             raise AdapterError(f"{path}: got {found}, allowed: a file with a `{SECTION}:` section")
-        return cls.from_dict({} if content[SECTION] is None else content[SECTION])
+        return cls.from_dict(content[SECTION])
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that JSON and YAML can hold; `from_dict` reads them back."""
@@ -226,13 +194,3 @@ class HybridAdapterConfig:
             key: list(value) if isinstance(value, tuple) else value
             for key, value in asdict(self).items()
         }
-
-
-def _as_float(value: Any) -> Any:
-    """YAML 1.1 reads `1e-4` as a string: return its number, or the value as it is."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return float(value)
-    except ValueError:
-        return value

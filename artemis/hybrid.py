@@ -19,7 +19,7 @@ from .checkpoint import (
 from .config import HybridAdapterConfig
 from .errors import AdapterError
 from .initialization import start_from_weights
-from .injection import eject, inject
+from .injection import check_free, eject, inject
 from .interchange import adopt, holds_lora, read_files
 from .merging import check_unmerged, merge_adapter, unmerge_adapter
 from .report import print_trainable_parameters
@@ -47,7 +47,7 @@ def add_hybrid_adapter_to_model(model: nn.Module, config: HybridAdapterConfig) -
     config = HybridAdapterConfig.from_dict(config.to_dict())  # checked, and the model's own copy
     if not config.enabled:
         return model
-    _check_free(model)
+    check_free(model)
     bank = inject(model, config, make_plan(model, config))
     bank.reset_parameters()
     if config.init == "svd":
@@ -66,7 +66,7 @@ def load_hybrid_adapter(
     `strict` an error.
     """
     check_bare(base_model)
-    _check_free(base_model)
+    check_free(base_model)
     if holds_lora(path):
         raise AdapterError(f"{path}: an adapter of PEFT's; load_peft_adapter loads it")
     file = read_adapter(path)
@@ -94,7 +94,7 @@ def load_peft_adapter(
     more than LoRA, ...) and changes nothing then.
     """
     check_bare(base_model)
-    _check_free(base_model)
+    check_free(base_model)
     adopted = adopt(base_model, read_files(path), shared_parameters)
     check_tensors(base_model, adopted.plan.heads, adopted.tensors, path)
     inject(base_model, adopted.config, adopted.plan)
@@ -149,10 +149,3 @@ def _attach(model: nn.Module) -> None:
     """
     for name, function in _METHODS.items():
         setattr(model, name, partial(function, model))
-
-
-def _check_free(model: nn.Module) -> None:
-    if find_bank(model) is not None:
-        raise AdapterError(
-            f"{type(model).__name__} has a hybrid adapter already; remove_adapter() takes it out"
-        )

@@ -21,7 +21,7 @@ def inject(model: nn.Module, config: HybridAdapterConfig, plan: Plan) -> Adapter
 
     Every check comes first: on `AdapterError` the model is as it was.
     """
-    check_injection(model, plan)
+    _check_injection(model, plan)
     bank = AdapterBank(config, plan)
     weight = _first_weight(model, plan)
     bank.to(weight.device, weight.dtype if config.adapter_dtype == "model" else torch.float32)
@@ -77,12 +77,17 @@ def _row_after_row(head: nn.Module, args: tuple) -> tuple | None:
     return x.reshape(-1, x.shape[-1]).contiguous().view(x.shape), *rest
 
 
-def check_injection(model: nn.Module, plan: Plan) -> None:
-    """Raise `AdapterError` where the modules of `plan` cannot be adapted as they stand."""
+def check_free(model: nn.Module) -> None:
+    """Raise `AdapterError` where `model` has an adapter, or something else by the bank's name."""
     if hasattr(model, BANK):
         raise AdapterError(
             f"{type(model).__name__} has a hybrid adapter already; remove_adapter() takes it out"
         )
+
+
+def _check_injection(model: nn.Module, plan: Plan) -> None:
+    """Raise `AdapterError` where the modules of `plan` cannot be adapted as they stand."""
+    check_free(model)
     for spec in plan.sites:
         module = model.get_submodule(spec.path)
         if "forward" in vars(module):

@@ -31,7 +31,7 @@ from artemis import (
     set_dynamic_rank_allocation,
 )
 from artemis.benchmark import machine
-from artemis.benchmark.runner import append
+from artemis.benchmark.records import append
 from artemis.cli.demo import corpus
 from artemis.training import cut_blocks
 

@@ -1,11 +1,11 @@
 """The tables of docs/adapters.md, from what `python -m bench.adapters_study` wrote."""
 
 import statistics
-from typing import Any
+
+from artemis.benchmark.records import Record
 
 from .adapters_study import ARMS, TRIAL_SEED, TRIALS
 
-Record = dict[str, Any]
 #: Student's t for a 95 % interval, by seeds less one.
 _STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}
 

@@ -15,7 +15,8 @@ import torch
 
 from artemis.benchmark import machine
 from artemis.benchmark.models import Architecture, build, random_tokens
-from artemis.benchmark.runner import Spread, append, interleaved
+from artemis.benchmark.records import append
+from artemis.benchmark.turns import Spread, interleaved
 
 from .floors import stop_gradients_before_attention
 

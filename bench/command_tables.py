@@ -5,16 +5,15 @@ an operation on a layer) are those of the last run that has it, and of no other.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 from artemis.benchmark.arms import ARMS
 from artemis.benchmark.machine import KEEPS, identity
 from artemis.benchmark.models import MODELS
+from artemis.benchmark.records import Record
 from artemis.benchmark.tables import markdown
 
 from .origins import origin, origins
 
-Record = dict[str, Any]
 #: What rows of one setting agree in.
 _SETTING = (
     "model", "tokens", "sequence", "batch", "compiled",

@@ -14,7 +14,7 @@ import torch
 from artemis_kernels import QuantizedWeight
 from artemis_kernels.core import packed_choice, tuning
 from artemis_kernels.core.device import CHIPS, Chip
-from artemis_kernels.core.tiling import Shape
+from artemis_kernels.core.tiling import FEW_ROWS, Shape
 
 RANK, WIDTH, LAUNCH = 16, 64, 3e-6  # seconds between two kernels of one graph
 COPY, GEMM_16, GEMM_8 = 0.90, 0.73, 0.61  # shares of the peaks that copies and products reach
@@ -22,7 +22,6 @@ DEQUANTIZING = 0.5  # of a 16-bit product's rate, where tiles are unpacked in a 
 #: Bytes a weight takes, and the share of the bandwidth that a product reaches which unpacks it.
 FORMATS = {"16-bit": (2.0, 0.90), "int8": (1.0, 0.85), "fp8": (1.0, 0.85), "int4": (0.53125, 0.72)}
 _DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-_FEW_ROWS = 64  # up to here unpacking hides behind the weight's bytes
 
 
 class Gpu(NamedTuple):
@@ -59,7 +58,7 @@ class Gpu(NamedTuple):
         if how == "dense" or back and how == "weight_only":
             return self.passes((weight_bytes + 2) * k * n) + self.product(m, k, n)
         if how == "weight_only":
-            operations = in_16_bits / (1 if m <= _FEW_ROWS else DEQUANTIZING)
+            operations = in_16_bits / (1 if m <= FEW_ROWS else DEQUANTIZING)
             moved = (weight_bytes * k * n + ends) / (share * self.bandwidth)
             return max(operations, moved) + LAUNCH
         # x is read, rounded, written and read. In int8 some columns are kept apart: x is read once

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +27,8 @@ from artemis.benchmark import machine
 from artemis.benchmark.arms import ARMS, TrainingStep
 from artemis.benchmark.flops import training_flops
 from artemis.benchmark.models import Architecture
-from artemis.benchmark.runner import Spread, append, interleaved, read
+from artemis.benchmark.records import Record, append, read
+from artemis.benchmark.turns import Spread, interleaved
 from artemis.cli.demo import corpus, stages
 from artemis.cli.demo.recipe import Recipe, Workspace
 from artemis.training import (
@@ -49,7 +49,6 @@ RATES = {
 }
 SEEDS, TRIAL_SEED = 2, 1000
 CURVE, STEP = "equal-loss", "equal-loss-step"
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)

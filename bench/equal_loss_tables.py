@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from artemis.benchmark.arms import ARMS
+from artemis.benchmark.records import Record
 
 from .equal_loss import BASELINE, CURVE, HYBRID, RATES, STEP, TRIAL_SEED, chosen_rate
 
-Record = dict[str, Any]
 Curve = Sequence[Sequence[float]]  # (steps, held-out loss), from 0 steps on
 LEVELS = (0.25, 0.5, 0.75, 0.9, 1.0)
 _ADAPTED = tuple(arm for arm in RATES if arm != BASELINE)

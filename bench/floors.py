@@ -1,14 +1,13 @@
 """What no adapter can go below: the frozen base's own step, and the adapters' bare products."""
 
 import functools
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import nn
-
-from artemis.benchmark.runner import best
 
 Product = tuple[torch.Tensor, torch.Tensor]  # the factors of one matrix product
 
@@ -96,7 +95,7 @@ def _folding_is_faster(tokens: int, site: Site, dtype: torch.dtype) -> bool:
     x = torch.randn(tokens, site.in_features).to(dtype)
     dy = torch.randn(tokens, site.out_features).to(dtype)
     folded, plain = (
-        sum(best(_call(*product)) for product in products)
+        sum(_best(_call(*product)) for product in products)
         for products in (_folded(x, dy, site.size), _plain(x, dy, site.size))
     )
     return folded < plain
@@ -122,8 +121,19 @@ def _turning_is_faster(
         for shape, straight in zip((left_shape, right_shape), contiguous, strict=True)
     )
     left, right = left if contiguous[0] else left.t(), right if contiguous[1] else right.t()
-    return best(_into_buffer(right.t(), left.t())) < best(_into_buffer(left, right))
+    return _best(_into_buffer(right.t(), left.t())) < _best(_into_buffer(left, right))
 
 
 def _into_buffer(left: torch.Tensor, right: torch.Tensor) -> Callable[[], object]:
     return partial(torch.mm, left, right, out=left.new_empty(left.shape[0], right.shape[1]))
+
+
+def _best(function: Callable[[], object], repeats: int = 7) -> float:
+    """Seconds of the fastest of several calls, the first not counted."""
+    function()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)

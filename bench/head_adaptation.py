@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +21,7 @@ from transformers.utils import logging
 
 from artemis import HybridAdapterConfig, add_hybrid_adapter_to_model
 from artemis.benchmark import machine
-from artemis.benchmark.runner import append, read
+from artemis.benchmark.records import Record, append, read
 from artemis.cli.demo import stages
 from artemis.cli.demo.recipe import ADAPTER_YAML, Recipe, Workspace
 from artemis.training import Trainer, load_base, show_progress
@@ -35,7 +34,6 @@ ARMS = (FULL, HYBRID, WITH_HEAD)
 SEEDS = range(2)
 SIZES = replace(RECIPE, adapt_steps=150)
 KIND = "head-adaptation"
-Record = dict[str, Any]
 
 
 def config(arm: str) -> HybridAdapterConfig:

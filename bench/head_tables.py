@@ -1,11 +1,10 @@
 """The table of docs/adapters.md from what `python -m bench.head_adaptation` wrote."""
 
 from statistics import mean
-from typing import Any
+
+from artemis.benchmark.records import Record
 
 from .head_adaptation import ARMS, FULL, KIND, TOKENS
-
-Record = dict[str, Any]
 
 
 def table(records: list[Record]) -> str:

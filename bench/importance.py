@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from artemis import HybridAdapterConfig, add_hybrid_adapter_to_model
 from artemis.benchmark import machine
-from artemis.benchmark.runner import append
+from artemis.benchmark.records import append
 from artemis.importance import METHODS, analyze_layer_importance
 
 VOCABULARY, HIDDEN, LAYERS, LENGTH, BATCH = 64, 64, 3, 16, 32

@@ -1,14 +1,11 @@
 """The tables of docs/importance.md, from what `python -m bench.importance` wrote."""
 
-from typing import Any
-
 import numpy
 
+from artemis.benchmark.records import Record
 from artemis.importance import METHODS
 
 from .importance import BY_KIND, RATES, agreement
-
-Record = dict[str, Any]
 
 
 def last_runs(records: list[Record]) -> list[Record]:

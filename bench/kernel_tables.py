@@ -1,11 +1,10 @@
 """The table of single operations, an operation a row, from the rows of `artemis bench kernels`."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
+from artemis.benchmark.records import Record
 from artemis.benchmark.tables import Column, piped
 
-Record = dict[str, Any]
 #: What makes rows of several providers one row.
 _WORK = ("op", "layer", "m", "k", "n", "r", "dropout", "pass", "dtype")
 _OWN, _FROZEN = "artemis", "artemis, frozen"

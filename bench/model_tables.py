@@ -8,12 +8,11 @@ its range: where the two times err in opposite directions, each by its own p20â€
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from artemis.benchmark.arms import ARMS, BASELINE
+from artemis.benchmark.records import Record
 from artemis.benchmark.tables import Column, notes, piped
 
-Record = dict[str, Any]
 TOKENS = 1024
 _FULL = (BASELINE, "full-autocast-lean")
 _HYBRIDS = ("hybrid", "hybrid-int8")

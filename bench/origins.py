@@ -1,8 +1,6 @@
 """The line below a table: where and with what it was measured."""
 
-from typing import Any
-
-Record = dict[str, Any]
+from artemis.benchmark.records import Record
 
 
 def origin(head: Record) -> str:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from artemis import ModuleAllocation, RankAllocation
 from artemis.benchmark.arms import ARMS
-from artemis.benchmark.runner import read
+from artemis.benchmark.records import read
 
 from . import ROOT, equal_loss_tables
 from .adapters_tables import Record, cells

@@ -22,7 +22,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from artemis.benchmark import machine
 from artemis.benchmark.accuracy import adapter_parameters, fill_zeros
 from artemis.benchmark.arms import TrainingStep
-from artemis.benchmark.runner import append
+from artemis.benchmark.records import append
 
 from .options import add_case_options, chosen_arms, chosen_case
 

@@ -1,16 +1,15 @@
 """What the method's document promises against what was measured here, a promise a row."""
 
 from collections.abc import Iterable
-from typing import Any
 
 from artemis.benchmark.machine import identity
 from artemis.benchmark.quality.results import datasets
+from artemis.benchmark.records import Record
 from artemis.benchmark.tables import Column, piped
 
 from .command_tables import last_rows
 from .model_tables import TOKENS, name_of, saved, speedup
 
-Record = dict[str, Any]
 Figures = list[tuple[str, float]]  # where, how much
 
 SPEED, MEMORY, COMPUTE = 2.7, 0.65, 0.30

@@ -1,12 +1,9 @@
 """The tables of docs/quality.md, from what `artemis bench quality` wrote."""
 
-from typing import Any
-
 from artemis.benchmark.quality.arms import FAMILIES
 from artemis.benchmark.quality.results import Dataset, datasets
 from artemis.benchmark.quality.tables import markdown
-
-Record = dict[str, Any]
+from artemis.benchmark.records import Record
 
 
 def summary(records: list[Record]) -> str:

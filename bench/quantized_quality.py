@@ -26,7 +26,7 @@ from transformers.utils import logging
 from artemis import HybridAdapterConfig, add_hybrid_adapter_to_model, quantize_adapter_model
 from artemis.benchmark import machine
 from artemis.benchmark.models import architecture, build
-from artemis.benchmark.runner import append, read
+from artemis.benchmark.records import Record, append, read
 from artemis.cli.demo import stages
 from artemis.cli.demo.recipe import ADAPTER_YAML, Recipe, Workspace
 from artemis.training import Trainer, load_base, show_progress
@@ -50,7 +50,6 @@ FORMS: dict[str, dict[str, Any] | None] = {
 }
 TRAINED_ON = ("bf16", "int8", "int8 and head", "int4")
 KIND, SIZES = "quantized-quality", "quantized-sizes"
-Record = dict[str, Any]
 
 
 def main(arguments: list[str] | None = None) -> int:

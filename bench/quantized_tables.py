@@ -1,12 +1,12 @@
 """The tables of docs/quantization.md, from what `python -m bench.quantized_quality` wrote."""
 
 from statistics import mean
-from typing import Any
+
+from artemis.benchmark.records import Record
 
 from .logits_rounding import KIND as LOGITS
 from .quantized_quality import FORMS, KIND, SIZES, TRAINED_ON
 
-Record = dict[str, Any]
 Losses = dict[tuple[int, str | None, str], float]  # (seed, trained on, read over)
 #: (trained on, read over) -> the most that the loss may exceed that of bf16, as a share.
 _TARGETS = {("bf16", "int8"): 0.005, ("bf16", "int4"): 0.03, ("int8", "int8"): 0.005}

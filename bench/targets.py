@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from artemis.benchmark.runner import Spread
+from artemis.benchmark.turns import Spread
 
 
 class Ratio(NamedTuple):

@@ -17,7 +17,8 @@ from typing import Any
 from artemis.benchmark import machine
 from artemis.benchmark.arms import TrainingStep
 from artemis.benchmark.peaks import peaks
-from artemis.benchmark.runner import Provider, Spread, append, interleaved
+from artemis.benchmark.records import append
+from artemis.benchmark.turns import Provider, Spread, interleaved
 
 from . import accuracy
 from .cases import Case

@@ -10,14 +10,12 @@ case on one machine, the last counts.
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from artemis.benchmark.machine import facts, identity
-from artemis.benchmark.runner import append
+from artemis.benchmark.records import Record, append
 
 from . import ROOT
 
-Record = dict[str, Any]
 RUN, ROW = "tune", "tuned"
 _HEADER = (
     "| call | rows | strategy | ms | p20–p80 | against the built-in choice | |\n"

@@ -1,5 +1,7 @@
 """What an operation must compute and move, whoever runs it."""
 
+from collections.abc import Mapping
+
 from artemis_kernels import Cost
 
 from .operations import Operation, Sizes
@@ -49,3 +51,16 @@ def cost_of_pass(
     if which == "forward":
         return forward
     return Cost(both.flops - forward.flops, both.bytes - forward.bytes)
+
+
+def rates(
+    needed: Cost, milliseconds: float, peaks: Mapping[str, float], peers: list[float]
+) -> dict[str, float | None]:
+    """Of a call: what it reached, and its time over the floor and over that of the best peer."""
+    seconds = milliseconds / 1e3
+    floor = max(needed.flops / peaks["gflops"], needed.bytes / peaks["gbs"]) / 1e9
+    return {
+        "gflops": needed.flops / seconds / 1e9, "gbs": needed.bytes / seconds / 1e9,
+        "intensity": needed.flops / needed.bytes, "over_floor": seconds / floor,
+        "over_best_peer": milliseconds / min(peers) if peers else None,
+    }  # fmt: skip

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from .arms import ARMS
-from .session import Record, Session
+from .records import Record
+from .session import Session
 from .settings import Setting, checked_among, time_of
 
 #: The others are about training.

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from .arms import ARMS
 from .extrapolation import total
-from .session import Record, Session
+from .records import Record
+from .session import Session
 from .settings import Setting
 from .steps import Step
 

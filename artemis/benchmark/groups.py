@@ -7,14 +7,15 @@ is each member's fp64 reference; peers draw dropout masks of their own and are c
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
 
 import artemis_kernels
+from artemis_kernels import Cost
 
-from .costs import cost_of_pass
+from .costs import cost_of_pass, rates
 from .inference import AtInference
 from .operations import (
     SEED,
@@ -26,9 +27,9 @@ from .operations import (
     relative_error,
 )
 from .peers import HAS_PEFT, PEERS, addmm, can_compile, compiled, peft_layer, plain
+from .records import Record
 from .timer import Timer
 
-Record = dict[str, Any]
 Members = Sequence[Tensors]
 Run = Callable[[Members], Sequence[torch.Tensor]]
 Weights = Sequence[artemis_kernels.QuantizedWeight]
@@ -73,14 +74,8 @@ def measure(
     timed = [rows[name]["ms"]["p50"] for name in PEERS if "ms" in rows.get(name, {})]
     for name, row in rows.items():
         if "ms" in row:
-            seconds = row["ms"]["p50"] / 1e3
-            flops, moved = _needed(group, members, weights if _PACKED in name else None, name)
-            floor = max(flops / peaks["gflops"], moved / peaks["gbs"]) / 1e9
-            row |= {
-                "gflops": flops / seconds / 1e9, "gbs": moved / seconds / 1e9,
-                "intensity": flops / moved, "over_floor": seconds / floor,
-                "over_best_peer": row["ms"]["p50"] / min(timed) if timed else None,
-            }  # fmt: skip
+            needed = _needed(group, members, weights if _PACKED in name else None, name)
+            row |= rates(needed, row["ms"]["p50"], peaks, timed)
         yield {"provider": name, "what": f"{name} on {group.name}", **row}
 
 
@@ -214,11 +209,9 @@ def _judged(
     return worst, relative_error(found[0], exact[0])
 
 
-def _needed(
-    group: Group, members: Members, weights: Weights | None, provider: str
-) -> tuple[float, float]:
+def _needed(group: Group, members: Members, weights: Weights | None, provider: str) -> Cost:
     """FLOPs and bytes of the pass: those of the members, x read (and dX written) once."""
-    flops, moved = 0, 0
+    total = Cost(0, 0)
     size = members[0]["x"].itemsize
     for number, (sizes, member) in enumerate(zip(group.members, members, strict=True)):
         choice = artemis_kernels.explain(
@@ -226,8 +219,8 @@ def _needed(
         )
         held = None if weights is None else weights[number].nbytes
         cost = cost_of_pass(group.operation, sizes, provider, choice.cost, size, group.which, held)
-        flops, moved = flops + cost.flops, moved + cost.bytes
+        total = total + cost
     backward = 1 if provider == "bare" else 2  # dX, and x again for the factors' gradients
     passes = {"forward": 1, "backward": backward, "both": 1 + backward}[group.which]
     rows, features = group.members[0][:2]
-    return flops, moved - (len(members) - 1) * passes * size * rows * features
+    return total + Cost(0, -(len(members) - 1) * passes * size * rows * features)

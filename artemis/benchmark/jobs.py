@@ -4,14 +4,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from tqdm import tqdm
 
 from ..errors import AdapterError
+from .records import Record
 from .steps import Step
 
-Record = dict[str, Any]
 INACCURATE = "fails the accuracy rule"
 _WARMUP = 1
 

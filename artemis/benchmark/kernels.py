@@ -13,7 +13,8 @@ from .costs import PASSES
 from .measure import measure
 from .models import HEAD_SIZE, LARGE, architecture
 from .operations import OPERATIONS, Operation, Sizes
-from .session import Record, Session
+from .records import Record
+from .session import Session
 from .timer import Timer
 
 #: Layers that read one x.

@@ -5,14 +5,14 @@ masks of their own and are checked without.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 import artemis_kernels
 
 from . import packed
-from .costs import cost_of_pass
+from .costs import cost_of_pass, rates
 from .inference import AtInference, at_inference, weight_of
 from .operations import (
     SEED,
@@ -25,9 +25,9 @@ from .operations import (
     relative_error,
 )
 from .peers import OWN_TENSORS, PEERS, Run, peers
+from .records import Record
 from .timer import Timer
 
-Record = dict[str, Any]
 LEARN = ("x", "lora_a", "lora_b", "down", "up")  # no bias is timed, and the scale is a constant 1
 _CHECKED = 1 << 35  # multiply-adds up to which a gate takes all tokens
 _GATE_TOKENS = 128  # else
@@ -92,19 +92,13 @@ def measure(
     timed = [rows[name]["ms"]["p50"] for name in PEERS if "ms" in rows.get(name, {})]
     for name, row in rows.items():
         if "ms" in row:
-            seconds = row["ms"]["p50"] / 1e3
             choice = choices.get(name, choices["artemis"])
             weight = weight_of(name, weights)
             needed = cost_of_pass(
                 work.operation, work.sizes, name, choice.cost, dtype.itemsize, work.which,
                 None if weight is None else weight.nbytes,
             )  # fmt: skip
-            floor = max(needed.flops / peaks["gflops"], needed.bytes / peaks["gbs"]) / 1e9
-            row |= {
-                "gflops": needed.flops / seconds / 1e9, "gbs": needed.bytes / seconds / 1e9,
-                "intensity": needed.flops / needed.bytes, "over_floor": seconds / floor,
-                "over_best_peer": row["ms"]["p50"] / min(timed) if timed else None,
-            }  # fmt: skip
+            row |= rates(needed, row["ms"]["p50"], peaks, timed)
         yield {"provider": name, "what": f"{name} on {work.name}", **row}
 
 

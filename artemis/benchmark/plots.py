@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AdapterError
+from .records import Record
 
-Record = dict[str, Any]
 #: What the bars of a table show: the first of these that any row has.
 _VALUES = {
     "train": (

@@ -3,14 +3,12 @@
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from ..errors import AdapterError
 from . import machine
 from .jobs import INACCURATE
-from .runner import read
+from .records import Record, read
 
-Record = dict[str, Any]
 #: What trained a model for minutes: it counts whatever code it was, but that is said.
 _ACCURACIES = ("quality", "quality-trial")
 

@@ -13,12 +13,12 @@ from . import machine
 from .budget import obstacle, within_memory
 from .jobs import INACCURATE, measured
 from .peaks import peaks as measured_peaks
+from .records import Record, append
 from .resuming import known
-from .runner import Spread, append
 from .steps import Step
+from .turns import Spread
 
 _BLOCKS = 2  # where not all steps fit into one process, processes alternate this often
-Record = dict[str, Any]
 
 
 class Session:

@@ -8,9 +8,10 @@ from .arms import ARMS
 from .extrapolation import Estimate, by_layers, described, total, whole
 from .memory import total_memory
 from .models import LARGE, Cell, architecture
-from .runner import Spread
-from .session import Record, Session
+from .records import Record
+from .session import Session
 from .steps import Step
+from .turns import Spread
 
 _SHARE = 0.8  # of the machine's memory that a cell may need
 

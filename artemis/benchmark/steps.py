@@ -16,11 +16,14 @@ from .models import Cell, build, random_tokens
 
 NEW_TOKENS = 16  # decoded in one run of the workload "decode"
 _GATE_SEQUENCES = 2  # of a part of a large model; small models are checked on their whole batch
-WORKLOADS = ("train", "prefill", "decode", "memory")
 
 
 class Step(NamedTuple):
-    """`workload` is one of WORKLOADS, `arm` a name of `ARMS`; `compiled`: by `torch.compile`."""
+    """One workload by one arm on one cell.
+
+    `workload` is train, prefill, decode or memory, `arm` a name of `ARMS`; `compiled`: by
+    `torch.compile`.
+    """
 
     workload: str
     arm: str

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-Record = dict[str, Any]
+from .records import Record
+
 GIGA = 1e9
 
 

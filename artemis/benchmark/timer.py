@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .runner import Spread, in_turns
+from .turns import Spread, in_turns
 
 _FLUSHED_BYTES = 1 << 28  # far past the last-level cache of a GPU or a CPU
 

@@ -6,7 +6,8 @@ from .arms import ARMS, BASELINE
 from .flops import training_flops
 from .footprint import memory_of
 from .models import architecture
-from .session import Record, Session
+from .records import Record
+from .session import Session
 from .settings import Setting, checked_among, time_of
 
 

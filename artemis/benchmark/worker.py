@@ -10,7 +10,6 @@ import json
 import sys
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 from transformers.utils import logging
 
@@ -18,10 +17,10 @@ from ..errors import AdapterError
 from ..out_of_memory import is_out_of_memory
 from ..training import keep_freed_memory
 from .compiling import make_room_for_graphs, nothing_compiled
-from .runner import in_turns
+from .records import Record
 from .steps import Prepared, Step, check, measure_memory, prepare
+from .turns import in_turns
 
-Record = dict[str, Any]
 _NO_MEMORY = {"failed": "out of memory"}
 
 

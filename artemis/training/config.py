@@ -22,11 +22,11 @@ from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
+from .. import schema
 from ..config import HybridAdapterConfig
 from ..errors import AdapterError
 from ..quantization.choice import checked_options
 from ..yaml_file import read_yaml
-from . import schema
 from .compiling import require_compiler
 from .loading import PRECISIONS, default_device
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from . import eight_bit, quantized, thin_products
+from . import eight_bit, packed_passes, quantized, thin_products
 from .device import multiplies_int8
 from .eight_bit_rows import Rounded
 from .products import LowRank
@@ -24,7 +24,6 @@ _FEW_BF16_ROWS = {"int8": 16, "fp8": 16, "int4": 8}  # the same where they are m
 MOST_DIRECT_ROWS = 8  # rows that the compiled pass over a packed weight takes, but for bf16's
 _BY_BYTES = (torch.float32, torch.bfloat16)
 _ALIGNMENT = 32  # bytes: torch's int8 pass loads whole registers, and crashes at others
-
 
 #: The end of a strategy whose dY is the gradient of logits, rounded with more care.
 LOGITS = "_int8_logits"
@@ -149,7 +148,7 @@ class PackedBase:
         return self._copy
 
     def _reads_packed(self, x: torch.Tensor) -> bool:
-        in_bf16 = quantized.takes_bf16_rows(x, self.weight)
+        in_bf16 = packed_passes.takes_bf16_rows(x, self.weight)
         if self.direct is None:
             few = _FEW_BF16_ROWS if in_bf16 else _FEW_ROWS
             return x.shape[0] <= few[self.weight.format]
@@ -162,9 +161,9 @@ class PackedBase:
         data, (out_features, columns) = self.weight.data, self.weight.shape
         # Of other sizes torch's reads past their end.
         torch_can = self.weight.format == "int8" and not (out_features % 16 or columns % 32)
-        plain_bf16 = x.dtype == torch.bfloat16 and not quantized.takes_bf16_rows(x, self.weight)
+        plain_bf16 = x.dtype == torch.bfloat16 and not packed_passes.takes_bf16_rows(x, self.weight)
         torch_is_fast = torch_can and plain_bf16 and _is_aligned(data)
-        y = None if torch_is_fast else quantized.few_rows(x, self.weight)
+        y = None if torch_is_fast else packed_passes.few_rows(x, self.weight)
         if y is not None or not torch_can:
             return y
         ones = x.new_ones(out_features)  # the scales would be rounded to x's dtype
@@ -233,5 +232,5 @@ def as_held(cost: Cost, weight: object, itemsize: int) -> Cost:
 
 
 def in_features(weight: torch.Tensor) -> int:
-    """Input features of an operator's weight, packed or not."""
+    """Input features of an operator's weight, packed or not: int4 holds two numbers in a byte."""
     return weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)

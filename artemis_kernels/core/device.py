@@ -208,12 +208,22 @@ def has_int8_tiles(device: torch.device) -> bool:
     return torch.cpu._is_vnni_supported()
 
 
-@functools.cache
-def _processor_name() -> str:
+def _told_of_processor(*fields: str) -> str | None:
+    """What /proc/cpuinfo says first under one of these names; None where there is no such file."""
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.exists() else []
-    names = (line.partition(":")[2] for line in lines if line.startswith("model name"))
-    words = re.findall(r"[a-z0-9]+", next(names, platform.machine()).lower())
+    return next((line.partition(":")[2] for line in lines if line.startswith(fields)), None)
+
+
+def processor_flags() -> set[str]:
+    """Instruction-set flags of this processor: a home folder may be shared by unlike machines."""
+    return set((_told_of_processor("flags", "Features") or "").split())
+
+
+@functools.cache
+def _processor_name() -> str:
+    name = _told_of_processor("model name") or platform.machine()
+    words = re.findall(r"[a-z0-9]+", name.lower())
     extras = [
         name
         for name, present in (("bf16", has_fast_bf16()), ("int8", multiplies_int8()))

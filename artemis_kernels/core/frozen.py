@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from . import native
+from .call import dense_weight
+from .packed_passes import FORMATS, has_bf16_rows, padded_columns, padded_rows
 from .products import accumulator
-from .quantized import FORMATS, QuantizedWeight, has_bf16_rows, padded_columns, padded_rows
+from .quantized import QuantizedWeight
 from .types import Unavailable
 from .units import KINDS
 
@@ -94,7 +96,7 @@ class FrozenAdapter:
         total = shift if bias is None else bias.to(wide) if shift is None else bias.to(wide) + shift
         folds = down.device.type != "cpu" or in_features < out_features
         if folds:
-            through = torch.mm(down.to(dtype), _dense(weight, dtype))
+            through = torch.mm(down.to(dtype), dense_weight(weight, dtype))
         elif shift is not None:
             before = -shift
         else:
@@ -134,10 +136,6 @@ class FrozenAdapter:
         return self.down.dtype
 
 
-def _dense(weight: torch.Tensor | QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
-    return weight.dequantize(dtype) if isinstance(weight, QuantizedWeight) else weight.to(dtype)
-
-
 def _constant(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     return None if tensor is None else tensor.detach().to(dtype).contiguous()
 
@@ -157,10 +155,10 @@ def most_few_rows(
         return 0
     packed = isinstance(weight, QuantizedWeight)
     fits = (weight.group_size or 64) % 64 == 0 if packed else weight.is_contiguous()
-    return few_rows(dtype, weight.format if packed else "tensor") if fits else 0
+    return most_rows_here(dtype, weight.format if packed else "tensor") if fits else 0
 
 
-def few_rows(dtype: torch.dtype, format: str) -> int:
+def most_rows_here(dtype: torch.dtype, format: str) -> int:
     """The same for this CPU and a weight of a format (`tensor`: plain) that fits."""
     if dtype != torch.bfloat16 or not has_bf16_rows():
         return 0

@@ -10,7 +10,16 @@ from typing import NamedTuple
 
 import torch
 
-from .registration import Operation, define, differentiate, once, present, wanted
+from .base import in_features
+from .registration import (
+    Operation,
+    define,
+    differentiate,
+    empty_like_wanted,
+    once,
+    present,
+    wanted,
+)
 
 _ARGUMENTS = (
     "Tensor?[] operands, float[] scales, str activation, float dropout_p, Tensor? seed, str impl, "
@@ -71,12 +80,8 @@ def define_group(op: GroupOperation) -> torch._ops.OpOverload:
 
     def backward_fake(dys, x, operands, kept, *rest):
         needs, dy = rest[-1], next(dy for dy in dys if dy is not None)
-        dx = dy.new_empty(dy.shape[0], _in_features(op, operands)) if needs[0] else None
-        gradients = (
-            torch.empty(t.shape, dtype=t.dtype, device=t.device) if need else None
-            for t, need in zip(operands, needs[1:], strict=True)
-        )
-        return present((dx, *gradients), dy)
+        dx = dy.new_empty(dy.shape[0], in_features(op.members(operands)[0].weight))
+        return present(empty_like_wanted((dx, *operands), needs), dy)
 
     operator = define(
         f"{op.name}(Tensor x, {_ARGUMENTS}) -> Tensor[]",
@@ -93,11 +98,6 @@ def define_group(op: GroupOperation) -> torch._ops.OpOverload:
     )  # fmt: skip
     differentiate(op.name, _function(op, forward_operator, backward_operator))
     return operator
-
-
-def _in_features(op: GroupOperation, operands: Sequence) -> int:
-    weight = op.members(operands)[0].weight
-    return weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)  # int4 packs two in a byte
 
 
 def _function(op: GroupOperation, forward_operator, backward_operator):

@@ -13,7 +13,8 @@ from . import tiling
 from .base import MOST_DIRECT_ROWS, MOST_SUMMED
 from .device import INTERPRETER, Chip, multiplies_int8
 from .frozen import MOST_ROWS
-from .quantized import FORMATS, QuantizedWeight, has_bf16_rows
+from .packed_passes import FORMATS, has_bf16_rows
+from .quantized import QuantizedWeight
 from .tiling import Shape
 
 TENSOR = "tensor"
@@ -23,7 +24,6 @@ DTYPES = ("float64", "float32", "float16", "bfloat16")
 _BITS = {"int8": ("auto", 8, 16), "fp8": ("auto", 8, 16), "int4": ("auto", 16)}
 #: What the weight of a `Case` may be: a tensor, or a format and what it is multiplied in.
 WEIGHTS = (TENSOR, *(f"{format}:{bits}" for format in FORMATS for bits in _BITS[format]))
-
 
 #: The end of the word of a weight that makes logits, which no table has measured.
 LOGITS_OF = ":logits"

@@ -1,7 +1,7 @@
 """Tile sizes of each kernel for a shape on a chip: deterministic, without a measurement.
 
 A heuristic fills the chip, keeps accumulators in registers and stages in shared memory; tests/aot
-holds every choice to that for the chips that matter. A measured table (`core.tuning`) may
+holds every choice to that for the chips that matter. A measured table (`core.tables`) may
 override any of them.
 """
 

@@ -26,7 +26,7 @@ import torch
 
 from artemis.benchmark import machine
 from artemis.benchmark.operations import OPERATIONS
-from artemis.benchmark.runner import append, read
+from artemis.benchmark.records import append, read
 
 from .. import ROOT
 from . import accuracy, frozen

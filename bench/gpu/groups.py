@@ -79,7 +79,7 @@ def _measured(
     with torch.device(device):
         given = _operands(work).to(dtype)
         dys = [torch.randn(work.rows, n).to(dtype) for n in work.outs]
-    ways = _ways(work, given, dtype)
+    ways = _ways(work, given)
     rows = _checked(work, given, dys, ways)
     calls = {
         name: _call(way, given, dys, given.leaves if name != "bare" else [given.x])
@@ -120,7 +120,7 @@ def _artemis(work: Workload, o: Operands, joined: bool, impl: str = "triton") ->
     return [adapter_linear(o.x, *member, **options) for member in each]
 
 
-def _ways(work: Workload, given: Operands, dtype: torch.dtype) -> dict[str, Callable]:
+def _ways(work: Workload, given: Operands) -> dict[str, Callable]:
     ways: dict[str, Callable[[Operands], Ys]] = {
         "artemis, group": lambda o: _artemis(work, o, joined=True),
         "artemis, one by one": lambda o: _artemis(work, o, joined=False),

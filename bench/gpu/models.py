@@ -14,9 +14,9 @@ import torch
 
 from artemis.benchmark.arms import ARMS, TrainingStep
 from artemis.benchmark.models import Cell, build, random_tokens
-from artemis.benchmark.runner import Spread
 from artemis.benchmark.steps import NEW_TOKENS, Prepared, Step, check, prepare
 from artemis.benchmark.timer import Timer
+from artemis.benchmark.turns import Spread
 
 from ..floors import stop_gradients_before_attention
 from .failures import FAILURES, failure, out_of_memory

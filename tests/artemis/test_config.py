@@ -102,7 +102,7 @@ BAD_VALUES = [
     ("adapter_dtype", "bf16", "one of float32, model"),
     ("dropout_mask_sharing", "layer", "one of input, module"),
     ("modules_to_save", "classifier", "a list of module names"),
-    ("impl", "cuda", "one of None, triton, eager, reference"),
+    ("impl", "cuda", "one of null, triton, eager, reference"),
 ]
 
 

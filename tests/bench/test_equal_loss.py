@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from artemis.benchmark.runner import read
+from artemis.benchmark.records import read
 from artemis.cli.demo import stages
 from artemis.cli.demo.recipe import QUICK, Workspace
 from bench import equal_loss as study

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from artemis.benchmark.runner import read
+from artemis.benchmark.records import read
 from bench import report
 from bench.gpu import __main__ as script
 from bench.gpu.__main__ import SECTIONS

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from artemis.benchmark.runner import read
+from artemis.benchmark.records import read
 from artemis.cli.demo.recipe import QUICK
 from bench import head_adaptation as study
 from bench import head_tables

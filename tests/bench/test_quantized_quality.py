@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from artemis.benchmark.runner import read
+from artemis.benchmark.records import read
 from artemis.cli.demo.recipe import QUICK, Workspace
 from artemis.quantized_layers import packed_layers
 from bench import logits_rounding

@@ -11,7 +11,7 @@ import torch
 
 import artemis_kernels
 from artemis_kernels import FrozenAdapter, FrozenLinear, QuantizedWeight
-from artemis_kernels.core import frozen, native, quantized
+from artemis_kernels.core import frozen, native, packed_passes
 from artemis_kernels.core.native import Native
 
 COMPILER = native.shutil.which("gcc") or native.shutil.which("cc")
@@ -206,10 +206,10 @@ def test_a_compiler_that_does_not_know_bf16(home, monkeypatch):
     weight = QuantizedWeight.quantize(w, activation_bits=16)
     assert not native.has(handle, "bf16_rows") and not native.has(handle, "thin_product")
     assert not frozen.most_few_rows(x.dtype, x.device, weight)
-    assert not quantized.takes_bf16_rows(x, weight)
+    assert not packed_passes.takes_bf16_rows(x, weight)
     y = FrozenLinear(weight, FrozenAdapter.none(weight, dtype=x.dtype))(x)
     truth = x.double() @ weight.dequantize(torch.float64).t()
-    for found in (y, quantized.few_rows(x, weight)):
+    for found in (y, packed_passes.few_rows(x, weight)):
         assert (found - truth).norm() < 0.005 * truth.norm()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from artemis_kernels import QuantizedWeight
-from artemis_kernels.core import four_bits, native, quantized
+from artemis_kernels.core import four_bits, native, packed_passes
 from artemis_kernels.core.native import Native
 
 FORMATS = ("int8", "fp8", "int4")
@@ -86,7 +86,7 @@ def test_every_fp8_number_is_read_back(dtype, passes):
 def test_every_fp8_number_meets_few_rows(dtype, rows):
     weight, x = every_fp8_number(), torch.zeros(rows, 40, dtype=dtype)
     x[:, 33] = torch.arange(1, rows + 1)
-    y = quantized.few_rows(x, weight)
+    y = packed_passes.few_rows(x, weight)
     if y is None:
         pytest.skip(native.library().reason)
     wanted = x.float() @ weight.data.float().t() * 0.5
@@ -199,7 +199,7 @@ def test_few_rows(format, rows, shape):
     """The packed weight read once, products and sums in fp32."""
     weight = QuantizedWeight.quantize(torch.randn(shape), format)
     x = torch.randn(rows, shape[1])
-    y = quantized.few_rows(x, weight)
+    y = packed_passes.few_rows(x, weight)
     if y is None:
         pytest.skip(native.library().reason)
     torch.testing.assert_close(y.double(), x.double() @ meaning(weight).t(), rtol=1e-5, atol=1e-4)
@@ -212,9 +212,9 @@ def test_few_rows_of_bf16(format, rows, shape):
     """Products in bf16 are exact, sums in fp32; nothing beyond the blocks of rows counts."""
     weight = QuantizedWeight.quantize(torch.randn(shape), format)
     x = torch.randn(rows, shape[1]).bfloat16()
-    if not quantized.takes_bf16_rows(x, weight):
+    if not packed_passes.takes_bf16_rows(x, weight):
         pytest.skip("no bf16 products here, or groups that they do not take")
-    y, size = quantized.few_rows(x, weight), x.norm(dim=1).double()[:, None]
+    y, size = packed_passes.few_rows(x, weight), x.norm(dim=1).double()[:, None]
     assert y.dtype == torch.float32 and y.shape == (rows, shape[0])
     error = (y.double() - x.double() @ meaning(weight).t()).abs() / size
     assert error.max() < 5e-6 * weight.dequantize().norm(dim=1).max()

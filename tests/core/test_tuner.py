@@ -10,7 +10,7 @@ import artemis_kernels
 from artemis.cli import main
 from artemis_kernels.core import native, strategies, tables, tiling, tuning
 from artemis_kernels.core.device import CHIPS, multiplies_int8
-from artemis_kernels.core.frozen import few_rows
+from artemis_kernels.core.frozen import most_rows_here
 from artemis_kernels.core.quantized import QuantizedWeight
 from artemis_kernels.core.strategies import OPERATIONS, WEIGHTS, Case, candidates
 from artemis_kernels.core.tiling import Shape
@@ -351,7 +351,7 @@ def test_frozen_linear_asks_its_own_entries():
         assert "tuned" not in untouched.reason
 
 
-@pytest.mark.skipif(not few_rows(torch.bfloat16, "int8"), reason="no pass of few rows here")
+@pytest.mark.skipif(not most_rows_here(torch.bfloat16, "int8"), reason="no pass of few rows here")
 def test_few_rows_in_one_call_end_where_the_table_says():
     """`FrozenLinear` takes few rows without asking again, so it asks for each number at first."""
     weight = torch.randn(96, 64).bfloat16()

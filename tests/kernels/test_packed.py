@@ -48,7 +48,7 @@ def terms(m: int, n: int, r: int, by=NO_DROPOUT) -> Epilogue:
 
 def added(epilogue: Epilogue, dtype: torch.dtype) -> torch.Tensor:
     """What `terms` adds, in fp64."""
-    sigma = (epilogue.scale.value * epilogue.scale.tensor).float()
+    sigma = (epilogue.scale.number * epilogue.scale.tensor).float()
     s = (epilogue.s * sigma).to(dtype).double()
     low = dropped(s @ epilogue.b.to(dtype).double().t(), epilogue.dropout)
     return low + sigma.double() * epilogue.bias_low.double() + epilogue.bias.double()

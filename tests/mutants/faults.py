@@ -1268,7 +1268,7 @@ QUANTIZED = (
     ),
     Fault(
         "passes of bf16 asked for whatever the compiler knew",
-        f"{CORE}/quantized.py",
+        f"{CORE}/packed_passes.py",
         'return handle is not None and native.has(handle, "bf16_rows")',
         "return handle is not None",
         ("tests/core/test_native.py", "-k", "know_bf16"),
@@ -1894,10 +1894,10 @@ MEASURED = (
     ),
     Fault(
         "a record glued to half a line",
-        "artemis/benchmark/runner.py",
+        "artemis/benchmark/records.py",
         "if _ends_within_a_line(path):",
         "if False:",
-        ("tests/artemis/benchmark/test_files_of_results.py",),
+        ("tests/artemis/benchmark/test_records.py",),
     ),
     Fault(
         "another model of the same name taken for the same",

@@ -83,11 +83,11 @@ import itertools, sys
 from dataclasses import replace
 import torch
 from artemis_kernels import QuantizedWeight, quantized_linear
-from artemis_kernels.core import native, quantized
+from artemis_kernels.core import native, packed_passes
 from artemis_kernels.core.native import Native
 
 if sys.argv[1] == "no bf16 dot products":
-    quantized.has_bf16_rows = lambda: False
+    packed_passes.has_bf16_rows = lambda: False
 elif sys.argv[1] == "nothing compiled":
     native.library = lambda: Native(None, "switched off")
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy
 
+from ..records import Record
 from .arms import ARMS, COMPARISONS, FAMILIES, TARGETS
 from .statistics import Interval, bootstrap, difference, gap_closed, retention, student
 
-Record = dict[str, Any]
 #: With fewer, the scatter between seeds is not known, and no verdict is given.
 _SEEDS_FOR_A_VERDICT = 3
 _NO_VERDICT = f"no verdict below {_SEEDS_FOR_A_VERDICT} seeds"

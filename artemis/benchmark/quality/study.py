@@ -9,12 +9,12 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..records import Record
 from ..session import Session
 from . import probe
 from .arms import ARMS, FAMILIES, Arm
@@ -22,7 +22,6 @@ from .data import Examples, Task
 from .model import Pretrained, outputs
 from .training import Outcome, Recipe, train_and_test
 
-Record = dict[str, Any]
 _HELD_OUT, _HELD_OUT_SHARE = 1000, 0.2
 #: A trial's share of the examples that a cell trains on, and its seed.
 _TRIAL_SHARE, _TRIAL_SEED = 0.5, 0

@@ -1,12 +1,10 @@
 """The tables of a study, for a terminal or as Markdown."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
+from ..records import Record
 from ..tables import GIGA, Column, aligned, piped
 from .results import Dataset
-
-Record = dict[str, Any]
 
 
 def _interval(key: str, points: bool = False) -> Callable[[Record], str]:

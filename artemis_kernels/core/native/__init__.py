@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..device import cache_folder
+from ..device import cache_folder, processor_flags
 
 _FOLDER = Path(__file__).parent
 _COMPILERS = ("gcc", "cc", "clang")  # gcc first: its OpenMP runtime is most often torch's too
@@ -236,18 +236,7 @@ def _run(*command: str) -> str:
 def _fingerprint(compiler: str) -> str:
     """Names what the machine code depends on: source, flags, compiler, processor."""
     version = _run(compiler, "--version")
-    cpu = torch.backends.cpu.get_cpu_capability() + str(sorted(_processor_flags()))
+    cpu = torch.backends.cpu.get_cpu_capability() + str(sorted(processor_flags()))
     sources = (file.read_bytes() for file in sorted(_FOLDER.glob("*.[ch]")))
     parts = (*sources, *(text.encode() for text in (" ".join(_FLAGS), version, cpu)))
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
-
-
-def _processor_flags() -> set[str]:
-    """Instruction-set flags of this processor: a home folder may be shared by unlike machines."""
-    information = Path("/proc/cpuinfo")
-    if not information.exists():
-        return set()
-    for line in information.read_text().splitlines():
-        if line.startswith(("flags", "Features")):
-            return set(line.partition(":")[2].split())
-    return set()

@@ -159,7 +159,7 @@ def _jointly(
         parts, ddown, dup, dbias_down, dbias_up, scale=sigma,
         against=(up, bias_up) if needs_scale else None,
     )  # fmt: skip
-    dscale = None if dot is None else like(dot * sigma.value, sigma.tensor)
+    dscale = None if dot is None else like(dot * sigma.number, sigma.tensor)
     return dx, ddown, dup, dscale, dbias_down, dbias_up
 
 

@@ -118,7 +118,7 @@ def row_block(
         stride_ek=e.stride(0), stride_er=e.stride(1),
         stride_residual_m=0 if residual is None else residual.stride(0),
         stride_residual_k=0 if residual is None else residual.stride(1),
-        scale=scale.value, STAGE=stage, ACTIVATION=activation,
+        scale=scale.number, STAGE=stage, ACTIVATION=activation,
         BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=whole_rank(R),
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
         **dropout.arguments(M, R),

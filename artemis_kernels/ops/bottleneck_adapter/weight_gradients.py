@@ -162,7 +162,7 @@ def sum_gradients(
         bias_up_ptr=None if bias_up is None else bias_up.contiguous(), dots_ptr=dots,
         scale_ptr=scale.tensor, P=P, K=K, R=R, S=S,
         stride_uk=0 if up is None else up.stride(0), stride_ur=0 if up is None else up.stride(1),
-        scale=scale.value, BLOCK_P=_BLOCK_P, BLOCK=_BLOCK,
+        scale=scale.number, BLOCK_P=_BLOCK_P, BLOCK=_BLOCK,
         num_warps=4, num_stages=3, enable_fp_fusion=True,
     )  # fmt: skip
     return None if dots is None else dots.sum()

@@ -24,10 +24,10 @@ from ...core.device import launches_on_first_argument
 BLOCK, WARPS = 4096, 8
 
 
-@triton.jit(do_not_specialize=["M", "ignored"])
+@triton.jit(do_not_specialize=["ignored"])
 def _forward(
     x_ptr, target_ptr, losses_ptr, kept_ptr,
-    M, N, ignored,
+    N, ignored,
     stride_xm, stride_xn,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -57,10 +57,10 @@ def _forward(
     tl.store(kept_ptr + 2 * row + 1, log_sum)
 
 
-@triton.jit(do_not_specialize=["M", "ignored"])
+@triton.jit(do_not_specialize=["ignored"])
 def _backward(
     x_ptr, target_ptr, kept_ptr, d_ptr, dx_ptr,
-    M, N, ignored,
+    N, ignored,
     stride_xm, stride_xn,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -91,7 +91,7 @@ def forward(
     kept = x.new_empty(M, 2, dtype=torch.float32)
     if M:
         _forward[(M,)](
-            x_ptr=x, target_ptr=target, losses_ptr=losses, kept_ptr=kept, M=M, N=N,
+            x_ptr=x, target_ptr=target, losses_ptr=losses, kept_ptr=kept, N=N,
             ignored=ignored, stride_xm=x.stride(0), stride_xn=x.stride(1),
             BLOCK_N=_block(N), num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
@@ -107,7 +107,7 @@ def backward(
     dx = x.new_empty(M, N)
     if M:
         _backward[(M,)](
-            x_ptr=x, target_ptr=target, kept_ptr=kept, d_ptr=d.contiguous(), dx_ptr=dx, M=M, N=N,
+            x_ptr=x, target_ptr=target, kept_ptr=kept, d_ptr=d.contiguous(), dx_ptr=dx, N=N,
             ignored=ignored, stride_xm=x.stride(0), stride_xn=x.stride(1),
             BLOCK_N=_block(N), num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip

@@ -10,17 +10,17 @@ _PAIRED_ELEMENTS = 1 << 33
 
 
 class Scale(NamedTuple):
-    """`value · tensor`: a float times an optional 0-d tensor, which is read on the device only."""
+    """`number · tensor`: a float times an optional 0-d tensor, which is read on the device only."""
 
-    value: float = 1.0
+    number: float = 1.0
     tensor: torch.Tensor | None = None
 
     def times(self, factor: float) -> "Scale":
-        return Scale(self.value * factor, self.tensor)
+        return Scale(self.number * factor, self.tensor)
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
         """`x` scaled, in float32: for the small tensors that torch handles."""
-        x = x.float() * self.value
+        x = x.float() * self.number
         return x if self.tensor is None else x * self.tensor.float()
 
 
@@ -51,7 +51,7 @@ def scale_arguments(scale: Scale | None) -> dict:
     """Kernel arguments of a scale that may be absent: then nothing is multiplied."""
     if scale is None:
         return {"scale": None, "scale_ptr": None}
-    return {"scale": scale.value, "scale_ptr": scale.tensor}
+    return {"scale": scale.number, "scale_ptr": scale.tensor}
 
 
 NO_DROPOUT = Dropout()

@@ -70,7 +70,7 @@ def low_rank_arguments(
     R = s.shape[1]
     return {
         "s_ptr": s, "b_ptr": b, "bias_low_ptr": None if bias_low is None else bias_low.contiguous(),
-        "scale": scale.value, "scale_ptr": scale.tensor, "M": M, "N": N, "R": R,
+        "scale": scale.number, "scale_ptr": scale.tensor, "M": M, "N": N, "R": R,
         "stride_sm": s.stride(0), "stride_bn": b.stride(0), "stride_br": b.stride(1),
         "RANK_BLOCKS": triton.cdiv(R, config.block_r),
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_R": config.block_r,

@@ -102,7 +102,7 @@ def one_pass(
         stride_xm=x.stride(0), stride_xk=x.stride(1),
         stride_wn=weight.stride(0), stride_wk=weight.stride(1),
         stride_ar=a.stride(0), stride_ak=a.stride(1), stride_bn=b.stride(0), stride_br=b.stride(1),
-        scale=scale.value, EVEN_K=K % config.block_k == 0, GROUP_M=8,
+        scale=scale.number, EVEN_K=K % config.block_k == 0, GROUP_M=8,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         BLOCK_R=whole_rank(R),
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,

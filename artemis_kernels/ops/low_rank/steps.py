@@ -196,7 +196,7 @@ def small_gradients(
         dscale = gradients.dot
         if bias_up is not None:
             dscale = dscale + (gradients.columns * bias_up).sum()
-        dscale = dscale * scale.value
+        dscale = dscale * scale.number
     if wants_bias_down:
         dbias_down = scale.of(gradients.hidden.sum(0))
     if wants_bias_up:

@@ -68,7 +68,7 @@ def sum_parts(
         stride_other_a=0 if other is None else other.stride(0),
         stride_other_b=0 if other is None else other.stride(1),
         stride_out_a=out.stride(0), stride_out_b=out.stride(1),
-        scale=scale.value, BLOCK_P=_BLOCK_P, BLOCK=_BLOCK,
+        scale=scale.number, BLOCK_P=_BLOCK_P, BLOCK=_BLOCK,
         num_warps=4, num_stages=3, enable_fp_fusion=True,
     )  # fmt: skip
     return None if dots is None else dots.sum()

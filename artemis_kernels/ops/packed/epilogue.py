@@ -182,7 +182,7 @@ class Epilogue(NamedTuple):
             "stride_sm": 0 if self.s is None else self.s.stride(0),
             "stride_bn": 0 if b is None else b.stride(0),
             "stride_br": 0 if b is None else b.stride(1),
-            "scale": self.scale.value, "RANK_BLOCKS": triton.cdiv(R, config.block_r) if R else 0,
+            "scale": self.scale.number, "RANK_BLOCKS": triton.cdiv(R, config.block_r) if R else 0,
             "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_R": config.block_r,
             "num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True,
             **self.dropout.arguments(M, N),

@@ -4,8 +4,8 @@ import pytest
 
 from artemis.benchmark.extrapolation import by_layers, described, total
 from artemis.benchmark.models import LARGE, Architecture, Cell
-from artemis.benchmark.runner import Spread
 from artemis.benchmark.settings import extrapolated
+from artemis.benchmark.turns import Spread
 
 SIZES = Architecture(hidden=64, intermediate=96, layers=80, vocabulary=131072)
 

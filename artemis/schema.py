@@ -1,4 +1,4 @@
-"""Checked sections of the training file: dataclasses whose fields say what they allow.
+"""Checked sections of a YAML file: dataclasses whose fields say what they allow.
 
 Every field is made by one of the functions below, which store the test that its value must pass and
 the words for what passes.
@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-from ..errors import AdapterError, nearest
+from .errors import AdapterError, nearest
 
 Section = TypeVar("Section")
 
@@ -55,7 +55,7 @@ def choice(*options: str | int | None, default: str | int | None) -> Any:
 def integer(least: int, default: int, most: int | None = None) -> Any:
     """A whole number from `least`, up to `most`."""
     return rule(
-        lambda value: _is_integer(value) and least <= value and (most is None or value <= most),
+        lambda value: is_integer(value) and least <= value and (most is None or value <= most),
         f"an integer from {least}" + ("" if most is None else f" to {most}"),
         default=default,
     )
@@ -64,7 +64,7 @@ def integer(least: int, default: int, most: int | None = None) -> Any:
 def optional_integer(least: int, default: int | None = None) -> Any:
     """A whole number from `least`, or null."""
     return rule(
-        lambda value: value is None or (_is_integer(value) and value >= least),
+        lambda value: value is None or (is_integer(value) and value >= least),
         f"an integer from {least}, or null",
         default=default,
     )
@@ -72,14 +72,16 @@ def optional_integer(least: int, default: int | None = None) -> Any:
 
 def number(check: Callable[[float], bool], allowed: str, default: float) -> Any:
     """A finite number that passes `check`."""
-    return rule(lambda value: _is_number(value) and check(value), allowed, default=default)
+    return rule(lambda value: is_number(value) and check(value), allowed, default=default)
 
 
-def _is_integer(value: Any) -> bool:
+def is_integer(value: Any) -> bool:
+    """True is none."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """A finite one; True is none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -1,13 +1,10 @@
-"""Timing several providers side by side, and what is kept of it."""
+"""Timing several providers side by side: rounds in which all take turns, and their spread."""
 
 import gc
-import json
-import os
 import random
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy
 import torch
@@ -75,48 +72,3 @@ def _by_the_clock(provider: Provider) -> float:
     elapsed = time.perf_counter() - start
     gc.enable()
     return elapsed * 1e3
-
-
-def best(function: Callable[[], object], repeats: int = 7) -> float:
-    """Seconds of the fastest of several calls, the first not counted: for peaks and trials."""
-    function()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def append(path: Path, records: list[dict[str, Any]]) -> None:
-    """Add records to a file of JSON lines, which is made, and half a last line of it ended."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    if _ends_within_a_line(path):
-        lines = "\n" + lines
-    with path.open("a", encoding="utf-8") as file:
-        file.write(lines)
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a file of JSON lines; a line that was cut short is none.
-
-    A full disk, or a process that is killed, leaves half a record.
-    """
-    found = map(_record, path.read_text(encoding="utf-8").splitlines())
-    return [record for record in found if record is not None]
-
-
-def _ends_within_a_line(path: Path) -> bool:
-    if not path.is_file() or not path.stat().st_size:
-        return False
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read() != b"\n"
-
-
-def _record(line: str) -> dict[str, Any] | None:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None

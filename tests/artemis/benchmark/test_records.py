@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from artemis.benchmark import machine
-from artemis.benchmark.runner import append, read
+from artemis.benchmark.records import append, read
 
 RECORDS = [{"kind": "run", "run": "1"}, {"kind": "step", "ms": [1.0, 2.0]}]
 
