@@ -4,9 +4,10 @@
 # make check   lint and format
 # make mutants deliberate faults, each of which must turn a test red
 # make bench   the CPU training-step benchmark, written to OUT
-# make gpu     what a GPU can prove, in under ten minutes; installs nothing: make gpu PYTHON=python3
+# make gpu     what a GPU can prove, in under ten minutes; installs nothing
 # make budget  rewrite the golden resource budget of the compiled kernels
 # make docs    regenerate the tables of the documents from bench/results
+# make clean   remove the environments and the demo's folder
 
 VENV := .venv
 READY := $(VENV)/.ready

@@ -1,51 +1,17 @@
-"""One operation on one layer, measured: everybody checked, then timed in turns.
+"""One operation on one layer, measured: everybody checked, then timed in turns."""
 
-A provider that fails the accuracy rule, or does not run at all, is not timed. Peers draw dropout
-masks of their own and are checked without.
-"""
-
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Iterator
 
 import torch
 
 import artemis_kernels
 
-from . import packed
 from .costs import cost_of_pass, rates
-from .inference import AtInference, at_inference, weight_of
-from .operations import (
-    SEED,
-    Operation,
-    Sizes,
-    Tensors,
-    Truth,
-    Verdict,
-    operands,
-    relative_error,
-)
-from .peers import OWN_TENSORS, PEERS, Run, peers
+from .inference import AtInference, weight_of
+from .peers import PEERS
+from .prepare import LEARN, More, Prepared, Work, leaves_of, prepare
 from .records import Record
 from .timer import Timer
-
-LEARN = ("x", "lora_a", "lora_b", "down", "up")  # no bias is timed, and the scale is a constant 1
-_CHECKED = 1 << 35  # multiply-adds up to which a gate takes all tokens
-_GATE_TOKENS = 128  # else
-
-
-class Work(Protocol):
-    """What is measured; `which` is one of `costs.PASSES`, `name` says where the layer is from."""
-
-    operation: Operation
-    sizes: Sizes
-    dropout: float
-    which: str
-    name: str
-
-
-Weights = dict[str, artemis_kernels.QuantizedWeight]
-#: `(work, tensors, dropout)` -> more providers of Artemis by name: other ways of the operation.
-More = Callable[[Work, Tensors, float], dict[str, Run]]
 
 
 def measure(
@@ -61,39 +27,21 @@ def measure(
 ) -> Iterator[Record]:
     """A row for every provider: verdict, times, rates, and ratios to floor and best peer.
 
-    `impl` is what the public functions are called with; one of `failures` (of a launch, or of a
-    compiler that is not whole) fails its provider, not the run. `compiles`: whether `torch.compile`
-    is among the peers, which takes it seconds.
+    `more` to `compiles` are as in `prepare`.
     """
-    torch.manual_seed(0)
-    every = operands(work.operation, work.sizes, dtype, device)
-    tensors = {name: every[name] for name in ("weight", *LEARN) if name in every}
-    weights = packed.quantized(tensors)
-    ways = {p: _providers(work, tensors, p, weights, more, impl) for p in {0.0, work.dropout}}
-    if not compiles:
-        for way in ways.values():
-            way.pop("compile", None)
-    rows = _checked(work, tensors, weights, ways, impl, failures)
-    calls = {}
-    for name, run in ways[work.dropout].items():
-        if not rows[name]["gate"]["passed"]:
-            continue
-        learns, own = ("x",) if name == "bare" else LEARN, OWN_TENSORS.get(name, dict)(tensors)
-        try:
-            calls[name] = _call(run, own, work.which, learns)
-        except failures as failure:
-            rows[name]["gate"] = _failed(failure)
+    ready = prepare(work, dtype, device, more, impl, failures, compiles)
+    rows = ready.rows
     # A backward of what ran before it belongs to that stream, and cannot be captured on another.
-    for name, times in timer.rows(calls, graphs=work.which != "backward").items():
+    for name, times in timer.rows(ready.calls, graphs=work.which != "backward").items():
         rows[name] |= times
-    choices = _choices(work, tensors, weights, ways[work.dropout], impl)
+    choices = _choices(work, ready, impl)
     for name, choice in choices.items():
         rows[name] |= {"impl": choice.impl, "strategy": choice.strategy}
     timed = [rows[name]["ms"]["p50"] for name in PEERS if "ms" in rows.get(name, {})]
     for name, row in rows.items():
         if "ms" in row:
             choice = choices.get(name, choices["artemis"])
-            weight = weight_of(name, weights)
+            weight = weight_of(name, ready.weights)
             needed = cost_of_pass(
                 work.operation, work.sizes, name, choice.cost, dtype.itemsize, work.which,
                 None if weight is None else weight.nbytes,
@@ -102,103 +50,15 @@ def measure(
         yield {"provider": name, "what": f"{name} on {work.name}", **row}
 
 
-def _choices(
-    work: Work, tensors: Tensors, weights: Weights, way: dict[str, Run], impl: str | None
-) -> dict[str, artemis_kernels.Choice]:
+def _choices(work: Work, ready: Prepared, impl: str | None) -> dict[str, artemis_kernels.Choice]:
     """What the public functions say of each of their calls."""
-    given = {"scale": 1.0} | _leaves(tensors, work.which, LEARN)
-    calls = {"artemis": given, **{name: given | {"weight": w} for name, w in weights.items()}}
+    given = {"scale": 1.0} | leaves_of(ready.tensors, work.which, LEARN)
+    packed = {name: given | {"weight": weight} for name, weight in ready.weights.items()}
     choices = {
         name: artemis_kernels.explain(
             work.operation.name, **arguments, dropout_p=work.dropout, impl=impl
         )
-        for name, arguments in calls.items()
+        for name, arguments in {"artemis": given, **packed}.items()
     }
-    frozen = {name: run for name, run in way.items() if isinstance(run, AtInference)}
-    return choices | {name: run.choice(tensors["x"]) for name, run in frozen.items()}
-
-
-def _providers(
-    work: Work,
-    tensors: Tensors,
-    dropout: float,
-    weights: Weights,
-    more: More | None,
-    impl: str | None,
-) -> dict[str, Run]:
-    """`artemis`, the public function, also over packed weights and at inference, and its peers."""
-
-    def artemis(t: Tensors) -> torch.Tensor:
-        return work.operation.public(t, dropout_p=dropout, seed=SEED, impl=impl)
-
-    infers = work.which == "forward" and not work.dropout
-    return {
-        "artemis": artemis,
-        **({} if more is None else more(work, tensors, dropout)),
-        **{n: packed.provider(work.operation, w, dropout, impl) for n, w in weights.items()},
-        **(at_inference(work.operation, tensors, weights, impl) if infers else {}),
-        **peers(work.operation, work.sizes, tensors, dropout),
-    }
-
-
-def _checked(
-    work: Work,
-    tensors: Tensors,
-    weights: Weights,
-    ways: dict[float, dict[str, Run]],
-    impl: str | None,
-    failures: tuple[type[Exception], ...],
-) -> dict[str, Record]:
-    """Verdict and error of every provider.
-
-    Gradients are checked where a backward is timed; where that would take long, on fewer tokens.
-    """
-    m, k, n, _ = work.sizes
-    few = m * k * n > _CHECKED and tensors["x"].device.type == "cpu"
-    tensors = tensors | {"x": tensors["x"][:_GATE_TOKENS]} if few else tensors
-    wanted = tuple(n for n in LEARN if n in tensors) if work.which != "forward" else ()
-    truths = {p: Truth(work.operation, tensors, wanted, dropout_p=p) for p in ways}
-    rows: dict[str, Record] = {}
-    for name in ways[0.0]:
-        dropout = work.dropout if name.startswith("artemis") else 0.0
-        run, weight, truth = ways[dropout][name], weight_of(name, weights), truths[dropout]
-        if name == "bare":
-            rows[name] = {"gate": {"passed": True}}
-            continue
-        try:
-            if weight is None:
-                verdict = truth.judge(run)
-            else:
-                stands_for = {"weight": weight.dequantize(tensors["x"].dtype)}
-                truth = Truth(work.operation, tensors | stands_for, wanted, dropout_p=dropout)
-                verdict = packed.judge(work.operation, weight, run, truth, impl)
-            error = relative_error(run(tensors), truth.exact["y"])
-            rows[name] = {"gate": verdict.to_dict(), "error": error}
-        except failures as failure:
-            rows[name] = {"gate": _failed(failure)}
-    return rows
-
-
-def _failed(failure: Exception) -> Record:
-    return Verdict(None, f"{type(failure).__name__}: {failure}"[:300]).to_dict()
-
-
-def _call(run: Run, tensors: Tensors, which: str, learns: tuple[str, ...]) -> Callable[[], object]:
-    """A call that runs the pass `which` once."""
-    leaves = _leaves(tensors, which, learns)
-    wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
-    if which == "forward":
-        return lambda: run(leaves)
-    y = run(leaves)
-    dy = torch.randn_like(y)
-    if which == "backward":
-        return lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
-    return lambda: torch.autograd.grad(run(leaves), wanted, dy)
-
-
-def _leaves(tensors: Tensors, which: str, learns: tuple[str, ...]) -> Tensors:
-    """The tensors anew; those that learn require a gradient unless only the forward is asked."""
-    return {
-        name: tensor.detach().requires_grad_(which != "forward" and name in learns)
-        for name, tensor in tensors.items()
-    }
+    frozen = {name: run for name, run in ready.ways.items() if isinstance(run, AtInference)}
+    return choices | {name: run.choice(ready.tensors["x"]) for name, run in frozen.items()}

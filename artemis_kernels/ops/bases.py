@@ -1,5 +1,7 @@
 """The frozen base as each implementation takes it, from an operator's tensors and strategy."""
 
+from typing import NamedTuple
+
 import torch
 
 from ..core import base
@@ -18,3 +20,8 @@ def held(
     from .packed import steps  # imports triton
 
     return steps.of(weight, scale, offset, strategy)
+
+
+def held_member(impl: str, member: NamedTuple, strategy: str):
+    """The same of a group's member, which has `weight`, `weight_scale` and `weight_offset`."""
+    return held(impl, member.weight, member.weight_scale, member.weight_offset, strategy)

@@ -7,7 +7,7 @@ import torch
 from ..core.eight_bit_rows import Rounded, round_rows
 
 
-def rounded_once(x: torch.Tensor, strategies: Sequence[str]) -> Rounded | None:
+def rounded_for_int8(x: torch.Tensor, strategies: Sequence[str]) -> Rounded | None:
     """`round_rows(x)` where a strategy multiplies int8 by int8, else None."""
     if any(strategy.endswith("_int8") for strategy in strategies):
         return round_rows(x, None)

@@ -1775,7 +1775,7 @@ MEASURED = (
     ),
     Fault(
         "a provider that fails the accuracy rule is timed",
-        "artemis/benchmark/measure.py",
+        "artemis/benchmark/prepare.py",
         'if not rows[name]["gate"]["passed"]:',
         'if name == "artemis/failing":',
         ("tests/artemis/benchmark/test_measure.py", "-k", "not_timed"),

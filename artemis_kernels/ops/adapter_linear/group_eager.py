@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 
 from ...core.groups import Common
-from ..bases import held
-from ..rounding import rounded_once
+from ..bases import held_member
+from ..rounding import rounded_for_int8
 from . import eager
 
 
@@ -16,12 +16,12 @@ def forward(
     common: Common,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Return every y [M, out], and every z followed by every F (folded) or y0 (plain)."""
-    rounded = rounded_once(x, common.strategies)
+    rounded = rounded_for_int8(x, common.strategies)
     results = [
         eager.forward(
-            x, _base(member, strategy), member.down, member.up, member.bias, member.bias_down,
-            member.bias_up, scale, member.scale_tensor, common.activation, common.dropout_p,
-            common.seed, strategy, rounded,
+            x, held_member("eager", member, strategy), member.down, member.up, member.bias,
+            member.bias_down, member.bias_up, scale, member.scale_tensor, common.activation,
+            common.dropout_p, common.seed, strategy, rounded,
         )
         for member, scale, strategy in zip(members, common.scales, common.strategies, strict=True)
     ]  # fmt: skip
@@ -45,7 +45,7 @@ def backward(
         if dy is not None:
             strategy = common.strategies[index]
             dx_i, ddown, dup, dscale, dbias, dbias_down, dbias_up = eager.backward(
-                dy, x, _base(member, strategy), member.down, member.up, member.bias,
+                dy, x, held_member("eager", member, strategy), member.down, member.up, member.bias,
                 member.bias_down, member.bias_up, kept[index], kept[len(members) + index],
                 common.scales[index], member.scale_tensor, common.activation, common.dropout_p,
                 common.seed, strategy,
@@ -60,7 +60,3 @@ def backward(
             )  # fmt: skip
         gradients.append(found)
     return dx, gradients
-
-
-def _base(member: NamedTuple, strategy: str):
-    return held("eager", member.weight, member.weight_scale, member.weight_offset, strategy)

@@ -16,7 +16,7 @@ import torch
 
 from ...core import device
 from ...core.groups import Common
-from ..bases import held
+from ..bases import held_member
 from ..low_rank.arguments import Dropout, Scale
 from ..low_rank.steps import (
     Hidden,
@@ -240,7 +240,4 @@ def _scale(members: list[NamedTuple], common: Common, i: int) -> Scale:
 
 
 def _base(members: list[NamedTuple], common: Common, i: int) -> torch.Tensor | Packed:
-    member = members[i]
-    return held(
-        "triton", member.weight, member.weight_scale, member.weight_offset, common.strategies[i]
-    )
+    return held_member("triton", members[i], common.strategies[i])

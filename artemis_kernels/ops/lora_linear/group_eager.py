@@ -10,8 +10,8 @@ import torch
 
 from ...core.dropped import Dropout, add_dropped_product_, outer_dropped, project_dropped
 from ...core.groups import Common
-from ..bases import held
-from ..rounding import rounded_once
+from ..bases import held_member
+from ..rounding import rounded_for_int8
 from .eager import expand_gradients, expanded
 
 
@@ -23,13 +23,13 @@ def forward(
     """Return every y [M, out] and, in a list, all s [M, Σ ranks]; of x's dtype."""
     a = torch.cat([member.lora_a for member in members])
     s = project_dropped(x, a, _mask(common)).contiguous()
-    rounded, ys = rounded_once(x, common.strategies), []
+    rounded, ys = rounded_for_int8(x, common.strategies), []
     parts = s.split([member.lora_a.shape[0] for member in members], 1)
     for member, part, scale, strategy in zip(
         members, parts, common.scales, common.strategies, strict=True
     ):
         term = expanded(part, member.lora_b, scale, member.scale_tensor)
-        ys.append(_base(member, strategy).product(x, member.bias, rounded, term))
+        ys.append(held_member("eager", member, strategy).product(x, member.bias, rounded, term))
     return ys, [s]
 
 
@@ -53,7 +53,7 @@ def backward(
                 (needs_x or need.lora_a, need.lora_b, need.scale_tensor, need.bias),
             )  # fmt: skip
             if needs_x:
-                dx = _base(member, common.strategies[index]).input_gradient(dy, dx)
+                dx = held_member("eager", member, common.strategies[index]).input_gradient(dy, dx)
             if ds is not None:
                 reached.append(index)
                 ds_parts.append(ds)
@@ -76,10 +76,6 @@ def _through_a(dx, x, members, reached, ds_parts, gradients, mask, needs) -> Non
             if needs[index].lora_a:
                 da_i = part.to(members[index].lora_a.dtype, copy=True)  # its storage is its own
                 gradients[index] = gradients[index]._replace(lora_a=da_i)
-
-
-def _base(member: NamedTuple, strategy: str):
-    return held("eager", member.weight, member.weight_scale, member.weight_offset, strategy)
 
 
 def _mask(common: Common) -> Dropout | None:

@@ -15,7 +15,7 @@ import torch
 
 from ...core import device
 from ...core.groups import Common
-from ..bases import held
+from ..bases import held_member
 from ..low_rank.arguments import Dropout, Scale
 from ..low_rank.steps import expand_gradients, shrunk, sum_over_rows
 from ..packed.steps import Packed, add_product, expanded, rounded_once
@@ -120,8 +120,7 @@ def _ranks(members: list[NamedTuple]) -> list[int]:
 
 
 def _base(member: NamedTuple, common: Common, index: int) -> torch.Tensor | Packed:
-    strategy = common.strategies[index]
-    return held("triton", member.weight, member.weight_scale, member.weight_offset, strategy)
+    return held_member("triton", member, common.strategies[index])
 
 
 def _vendor(common: Common, index: int) -> bool:

@@ -111,7 +111,7 @@ def test_a_peer_that_breaks_when_it_is_timed_or_is_left_out(monkeypatch, compile
         plain = peers.plain(operation, dropout)
         return {"plain": plain, "compile": breaks if dropout else plain}
 
-    monkeypatch.setattr("artemis.benchmark.measure.peers", both)
+    monkeypatch.setattr("artemis.benchmark.prepare.peers", both)
     timer, peaks = Timer(CPU, 1, flush=False), {"gflops": 1.0, "gbs": 1.0}
     found = measure(Work(dropout=0.25), torch.float32, CPU, timer, peaks, compiles=compiles)
     rows = {row["provider"]: row for row in found}
