@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
+from .packed import is_packed
 from .quantized_layers import QuantizedConv1D, QuantizedLinear
 
 #: Siblings (same parent) that read the same tensor.
@@ -125,7 +126,11 @@ def is_block(module: nn.Module) -> bool:
 
 def _has_weights(module: nn.Module) -> bool:
     own = module.parameters(recurse=False)
-    return linear_features(module) is not None or any(p.is_floating_point() for p in own)
+    return (
+        is_packed(module)
+        or linear_features(module) is not None
+        or any(p.is_floating_point() for p in own)
+    )
 
 
 def stacked_weights(module: nn.Module) -> list[str]:

@@ -14,7 +14,8 @@ from torch import nn
 
 from artemis_kernels import FrozenLinear, QuantizedWeight
 
-from .quantized_layers import PARTS, is_packed
+from .packed import is_packed
+from .quantized_layers import PARTS
 from .sources import Place, Source, is_captured, same, sources_of, takes_constants, unchanged
 
 if TYPE_CHECKING:

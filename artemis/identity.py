@@ -1,6 +1,6 @@
 """Which base an adapter belongs to: class, name, sizes, and a fingerprint of the weights.
 
-A packed layer counts by the weight it was made from, and not at all where that is counted in
+A packed weight counts by the one it was made from, and not at all where that is counted in
 another module: quantizing does not make another base of it.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .bank import BANK, find_bank
-from .quantized_layers import SAMPLE, packed_layers, sample
+from .packed import packed_modules, sample, sample_of
 
 #: How the samples of a base are marked of which some were held in fp16.
 _FP16 = "float16:"
@@ -73,14 +73,13 @@ def identify(model: nn.Module, heads: tuple[str, ...]) -> BaseIdentity:
 
 
 def _packed(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.Tensor]]:
-    """Shape and sample that the weights of packed layers had before, a tied one's left out."""
+    """Shape and sample that packed weights had before, a tied one's left out."""
     found = {}
-    for path, module in packed_layers(model):
+    for path, module in packed_modules(model):
         if module.packing.untied:
             continue
-        shape = tuple(module.weight.shape)
-        shape = shape if isinstance(module, nn.Linear) else shape[::-1]
-        found[f"{path}.weight"] = shape, getattr(module, SAMPLE)
+        for name, shape in module.packed_shapes().items():
+            found[f"{path}.{name}"] = shape, getattr(module, sample_of(name))
     return found
 
 

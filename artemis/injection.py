@@ -11,8 +11,9 @@ from .errors import AdapterError, listed
 from .groups import InputGroup, Shelf
 from .layers import adapt, has_own_tensors, restore
 from .norms import hold_statistics, release_statistics
+from .packed import packed_modules
 from .plan import Plan, SiteSpec
-from .quantized_layers import LayerWeight, packed_layers
+from .quantized_layers import LayerWeight
 from .sites import SITES, SharedSeed
 
 
@@ -125,7 +126,7 @@ def _check_head(model: nn.Module, head: str) -> None:
     own = {id(p) for p in module.parameters()}
     if not own:
         raise AdapterError(f"modules_to_save: {head} has no parameters to train")
-    packed = [".".join(filter(None, (head, path))) for path, _ in packed_layers(module)]
+    packed = [".".join(filter(None, (head, path))) for path, _ in packed_modules(module)]
     if packed:
         raise AdapterError(
             f"modules_to_save: {head} is packed ({listed(packed)}), and so cannot train; add the"

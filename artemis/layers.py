@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from . import frozen
 from .errors import AdapterError, listed
 from .frozen import weight_of
-from .quantized_layers import QUANTIZED, QuantizedConv1D, QuantizedLinear, is_packed
+from .packed import is_packed
+from .quantized_layers import QUANTIZED, QuantizedConv1D, QuantizedLinear
 from .sites import Site
 
 

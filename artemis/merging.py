@@ -8,7 +8,7 @@ from torch import nn
 from .bank import find_bank
 from .errors import AdapterError, listed
 from .layers import adapted_module, check_in_place, weight_of
-from .quantized_layers import is_packed
+from .packed import is_packed
 from .sites import Site
 
 

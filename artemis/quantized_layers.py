@@ -1,11 +1,10 @@
 """Linear layers whose weight is held in 8 or 4 bits, under the very same module path.
 
-Like an adapter, packing sets `module.__class__`: `isinstance` holds and whole models pickle. The
-parameter `weight` gives way to buffers `weight_data`, `weight_scale`, `weight_offset` (int4 only)
-and `weight_sample`, a few of its numbers, by which an adapter file still recognises the base.
+Like an adapter, packing sets `module.__class__`: `isinstance` holds and whole models pickle. In
+the place of the parameter `weight` stand buffers (packed.py).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,24 +13,12 @@ from transformers.pytorch_utils import Conv1D
 
 from artemis_kernels import FrozenAdapter, FrozenLinear, QuantizedWeight, quantized_linear
 
+from .packed import Packed, Packing, held, hold, packed_modules, parts_of, sample_of
 from .sources import Source, is_captured, sources_of, takes_constants, unchanged
 
-SAMPLES = 16
 #: Buffers of a packed layer, in the order of `QuantizedWeight`'s tensors.
-PARTS = ("weight_data", "weight_scale", "weight_offset")
-SAMPLE = "weight_sample"
-
-
-@dataclass(frozen=True)
-class Packing:
-    """How a layer's weight is packed: `QuantizedWeight`'s options, free of tensors."""
-
-    format: str
-    group_size: int | None
-    activation_bits: int | str
-    makes_logits: bool = False
-    #: Whether the weight was another module's too, which keeps it: one matrix became two.
-    untied: bool = False
+PARTS = parts_of("weight")
+SAMPLE = sample_of("weight")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,47 +29,22 @@ class LayerWeight(QuantizedWeight):
     dtype: torch.dtype = torch.float32
 
 
-class FixedBuffers:
-    """Mixin for modules: the buffers that `fixed_buffers` names are moved, and never cast.
-
-    Seen as bytes they are no floating tensors, which `.to(dtype)`, `.half()`, ... leave alone.
-    """
-
-    def fixed_buffers(self) -> Iterable[str]:
-        """Names of the buffers; none here."""
-        return ()
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
-        names = [name for name in self.fixed_buffers() if self._buffers[name] is not None]
-        dtypes = {name: self._buffers[name].dtype for name in names}
-        for name in names:
-            self._buffers[name] = self._buffers[name].view(torch.uint8)
-        try:
-            return super()._apply(fn, recurse)
-        finally:
-            for name, dtype in dtypes.items():
-                self._buffers[name] = self._buffers[name].view(dtype)
-
-
-class _Packed(FixedBuffers):
+class _PackedLayer(Packed):
     """What both classes of packed layers share. Beside it stands `nn.Linear` or `Conv1D`."""
 
-    packing: Packing
     #: The layer at inference and what it was made of; no part of a copy.
     ready: tuple[tuple[Source, ...], FrozenLinear] | None = None
 
-    def fixed_buffers(self) -> Iterable[str]:
-        return PARTS
+    def packed_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        shape = tuple(self.weight.shape)
+        return {"weight": shape if isinstance(self, nn.Linear) else shape[::-1]}
 
     @property
     def weight(self) -> LayerWeight:
         """The weight (out, in), also where the layer stored it the other way round."""
-        data, scale, offset = (self._buffers[name] for name in PARTS)
         packing, dtype = self.packing, self._buffers[SAMPLE].dtype
-        if packing.format == "fp8":
-            data = data.view(torch.float8_e4m3fn)
         return LayerWeight(
-            data, scale, offset, packing.format, packing.group_size, packing.activation_bits,
+            *held(self, "weight"), packing.format, packing.group_size, packing.activation_bits,
             packing.makes_logits, dtype,
         )  # fmt: skip
 
@@ -122,7 +84,7 @@ class _Packed(FixedBuffers):
         return self.__dict__ | {"ready": None}
 
 
-class QuantizedLinear(_Packed, nn.Linear):
+class QuantizedLinear(_PackedLayer, nn.Linear):
     """`nn.Linear` over a packed weight."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -133,7 +95,7 @@ class QuantizedLinear(_Packed, nn.Linear):
         return f"{super().extra_repr()}, weight={self.packing.format}"
 
 
-class QuantizedConv1D(_Packed, Conv1D):
+class QuantizedConv1D(_PackedLayer, Conv1D):
     """transformers' `Conv1D` (GPT-2) over a packed weight, stored (out, in)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -150,19 +112,9 @@ QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def is_packed(module: nn.Module) -> bool:
-    """Whether the layer's weight is packed."""
-    return isinstance(module, _Packed)
-
-
 def packed_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Path and module of every packed layer of `model`, each once."""
-    return ((path, module) for path, module in model.named_modules() if is_packed(module))
-
-
-def packed_numbers(model: nn.Module) -> int:
-    """Weights of `model` that are packed, which `parameters()` does not hold."""
-    return sum(module.weight.shape.numel() for _, module in packed_layers(model))
+    """Path and module of every packed linear layer of `model`, each once."""
+    return ((path, m) for path, m in packed_modules(model) if isinstance(m, _PackedLayer))
 
 
 def pack(
@@ -180,19 +132,6 @@ def pack(
     module.packing = Packing(
         weight.format, weight.group_size, weight.activation_bits, weight.makes_logits, untied
     )
-    # As bytes, since a tensor in fp8 does not pickle.
-    data = weight.data.view(torch.uint8) if weight.format == "fp8" else weight.data
-    tensors = (data, weight.scale, weight.offset)
-    for name, tensor in zip(PARTS, tensors, strict=True):
-        module.register_buffer(name, tensor)
-    module.register_buffer(SAMPLE, taken)
+    hold(module, "weight", (weight.data, weight.scale, weight.offset), taken)
     module.__class__ = cls
     del module._parameters["weight"]  # `weight` is the class's property by now
-
-
-@torch.no_grad()
-def sample(tensor: torch.Tensor) -> torch.Tensor:
-    """At most `SAMPLES` of a tensor's numbers, spread over it, as a tensor of their own."""
-    values = tensor.detach().flatten()
-    step = max(1, values.numel() // SAMPLES) | 1  # odd, so as not to stay in one column
-    return values[::step][:SAMPLES].clone()

@@ -4,7 +4,7 @@ from torch import nn
 
 from .bank import BANK, ROLES, find_bank
 from .layers import check_in_place
-from .quantized_layers import packed_numbers
+from .packed import packed_numbers
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

@@ -9,6 +9,7 @@ from torch import nn
 from . import architectures
 from .config import AUTO, DEFAULT_LORA, DEFAULT_TARGETS, HybridAdapterConfig, Names
 from .errors import AdapterError, listed, nearest
+from .packed import is_packed
 from .plan import Plan, SiteSpec
 
 
@@ -94,7 +95,7 @@ def _site(model: nn.Module, config: HybridAdapterConfig, path: str, target: str)
         kind = "lora" if wants_lora else "bottleneck"
     elif wants_lora or not architectures.is_block(module):
         hint = ""
-        if not wants_lora and architectures.stacked_weights(module):
+        if not wants_lora and (architectures.stacked_weights(module) or is_packed(module)):
             hint = "; it holds no layers but parameters: name the block around it"
         raise AdapterError(
             f"hybrid_adapter.target_modules: {path} is a {type(module).__name__}; allowed:"

@@ -13,8 +13,8 @@ from ..config import HybridAdapterConfig
 from ..errors import AdapterError
 from ..layers import weight_of
 from ..merging import check_unmerged
+from ..packed import is_packed
 from ..plan import SiteSpec
-from ..quantized_layers import is_packed
 from ..targets import make_plan
 from .data import Batch, batches_of, to_device
 from .gradients import watched

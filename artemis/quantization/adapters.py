@@ -9,7 +9,7 @@ from artemis_kernels import QuantizedWeight
 
 from ..bank import AdapterBank
 from ..errors import AdapterError
-from ..quantized_layers import FixedBuffers
+from ..packed import FixedBuffers
 
 _MATRICES = ("lora_a", "lora_b", "down", "up")
 

@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from ..errors import AdapterError
+from ..experts import bias_of, expert_output, is_experts, matrices_of, stack_of
 from ..importance.data import Batch, batches_of, to_device
+from ..routing import Routing
 
 BATCHES, BATCH_SIZE = 16, 8
 
@@ -19,9 +22,9 @@ def column_importance(
 ) -> dict[str, torch.Tensor]:
     """Path -> E[x²] fp32 [in] of each layer over at most 16 batches of `data`; then as before.
 
-    Of examples, 16 batches of 8 are drawn, always the same. Tokens that a batch's
-    `attention_mask` (a decoder's beside an encoder: `decoder_attention_mask`) leaves out do not
-    count. A layer that was not called is left out.
+    Of experts, `matrix_of` each. Of examples, 16 batches of 8 are drawn, always the same. Tokens
+    that a batch's `attention_mask` (a decoder's beside an encoder: `decoder_attention_mask`) leaves
+    out do not count. A layer, or an expert, that was not called is left out.
 
     Raises `AdapterError` where there is no batch, or a layer reads inf or nan.
     """
@@ -33,7 +36,8 @@ def column_importance(
     with ExitStack() as stack:
         hooks = [padding.encoder.register_forward_hook(padding.keep)] if padding.encoder else []
         for path, module in layers.items():
-            hooks.append(module.register_forward_pre_hook(squares.adder(path), with_kwargs=True))
+            adder = squares.of_experts if is_experts(module) else squares.of_layer
+            hooks.append(module.register_forward_pre_hook(adder(path), with_kwargs=True))
         for handle in hooks:
             stack.callback(handle.remove)
         try:
@@ -52,6 +56,11 @@ def column_importance(
         if not torch.isfinite(total).all():
             raise AdapterError(f"data: {path} reads inf or nan, allowed: finite numbers")
     return {p: total / squares.rows[p] for p, total in squares.sums.items() if squares.rows[p]}
+
+
+def matrix_of(path: str, name: str, expert: int) -> str:
+    """What one expert's matrix is known by in `column_importance`."""
+    return f"{path}.{name}.{expert}"
 
 
 class _Padding:
@@ -91,16 +100,42 @@ class _Squares:
         self.rows: dict[str, int] = {}
         self._padding = padding
 
-    def adder(self, path: str):
-        """A forward pre-hook."""
+    def of_layer(self, path: str):
+        """A forward pre-hook of a linear layer."""
 
         def add(module: nn.Module, args: tuple, kwargs: dict) -> None:
             x = (*args, *kwargs.values())[0]
-            x = _without_padding(x, self._padding.mask(module, x)).float()
-            self.sums[path] = self.sums.get(path, 0.0) + x.square().sum(0)
-            self.rows[path] = self.rows.get(path, 0) + x.shape[0]
+            self._add(path, _without_padding(x, self._padding.mask(module, x)))
 
         return add
+
+    def of_experts(self, path: str):
+        """A forward pre-hook of experts, whose rows pass each by itself once more."""
+
+        def add(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            hidden, chosen, _ = (*args, *kwargs.values())
+            mask = self._padding.mask(module, hidden)
+            if mask is not None and mask.numel() == len(hidden):
+                hidden, chosen = (t[mask.flatten().bool()] for t in (hidden, chosen))
+            routing = Routing.of(chosen, module.num_experts)
+            for expert, rows in enumerate(routing.rows(hidden).split(routing.counts)[:-1]):
+                layers = (self._layer(path, module, n, expert) for n in matrices_of(module))
+                expert_output(module, rows, *layers)
+
+        return add
+
+    def _layer(self, path: str, module: nn.Module, name: str, expert: int):
+        def layer(x: torch.Tensor) -> torch.Tensor:
+            self._add(matrix_of(path, name, expert), x)
+            weight, bias = stack_of(module, name)[expert], bias_of(module, name, expert)
+            return functional.linear(x, weight, bias)
+
+        return layer
+
+    def _add(self, key: str, x: torch.Tensor) -> None:
+        """x [rows, in] is what the matrix known as `key` multiplies."""
+        self.sums[key] = self.sums.get(key, 0.0) + x.float().square().sum(0)
+        self.rows[key] = self.rows.get(key, 0) + x.shape[0]
 
 
 def _without_padding(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

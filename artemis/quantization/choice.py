@@ -1,4 +1,4 @@
-"""What to pack and how: options and model in, checked layers out; nothing is changed."""
+"""What to pack: options and model in, checked layers out; nothing is changed."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -11,32 +11,18 @@ from transformers.pytorch_utils import Conv1D
 from .. import architectures
 from ..bank import find_bank
 from ..errors import AdapterError, listed
+from ..experts import is_experts, matrices_of, stack_of
 from ..layers import PACKED, weight_of
 from ..merging import check_unmerged
-from ..quantized_layers import is_packed, packed_layers
+from ..packed import is_packed, packed_modules
 from ..wrappers import check_bare
+from .options import Options
 from .report import LayerReport
 
-#: (bits, format of the user) -> format of the weight.
-_FORMATS = {(8, "int"): "int8", (8, "fp8"): "fp8", (4, "int"): "int4"}
-_ADAPTER_BITS = (32, 16, 8)
-_GROUP_SIZES = (256, 128, 64, 32, 16, 8)
 _LEAST_GROUP = 8
+_KEPT = "transformers keeps it in float32, beside 16 bits, for its range"
 #: Name under which `Begun` stands on a model.
 BEGUN = "quantization_begun"
-
-
-@dataclass(frozen=True)
-class Options:
-    """How weights and adapters are to be held, checked; `format` is a `QuantizedWeight`'s."""
-
-    format: str
-    group_size: int | None
-    activation_bits: int | str
-    adapter_bits: int
-    include_head: bool
-    calibrated: bool
-    leave: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -58,54 +44,26 @@ def begun(model: nn.Module) -> Begun | None:
     return getattr(model, BEGUN, None)
 
 
-def checked_options(
-    bits, format, group_size, activation_bits, adapter_bits, include_head, calibrated, leave=()
-) -> Options:
-    """The options, or one `AdapterError` for the first that makes no sense."""
-    if (bits, format) not in _FORMATS or isinstance(bits, bool):
-        raise AdapterError(
-            f"bits, format: got {bits!r}, {format!r}, allowed: 8 with 'int' or 'fp8', 4 with 'int'"
-        )
-    packed = _FORMATS[bits, format]
-    if isinstance(adapter_bits, bool) or adapter_bits not in _ADAPTER_BITS:
-        raise AdapterError(f"adapter_bits: got {adapter_bits!r}, allowed: 32, 16 or 8")
-    if activation_bits not in ("auto", 8, 16) or (activation_bits == 8 and packed == "int4"):
-        raise AdapterError(
-            f"activation_bits: got {activation_bits!r}, allowed: 'auto' or 16, and 8 where weights"
-            f" are int8 or fp8; these are {packed}"
-        )
-    if group_size is not None and (packed != "int4" or group_size not in _GROUP_SIZES):
-        raise AdapterError(
-            f"group_size: got {group_size!r}, allowed: with bits=4 one of {listed(_GROUP_SIZES)},"
-            " else None"
-        )
-    if calibrated and packed != "int4":
-        raise AdapterError(f"data: got some for {packed}, allowed: with bits=4, which it serves")
-    if not isinstance(include_head, bool):
-        raise AdapterError(f"include_head: got {include_head!r}, allowed: True or False")
-    if isinstance(leave, str) or not isinstance(leave, Iterable):
-        raise AdapterError(f"leave: got {leave!r}, allowed: a list of paths of modules")
-    return Options(
-        packed, group_size, activation_bits, adapter_bits, include_head, bool(calibrated),
-        tuple(leave),
-    )  # fmt: skip
-
-
 def choose_layers(
     model: nn.Module, options: Options
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The layers to pack by path, and path -> reason for all other matrices that layers multiply.
+    """The layers, and modules of experts, to pack by path; of all other matrices path -> reason.
 
     Raises `AdapterError` where the model as a whole, or the shape or the values of a layer, forbid.
     """
     _check_model(model, options)
     chosen, skipped = {}, {}
     for path, module in model.named_modules():
-        if names := architectures.stacked_weights(module):
-            skipped[path] = f"no linear layer: {listed(names)} hold many matrices each, as experts"
-        if not isinstance(module, (nn.Linear, Conv1D)) or is_packed(module):
+        if is_packed(module):
             continue
-        reason = _why_not(model, path, module, options)
+        if is_experts(module):
+            reason = _why_not_experts(model, path, module, options)
+        elif isinstance(module, (nn.Linear, Conv1D)):
+            reason = _why_not(model, path, module, options)
+        elif names := architectures.stacked_weights(module):
+            reason = f"no linear layer: {listed(names)} hold many matrices each, as experts"
+        else:
+            continue
         if reason is None:
             chosen[path] = module
         else:
@@ -115,7 +73,12 @@ def choose_layers(
         raise AdapterError(
             f"{type(model).__name__} has no linear layer to quantize ({reasons or 'none at all'})"
         )
-    problems = [f"{path} {p}" for path, m in chosen.items() for p in _problems(m, options)]
+    problems = [
+        f"{name} {problem}"
+        for path, module in chosen.items()
+        for name, weight in weights_of(path, module)
+        for problem in _problems(weight, options)
+    ]
     if problems:
         raise AdapterError(f"cannot quantize to {options.format}: {listed(problems)}")
     return chosen, skipped
@@ -129,7 +92,7 @@ def _check_model(model: nn.Module, options: Options) -> None:
             f"{type(model).__name__} is half quantized, by an interrupted call with"
             f" {earlier.options}; allowed: the same, which goes on"
         )
-    quantized = earlier is None and any(packed_layers(model))
+    quantized = earlier is None and any(packed_modules(model))
     if quantized or getattr(model, "is_quantized", False):
         raise AdapterError(f"{type(model).__name__} is quantized already")
     check_unmerged(model)
@@ -139,13 +102,43 @@ def _check_model(model: nn.Module, options: Options) -> None:
         raise AdapterError(f"leave: {type(model).__name__} has no module {listed(unknown)}")
 
 
-def _why_not(model: nn.Module, path: str, module: nn.Module, options: Options) -> str | None:
+def weights_of(path: str, module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and matrix (out, in) of a layer; of experts, names and (experts, out, in)."""
+    if not is_experts(module):
+        yield path, weight_of(module)
+        return
+    for name in matrices_of(module):
+        yield f"{path}.{name}", stack_of(module, name)
+
+
+def _why_left(model: nn.Module, path: str, options: Options) -> str | None:
     bank = find_bank(model)
     heads = architectures.classifier_heads(model) if bank is None else bank.heads
     if _within(path, heads):
         return "a head that trains"
-    if _within(path, options.leave):
-        return "left as it is, as asked"
+    return "left as it is, as asked" if _within(path, options.leave) else None
+
+
+def _why_not_experts(
+    model: nn.Module, path: str, module: nn.Module, options: Options
+) -> str | None:
+    if reason := _why_left(model, path, options):
+        return reason
+    if "forward" in vars(module):
+        return "it carries a forward of its own"
+    for name in matrices_of(module):
+        if tied := tied_to(model, module, name):
+            return f"its {name} is also {tied}"
+        if not module._parameters[name].is_floating_point():
+            return f"its {name} is {module._parameters[name].dtype}"
+        if _kept_in_fp32(model, path, module, name):
+            return _KEPT
+    return None
+
+
+def _why_not(model: nn.Module, path: str, module: nn.Module, options: Options) -> str | None:
+    if reason := _why_left(model, path, options):
+        return reason
     is_output = module is architectures.output_head(model)
     if is_output and not options.include_head:
         return "the output head; include_head=True takes it too"
@@ -162,18 +155,16 @@ def _why_not(model: nn.Module, path: str, module: nn.Module, options: Options) -
         return f"its weight is also {tied}"
     if not module.weight.is_floating_point():
         return f"its weight is {module.weight.dtype}"
-    if _kept_in_fp32(model, path, module):
-        return "transformers keeps it in float32, beside 16 bits, for its range"
-    return None
+    return _KEPT if _kept_in_fp32(model, path, module) else None
 
 
-def _kept_in_fp32(model: nn.Module, path: str, module: nn.Module) -> bool:
+def _kept_in_fp32(model: nn.Module, path: str, module: nn.Module, name: str = "weight") -> bool:
     """Whether transformers held this layer back from 16 bits, whose range its numbers may leave."""
     names = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
     patterns = [p.replace("*", ".*") for n in names for p in getattr(model, n, None) or ()]
-    if module.weight.dtype != torch.float32:
+    if module._parameters[name].dtype != torch.float32:
         return False
-    if not any(re.search(pattern, f"{path}.weight") for pattern in patterns):
+    if not any(re.search(pattern, f"{path}.{name}") for pattern in patterns):
         return False
     return any(p.is_floating_point() and p.dtype.itemsize == 2 for p in model.parameters())
 
@@ -182,22 +173,22 @@ def _within(path: str, modules: Iterable[str]) -> bool:
     return any(f"{path}.".startswith(f"{module}.") for module in modules)
 
 
-def tied_to(model: nn.Module, module: nn.Module) -> str | None:
-    """Another name of the layer's weight, unless the whole layer has two."""
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owner, _, _ = name.rpartition(".")
-        if parameter is module.weight and model.get_submodule(owner) is not module:
-            return name
+def tied_to(model: nn.Module, module: nn.Module, name: str = "weight") -> str | None:
+    """Another name of the module's parameter `name`, unless the whole module has two."""
+    own = module._parameters[name]
+    for other, parameter in model.named_parameters(remove_duplicate=False):
+        owner, _, _ = other.rpartition(".")
+        if parameter is own and model.get_submodule(owner) is not module:
+            return other
     return None
 
 
-def _problems(module: nn.Module, options: Options) -> Iterator[str]:
-    weight = weight_of(module)
+def _problems(weight: torch.Tensor, options: Options) -> Iterator[str]:
     size = options.group_size or _LEAST_GROUP
     if not weight.numel():
         yield "has no weights"
-    elif options.format == "int4" and weight.shape[1] % size:
-        yield f"has {weight.shape[1]} inputs, allowed: a multiple of {size}, or bits=8"
+    elif options.format == "int4" and weight.shape[-1] % size:
+        yield f"has {weight.shape[-1]} inputs, allowed: a multiple of {size}, or bits=8"
     elif weight.dtype.itemsize < 2:
         yield f"is held in {weight.dtype}, allowed: 16 bits and more"
     elif weight.is_meta:

@@ -17,9 +17,13 @@ from artemis_kernels import QuantizedWeight
 from ..architectures import output_head
 from ..bank import find_bank
 from ..errors import AdapterError, listed
-from ..layers import weight_of
-from ..quantized_layers import PARTS, QUANTIZED, SAMPLE, pack, packed_layers
+from ..expert_weights import ExpertWeights
+from ..experts import is_experts
+from ..packed import packed_modules, parts_of, sample_of
+from ..quantized_experts import pack_experts
+from ..quantized_layers import QUANTIZED, pack
 from ..wrappers import check_bare
+from .choice import weights_of
 from .report import LayerReport
 from .store import StoredBase, named_tensors, read_stored
 
@@ -85,7 +89,7 @@ def _check(model: nn.Module, stored: StoredBase) -> dict[str, nn.Module]:
     """The layers to pack by path; `AdapterError` where the file is not this model's."""
     check_bare(model)
     name = type(model).__name__
-    if find_bank(model) is not None or any(packed_layers(model)):
+    if find_bank(model) is not None or any(packed_modules(model)):
         raise AdapterError(
             f"{name} is adapted or quantized already, allowed: a plain model; load the adapter"
             " after the base"
@@ -94,20 +98,27 @@ def _check(model: nn.Module, stored: StoredBase) -> dict[str, nn.Module]:
     if name != stored.class_name:
         problems.append(f"the model is a {name}, the file's a {stored.class_name}")
     modules, layers = dict(model.named_modules()), {}
-    for layer in stored.report.layers:
-        module = modules.get(layer.path)
-        shape = tuple(weight_of(module).shape) if type(module) in QUANTIZED else None
-        if shape == (layer.out_features, layer.in_features):
-            layers[layer.path] = module
-        else:
-            what = type(module).__name__ if shape is None else f"{shape[0]}x{shape[1]}"
-            wanted = f"{layer.out_features}x{layer.in_features}"
-            problems.append(f"{layer.path} is {what}, in the file a linear layer of {wanted}")
+    for entry in stored.report.layers:
+        path = _owner(entry.parameter)
+        layers[path] = module = modules.get(path)
+        shape = _shape(path, module, entry)
+        if shape != entry.shape:
+            what = type(module).__name__ if shape is None else "x".join(map(str, shape))
+            wanted = "x".join(map(str, entry.shape))
+            kind = "experts" if entry.experts else "a linear layer"
+            problems.append(f"{entry.path} is {what}, in the file {kind} of {wanted}")
     if not problems:
         problems = _differences(model, stored, layers)
     if problems:
         raise AdapterError(f"{stored.path} does not fit the model: {listed(problems)}")
     return layers
+
+
+def _shape(path: str, module: nn.Module | None, entry: LayerReport) -> tuple[int, ...] | None:
+    """The shape of the weight that `entry` is about; None: the module has none such."""
+    packable = is_experts(module) if entry.experts else type(module) in QUANTIZED
+    weights = dict(weights_of(path, module)) if packable else {}
+    return tuple(weights[entry.path].shape) if entry.path in weights else None
 
 
 def _differences(
@@ -116,14 +127,19 @@ def _differences(
     """Tensors that only one side has, or in another shape; packed layers are compared already."""
     paths = {id(module): path for path, module in layers.items()}
     modules = dict(model.named_modules(remove_duplicate=False))
-    parts = {f"{path}.{part}" for path in layers for part in (*PARTS, SAMPLE)}
+    packed = [entry.parameter for entry in stored.report.layers]
+    parts = {part for name in packed for part in (*parts_of(name), sample_of(name))}
     # A layer may have several names: each -> the one that it is stored under.
     my_names = {name: paths[id(m)] for name, m in modules.items() if id(m) in paths}
     their_names = {path: path for path in layers} | {
         _owner(name): _owner(first) for name, first in stored.aliases.items() if first in parts
     }
-    weights = {f"{name}.weight" for name in my_names}
-    mine = {name: tuple(t.shape) for name, t in named_tensors(model) if name not in weights}
+    weights = {(_owner(name), _leaf(name)) for name in packed}
+    mine = {
+        name: tuple(t.shape)
+        for name, t in named_tensors(model)
+        if (my_names.get(_owner(name)), _leaf(name)) not in weights
+    }
     theirs = {name: shape for name, shape in stored.shapes.items() if name not in parts}
     theirs |= {
         name: stored.shapes.get(first)
@@ -150,6 +166,10 @@ def _named_layer(names: Mapping[str, str], name: str) -> str:
 
 def _owner(name: str) -> str:
     return name.rpartition(".")[0]
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 @contextmanager
@@ -187,16 +207,19 @@ def _put(
 ) -> None:
     """Replace the model's tensors by the file's, which were compared with it."""
     device = torch.device("cpu") if _is_meta(model) else next(model.parameters()).device
-    weights = {entry.path: _weight(stored, entry, tensors) for entry in stored.report.layers}
+    weights: dict[str, dict] = {path: {} for path in layers}
+    for entry in stored.report.layers:
+        weight = _weight(stored, entry, tensors).to(device)
+        taken = tensors.pop(sample_of(entry.parameter)).to(device)
+        weights[_owner(entry.parameter)][_leaf(entry.parameter)] = weight, taken
     head = output_head(model)
-    for path, weight in weights.items():
-        module = layers[path]
+    for path, module in layers.items():
+        if is_experts(module):
+            pack_experts(module, weights[path])
+            continue
+        weight, taken = weights[path]["weight"]
         weight = replace(weight, makes_logits=module is head)
-        taken = tensors.pop(f"{path}.{SAMPLE}")
-        pack(
-            module, QUANTIZED[type(module)], weight.to(device), taken.to(device),
-            untied=path in stored.untied,
-        )  # fmt: skip
+        pack(module, QUANTIZED[type(module)], weight, taken, untied=path in stored.untied)
     placed = {name: tensor.to(device) for name, tensor in tensors.items()}
     known = dict(named_tensors(model))
     made = {
@@ -209,14 +232,13 @@ def _put(
     for name in known:
         tensor = made.get(stored.aliases.get(name, name))
         if tensor is not None:
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, tensor)
+            setattr(model.get_submodule(_owner(name)), _leaf(name), tensor)
 
 
 def _weight(
     stored: StoredBase, entry: LayerReport, tensors: dict[str, torch.Tensor]
-) -> QuantizedWeight:
-    data, scale, offset = (tensors.pop(f"{entry.path}.{part}", None) for part in PARTS)
+) -> QuantizedWeight | ExpertWeights:
+    data, scale, offset = (tensors.pop(part, None) for part in parts_of(entry.parameter))
     if entry.format == "fp8":
         if data.dtype != torch.uint8:
             raise AdapterError(
@@ -224,11 +246,12 @@ def _weight(
                 " torch.uint8"
             )
         data = data.view(torch.float8_e4m3fn)
+    kind = ExpertWeights if entry.experts else QuantizedWeight
     form = (entry.format, entry.group_size, stored.report.activation_bits)
     try:
-        weight = QuantizedWeight(data, scale, offset, *form)
+        weight = kind(data, scale, offset, *form)
     except ValueError as error:
         raise AdapterError(f"{stored.path}: {entry.path} is damaged ({error})") from None
-    if weight.shape != (entry.out_features, entry.in_features):
+    if weight.shape != entry.shape:
         raise AdapterError(f"{stored.path}: {entry.path} is damaged: got {tuple(weight.shape)}")
     return weight

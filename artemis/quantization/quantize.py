@@ -1,7 +1,8 @@
 """`quantize_adapter_model`: one layer after the other, in place."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -12,11 +13,16 @@ from artemis_kernels import QuantizedWeight
 
 from ..architectures import output_head, stacked_weights
 from ..bank import find_bank
+from ..expert_weights import ExpertWeights
+from ..experts import is_experts, matrices_of, stack_of
 from ..layers import PACKED, weight_of
-from ..quantized_layers import pack, packed_layers, sample
+from ..packed import packed_modules, sample
+from ..quantized_experts import pack_experts
+from ..quantized_layers import pack
 from . import adapters
-from .calibrate import column_importance
-from .choice import BEGUN, Begun, Options, begun, checked_options, choose_layers, tied_to
+from .calibrate import column_importance, matrix_of
+from .choice import BEGUN, Begun, begun, choose_layers, tied_to, weights_of
+from .options import Options, checked_options
 from .report import LayerReport, QuantizationReport
 
 _CHUNK = 1 << 22  # weights whose error is worked out at a time
@@ -36,13 +42,13 @@ def quantize_adapter_model(
     leave: Iterable[str] = (),
     progress: bool = True,
 ) -> nn.Module:
-    """Hold the linear layers of `model` in few bits, in place, and return the model.
+    """Hold the linear layers and experts of `model` in few bits, in place, and return the model.
 
     It may have a hybrid adapter, or get one afterwards. Embeddings, norms, heads that train and
-    the output head stay as they are, and so do experts held as one parameter, with a warning where
-    that is most of the model. Each weight is dropped before the next is packed. What was
-    done stands in `model.quantization_report`, which prints as a table. A call that is interrupted
-    leaves a model that computes, part of it packed; the same call again packs the rest.
+    the output head stay as they are, and so do experts whose form transformers does not state, with
+    a warning where that is most of the model. Each weight is dropped before the next is packed.
+    What was done stands in `model.quantization_report`, which prints as a table. A call that is
+    interrupted leaves a model that computes, part of it packed; the same call again packs the rest.
 
     Args:
         bits: 8 or 4, of the base's weights.
@@ -82,7 +88,11 @@ def quantize_adapter_model(
     _pack_all(model, layers, state, importance, progress)
     if bank is not None:
         adapters.hold(bank, options.adapter_bits, state.dtype)
-    packed = tuple(state.reports[path] for path, _ in packed_layers(model))
+    packed = tuple(
+        state.reports[f"{path}.{name}"]
+        for path, module in packed_modules(model)
+        for name in module.packed_shapes()
+    )
     model.quantization_report = QuantizationReport(
         packed, skipped, options.activation_bits, state.bytes_before, _model_bytes(model)
     )
@@ -92,20 +102,22 @@ def quantize_adapter_model(
 
 
 def _warn_of_experts(model: nn.Module) -> None:
-    """Warn where more weights are no linear layers, and stay as they were, than are packed."""
-    packed = sum(e.out_features * e.in_features for e in model.quantization_report.layers)
-    left = sum(m.get_parameter(n).numel() for m in model.modules() for n in stacked_weights(m))
+    """Warn where more weights are in experts, and stay as they were, than are packed."""
+    packed = sum(prod(layer.shape) for layer in model.quantization_report.layers)
+    stacks = (m.get_parameter(n) for m in model.modules() for n in stacked_weights(m))
+    left = sum({id(stack): stack.numel() for stack in stacks}.values())
     if left > packed:
         warnings.warn(
             f"{type(model).__name__}: {left / (left + packed):.0%} of the weights that could be"
-            " packed are experts held as one parameter, no linear layers, and stay as they were"
+            " packed are experts held as one parameter, and stay as they were"
             " (quantization_report.skipped)",
             stacklevel=4,
         )
 
 
 def _begin(model: nn.Module, layers: Mapping[str, nn.Module], options: Options) -> Begun:
-    dtype = weight_of(next(iter(layers.values()))).dtype
+    (_, weight), *_ = weights_of(*next(iter(layers.items())))
+    dtype = weight.dtype
     return Begun(options, dtype, _model_bytes(model))
 
 
@@ -118,7 +130,10 @@ def _pack_all(
 ) -> None:
     bar = tqdm(layers.items(), "quantizing", unit="layer", disable=None if progress else True)
     for path, module in bar:
-        _pack_layer(model, path, module, state, importance.get(path))
+        if is_experts(module):
+            _pack_experts(path, module, state, importance)
+        else:
+            _pack_layer(model, path, module, state, importance.get(path))
 
 
 def _pack_layer(
@@ -134,22 +149,51 @@ def _pack_layer(
         weight, options.format, group_size=options.group_size,
         activation_bits=options.activation_bits, importance=importance, makes_logits=makes_logits,
     )  # fmt: skip
-    state.reports[path] = LayerReport(
+    state.reports[f"{path}.weight"] = LayerReport(
         path, *weight.shape, packed.format, packed.group_size, weight.nbytes, packed.nbytes,
-        _relative_error(weight, packed),
+        _relative_error([(weight, packed)]),
     )  # fmt: skip
     pack(module, PACKED[type(module)], packed, sample(module.weight), untied)
 
 
-def _relative_error(weight: torch.Tensor, packed: QuantizedWeight) -> float:
-    """rms(packed − weight) / rms(weight); 0 for a weight that is zero."""
-    error, size, rows = 0.0, 0.0, max(1, _CHUNK // weight.shape[1])
-    for start in range(0, len(weight), rows):
-        part = weight[start : start + rows].float()
-        size += part.square().sum(dtype=torch.float64).item()
-        part = part - packed.rows(start, start + rows).dequantize()
-        error += part.square_().sum(dtype=torch.float64).item()
+def _pack_experts(
+    path: str, module: nn.Module, state: Begun, importance: Mapping[str, torch.Tensor]
+) -> None:
+    options, weights = state.options, {}
+    for name in matrices_of(module):
+        stack = stack_of(module, name)
+        counts = [importance.get(matrix_of(path, name, e)) for e in range(len(stack))]
+        packed = ExpertWeights.quantize(
+            stack, options.format, group_size=options.group_size,
+            activation_bits=options.activation_bits, importance=counts,
+        )  # fmt: skip
+        count, *matrix = stack.shape
+        state.reports[f"{path}.{name}"] = LayerReport(
+            f"{path}.{name}", *matrix, packed.format, packed.group_size, stack.nbytes,
+            packed.nbytes, _relative_error(zip(stack, packed, strict=True)), count,
+        )  # fmt: skip
+        weights[name] = packed, sample(module._parameters[name])
+    pack_experts(module, weights)
+
+
+def _relative_error(pairs: Iterable[tuple[torch.Tensor, QuantizedWeight]]) -> float:
+    """rms(packed − weight) / rms(weight) of all pairs as one; 0 for weights that are zero."""
+    error, size = 0.0, 0.0
+    for weight, packed in pairs:
+        for part, numbers in _chunks(weight, packed):
+            size += part.square().sum(dtype=torch.float64).item()
+            error += (part - numbers).square_().sum(dtype=torch.float64).item()
     return (error / size) ** 0.5 if size else 0.0
+
+
+def _chunks(
+    weight: torch.Tensor, packed: QuantizedWeight
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Some rows at a time: of the weight in fp32, and of what the numbers stand for."""
+    rows = max(1, _CHUNK // weight.shape[1])
+    for start in range(0, len(weight), rows):
+        part = slice(start, start + rows)
+        yield weight[part].float(), packed.rows(start, start + rows).dequantize()
 
 
 def _model_bytes(model: nn.Module) -> int:

@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from math import log10
+from math import log10, prod
 from typing import Any
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One packed layer; `relative_error` is rms(packed − weight) / rms(weight)."""
+    """One packed layer; `relative_error` is rms(packed − weight) / rms(weight).
+
+    Experts that are one parameter are one entry, under the parameter's path.
+    """
 
     path: str
     out_features: int
@@ -18,6 +21,19 @@ class LayerReport:
     bytes_before: int
     bytes_after: int
     relative_error: float
+    #: How many matrices of these sizes; None: one, of a linear layer.
+    experts: int | None = None
+
+    @property
+    def parameter(self) -> str:
+        """Name of the parameter that was packed."""
+        return self.path if self.experts else f"{self.path}.weight"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in), or (experts, out, in)."""
+        matrix = self.out_features, self.in_features
+        return (self.experts, *matrix) if self.experts else matrix
 
     @property
     def snr_db(self) -> float | None:
@@ -31,7 +47,7 @@ class QuantizationReport:
 
     Attributes:
         layers: every packed layer, in the model's order.
-        skipped: path of a linear layer, or of experts held as one, left as it was -> why.
+        skipped: path of a linear layer, or of many matrices held as one, left as it was -> why.
         activation_bits: what the products' inputs are rounded to: "auto", 8 or 16.
         model_bytes_before, model_bytes_after: parameters and buffers of the whole model.
     """
@@ -55,7 +71,7 @@ class QuantizationReport:
     @property
     def of_16_bits(self) -> float:
         """`bytes_after` over what the same weights take in 16 bits."""
-        return self.bytes_after / sum(2 * e.out_features * e.in_features for e in self.layers)
+        return self.bytes_after / sum(2 * prod(layer.shape) for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -70,7 +86,8 @@ class QuantizationReport:
         """The reverse of `to_dict`."""
         names = [field.name for field in fields(LayerReport)]
         layers = tuple(
-            LayerReport(**{name: layer[name] for name in names}) for layer in values["layers"]
+            LayerReport(**{name: layer[name] for name in names if name in layer})
+            for layer in values["layers"]
         )
         rest = ("skipped", "activation_bits", "model_bytes_before", "model_bytes_after")
         return cls(layers, **{key: values[key] for key in rest})
@@ -80,7 +97,7 @@ class QuantizationReport:
         for layer in self.layers:
             group = f" / {layer.group_size}" if layer.group_size else ""
             rows.append((
-                layer.path, f"{layer.out_features}x{layer.in_features}", layer.format + group,
+                layer.path, "x".join(map(str, layer.shape)), layer.format + group,
                 _megabytes(layer.bytes_before), _megabytes(layer.bytes_after),
                 f"{layer.relative_error:.2%}",
                 "exact" if layer.snr_db is None else f"{layer.snr_db:.1f}",

@@ -27,7 +27,7 @@ from ..atomic import replace_files
 from ..bank import BANK
 from ..errors import AdapterError, listed
 from ..merging import check_unmerged
-from ..quantized_layers import PARTS, SAMPLE, packed_layers
+from ..packed import packed_modules, parts_of, sample_of
 from ..version import __version__
 from ..wrappers import unwrapped
 from .report import QuantizationReport
@@ -67,7 +67,7 @@ def save_quantized(model: nn.Module, path: str | os.PathLike) -> None:
     """
     model = unwrapped(model)
     report = getattr(model, "quantization_report", None)
-    if report is None or not any(packed_layers(model)):
+    if report is None or not any(packed_modules(model)):
         raise AdapterError(f"{type(model).__name__} is not quantized; quantize_adapter_model does")
     check_unmerged(model)
     _check_places(model, report)
@@ -82,7 +82,7 @@ def save_quantized(model: nn.Module, path: str | os.PathLike) -> None:
             "generation_config": _plain(getattr(model, "generation_config", None)),
             "report": report.to_dict(),
             "aliases": aliases,
-            "untied": [path for path, module in packed_layers(model) if module.packing.untied],
+            "untied": [path for path, module in packed_modules(model) if module.packing.untied],
         }
     )
     replace_files(directory, {FILE: lambda file: save_file(tensors, file, {_METADATA_KEY: header})})
@@ -96,10 +96,12 @@ def holds_base(path: str | os.PathLike) -> bool:
 
 def _check_places(model: nn.Module, report: QuantizationReport) -> None:
     """Refuse a model whose packed layers bear other names than in the report: none could load."""
-    moved = {path for path, _ in packed_layers(model)} ^ {entry.path for entry in report.layers}
+    now = {f"{path}.{name}" for path, m in packed_modules(model) for name in m.packed_shapes()}
+    moved = now ^ {entry.parameter for entry in report.layers}
     if moved:
+        paths = (name.removesuffix(".weight") for name in sorted(moved))
         raise AdapterError(
-            f"{listed(sorted(moved))}: wrapped, moved or replaced since the model was quantized;"
+            f"{listed(paths)}: wrapped, moved or replaced since the model was quantized;"
             " allowed: layers in the place where they were packed"
         )
 
@@ -159,11 +161,17 @@ def read_stored(path: str | os.PathLike) -> StoredBase:
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterError(f"{path}: its header is damaged ({error!r})") from None
-    needed = {f"{entry.path}.{part}" for entry in report.layers for part in (*PARTS[:2], SAMPLE)}
+    needed = {part for entry in report.layers for part in _always(entry.parameter)}
     missing = sorted((needed | set(stored.aliases.values())) - shapes.keys())
     if missing:
         raise AdapterError(f"{path}: damaged, it lacks {listed(missing)}")
     return stored
+
+
+def _always(name: str) -> tuple[str, str, str]:
+    """The tensors that any packed parameter has."""
+    data, scale, _ = parts_of(name)
+    return data, scale, sample_of(name)
 
 
 def _plain(config: object) -> dict[str, Any] | None:

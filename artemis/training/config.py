@@ -25,7 +25,7 @@ from transformers import TrainingArguments
 from .. import schema
 from ..config import HybridAdapterConfig
 from ..errors import AdapterError
-from ..quantization.choice import checked_options
+from ..quantization.options import checked_options
 from ..yaml_file import read_yaml
 from .compiling import require_compiler
 from .loading import PRECISIONS, default_device

@@ -14,9 +14,9 @@ from transformers import (
 import artemis_kernels
 
 from ..errors import AdapterError
+from ..packed import packed_modules, sample_of
 from ..quantization import load_quantized
 from ..quantization.store import holds_base, read_stored
-from ..quantized_layers import SAMPLE, packed_layers
 
 PRECISIONS = ("auto", "fp32", "bf16")
 _SHORT = 256  # tokens; see `attention_for`
@@ -101,9 +101,13 @@ def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Hold the weights in `dtype`.
 
     Buffers keep theirs: transformers makes them in float32 where bf16 would be too coarse (the
-    frequencies of rotary embeddings). Of a packed layer `weight_sample` tells the weight's dtype.
+    frequencies of rotary embeddings). Of a packed weight its sample tells the dtype.
     """
-    samples = [module.get_buffer(SAMPLE) for _, module in packed_layers(model)]
+    samples = [
+        module.get_buffer(sample_of(name))
+        for _, module in packed_modules(model)
+        for name in module.packed_shapes()
+    ]
     for tensor in (*model.parameters(), *samples):
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)

@@ -18,8 +18,8 @@ from ..bank import find_bank
 from ..config import AUTO, HybridAdapterConfig
 from ..errors import AdapterError
 from ..hybrid import add_hybrid_adapter_to_model
+from ..packed import packed_numbers
 from ..quantization import quantize_adapter_model
-from ..quantized_layers import packed_numbers
 from ..targets import find_heads
 from .checkpoints import saved_state
 from .config import DataConfig, RunConfig

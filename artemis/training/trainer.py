@@ -34,7 +34,7 @@ from ..allocation.resize import resize
 from ..bank import find_bank
 from ..errors import AdapterError, listed
 from ..orthogonality import orthogonality_penalty
-from ..quantized_layers import packed_layers
+from ..packed import packed_modules
 from .checkpoints import complete_checkpoint, saved_state
 from .config import TrainingConfig
 from .hub import lay_out
@@ -149,7 +149,7 @@ class Trainer(ResumingTrainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise AdapterError("a hybrid adapter cannot be sharded by FSDP or DeepSpeed; use DDP")
         check_ready(self.model)
-        if self.args.ddp_broadcast_buffers is None and any(packed_layers(self.model)):
+        if self.args.ddp_broadcast_buffers is None and any(packed_modules(self.model)):
             # DDP sends buffers round at every forward, and a packed base lies in buffers. The
             # accelerator has read the arguments already, and wraps the model by its handler.
             self.accelerator.ddp_handler.broadcast_buffers = False

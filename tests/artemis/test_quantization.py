@@ -18,8 +18,9 @@ from transformers.pytorch_utils import Conv1D
 import artemis
 from artemis import AdapterError, load_hybrid_adapter, quantize_adapter_model
 from artemis.layers import AdaptedLinear
+from artemis.packed import sample
 from artemis.quantization import quantize as quantize_module
-from artemis.quantized_layers import QUANTIZED, QuantizedLinear, pack, packed_layers, sample
+from artemis.quantized_layers import QUANTIZED, QuantizedLinear, pack, packed_layers
 from artemis_kernels import QuantizedWeight
 from tests.artemis.models import (
     adapted,

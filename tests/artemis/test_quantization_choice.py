@@ -5,8 +5,8 @@ import torch
 import transformers
 from torch import nn
 
-from artemis import load_quantized, quantize_adapter_model, save_quantized
-from tests.artemis.models import SMALL, TOKENS, llama, t5, tokens
+from artemis import load_quantized, save_quantized
+from tests.artemis.models import llama, t5, tokens
 from tests.artemis.test_quantization import quantized, relative
 
 
@@ -45,21 +45,6 @@ def test_a_layer_that_transformers_keeps_in_float32_stays_so(tmp_path):
 def test_what_is_in_the_models_own_dtype_is_packed(dtype):
     model = quantized(t5().to(dtype))
     assert not any(path.endswith(".wo") for path in model.quantization_report.skipped)
-
-
-def test_experts_that_are_one_parameter_are_reported():
-    config = transformers.MixtralConfig(
-        **SMALL, num_key_value_heads=2, num_local_experts=4, **TOKENS
-    )
-    model = transformers.MixtralForCausalLM(config)
-    experts = "model.layers.0.mlp.experts"
-    stacked = sum(p.numel() for p in model.get_submodule(experts).parameters())
-    attention = 2 * 32 * 32 + 2 * 16 * 32
-    share = f"{stacked / (stacked + attention):.0%}"
-    with pytest.warns(UserWarning, match=f"{share} of the weights that could be packed"):
-        quantize_adapter_model(model, progress=False)
-    reason = model.quantization_report.skipped[experts]
-    assert reason.startswith("no linear layer: gate_up_proj, down_proj hold many matrices")
 
 
 def test_convolutions_and_embeddings_are_not_taken_for_experts():

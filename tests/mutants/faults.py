@@ -32,6 +32,9 @@ SAME_MASK = "tests/ops/test_dropout.py::test_the_mask_used_is_the_mask_shown"
 CROSS_ENTROPY = "tests/ops/test_cross_entropy.py"
 SESSION = "tests/artemis/benchmark/test_session.py"
 
+EXPERTS_COMPUTE = "tests/artemis/test_quantized_experts.py"
+EXPERTS_PACKED = "tests/artemis/test_quantization_experts.py"
+
 LOSS = (
     Fault(
         "a later block of a row not rescaled, C",
@@ -1303,15 +1306,15 @@ QUANTIZED = (
     ),
     Fault(
         "a packed layer's scales cast with the model",
-        "artemis/quantized_layers.py",
-        "return PARTS",
-        "return PARTS[:1]",
+        "artemis/packed.py",
+        "for name in self.packed_shapes() for part in parts_of(name)]",
+        "for name in self.packed_shapes() for part in parts_of(name)[:1]]",
         ("tests/artemis/test_quantization.py", "-k", "casts"),
     ),
     Fault(
         "a packed base known by its rounded numbers",
         "artemis/identity.py",
-        "getattr(module, SAMPLE)",
+        "getattr(module, sample_of(name))",
         "sample(module.weight.dequantize())",
         ("tests/artemis/test_quantization.py", "-k", "knows_its_base"),
     ),
@@ -1381,8 +1384,8 @@ QUANTIZED = (
     Fault(
         "a layer kept in fp32 for its range packed in fp16",
         "artemis/quantization/choice.py",
-        "if _kept_in_fp32(model, path, module):",
-        "if False:",
+        "return _KEPT if _kept_in_fp32(model, path, module) else None",
+        "return None",
         ("tests/artemis/test_quantization_choice.py", "-k", "keeps_in_float32"),
     ),
     Fault(
@@ -1395,16 +1398,16 @@ QUANTIZED = (
     Fault(
         "experts neither packed nor reported",
         "artemis/quantization/choice.py",
-        "if names := architectures.stacked_weights(module):",
-        "if names := []:",
-        ("tests/artemis/test_quantization_choice.py", "-k", "experts"),
+        "elif names := architectures.stacked_weights(module):",
+        "elif names := []:",
+        (EXPERTS_PACKED, "-k", "does_not_state"),
     ),
     Fault(
         "no word of experts that are most of a model",
         "artemis/quantization/quantize.py",
         "    if left > packed:\n",
         "    if False:\n",
-        ("tests/artemis/test_quantization_choice.py", "-k", "experts"),
+        (EXPERTS_PACKED, "-k", "stay_as_they_were"),
     ),
     Fault(
         "a convolution taken for experts",
@@ -2599,6 +2602,100 @@ INTERCHANGE = (
     ),
 )
 
+EXPERTS = (
+    Fault(
+        "experts' outputs handed to other tokens",
+        "artemis/routing.py",
+        "_Gather.apply(rows, self.places, self.order, 1)",
+        "_Gather.apply(rows, self.order, self.places, 1)",
+        (EXPERTS_COMPUTE, "-k", "rows_go"),
+    ),
+    Fault(
+        "a token's gradient from one of its experts only",
+        "artemis/routing.py",
+        "gradient.view(-1, ctx.times, gradient.shape[-1]).sum(1)",
+        "gradient.view(-1, ctx.times, gradient.shape[-1])[:, 0]",
+        (EXPERTS_COMPUTE, "-k", "gradients"),
+    ),
+    Fault(
+        "a choice of no expert taken for the last one",
+        "artemis/routing.py",
+        ".clamp(max=experts)",
+        ".clamp(max=experts - 1)",
+        (EXPERTS_COMPUTE, "-k", "choice_of_no"),
+    ),
+    Fault(
+        "every expert computes by the first one's weights",
+        "artemis/quantized_experts.py",
+        "x, weights[expert], bias",
+        "x, weights[0], bias",
+        (EXPERTS_COMPUTE, "-k", "idle"),
+    ),
+    Fault(
+        "experts within a compiled graph, one for each way that tokens spread",
+        "artemis/quantized_experts.py",
+        "torch.compiler.disable(QuantizedExperts.forward)",
+        "QuantizedExperts.forward",
+        (EXPERTS_COMPUTE, "-k", "compiled"),
+    ),
+    Fault(
+        "experts stored (in, out) known by the shape that they are packed in",
+        "artemis/quantized_experts.py",
+        "        if self.is_transposed:\n",
+        "        if False:\n",
+        (EXPERTS_PACKED, "-k", "knows_its_base"),
+    ),
+    Fault(
+        "an expert's bias left out",
+        "artemis/experts.py",
+        'return module._parameters[f"{name}_bias"][expert] if module.has_bias else None',
+        "return None",
+        (EXPERTS_COMPUTE, "-k", "idle"),
+    ),
+    Fault(
+        "an expert's output not normed",
+        "artemis/experts.py",
+        "return module.post_expert_norm(rows) if _has_norm(module) else rows",
+        "return rows",
+        (EXPERTS_COMPUTE, "-k", "normed"),
+    ),
+    Fault(
+        "experts packed whose class has a forward of its own",
+        "artemis/experts.py",
+        "if not dispatches or getattr",
+        "if getattr",
+        (EXPERTS_PACKED, "-k", "stay_as_they_were"),
+    ),
+    Fault(
+        "experts packed whose weight is another module's too",
+        "artemis/quantization/choice.py",
+        "if tied := tied_to(model, module, name):",
+        "if tied := None:",
+        (EXPERTS_PACKED, "-k", "stay_as_they_were"),
+    ),
+    Fault(
+        "padding counted as tokens of the experts in the calibration",
+        "artemis/quantization/calibrate.py",
+        "if mask is not None and mask.numel() == len(hidden):",
+        "if False:",
+        (EXPERTS_PACKED, "-k", "each_expert"),
+    ),
+    Fault(
+        "the calibration's data not used for experts",
+        "artemis/quantization/quantize.py",
+        "importance.get(matrix_of(path, name, e))",
+        "None",
+        (EXPERTS_PACKED, "-k", "each_expert"),
+    ),
+    Fault(
+        "a file's experts of another number taken",
+        "artemis/expert_weights.py",
+        " or len({len(part) for part in parts}) > 1:",
+        ":",
+        (EXPERTS_PACKED, "-k", "other_experts"),
+    ),
+)
+
 FAULTS = (
     *COMMANDS,
     *TRAINING,
@@ -2611,6 +2708,7 @@ FAULTS = (
     *MODEL,
     *RANKS,
     *QUANTIZED,
+    *EXPERTS,
     *PACKED_KERNELS,
     *GROUPS,
     *TUNING,
