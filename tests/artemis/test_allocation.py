@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from artemis import (
     AdapterError,
@@ -11,7 +12,7 @@ from artemis import (
     read_adapter,
     set_dynamic_rank_allocation,
 )
-from artemis.allocation.transform import rotate
+from artemis.allocation.transform import permute, rotate
 
 from .models import adapted, assert_same_state, bert, fill_bank, gpt2, llama, snapshot, tokens
 
@@ -132,7 +133,8 @@ def test_a_shared_cut_beats_the_plain_one_and_spares_the_others():
     assert 0 < lost < 0.9 * gained
 
 
-def test_a_cut_bottleneck_keeps_its_strongest_units():
+@pytest.mark.parametrize("lives_by", ["down", "bias_down"])
+def test_a_cut_bottleneck_keeps_its_strongest_units(lives_by):
     model = adapted(llama(), shared_parameters=False, activation="relu", lora_rank=4)
     bank = model.hybrid_adapter
     path = "model.layers.0.mlp.up_proj"
@@ -140,6 +142,8 @@ def test_a_cut_bottleneck_keeps_its_strongest_units():
     with torch.no_grad():  # unit 6 is strong, 1 weaker, the others nothing
         strength = torch.tensor([0.0, 0.5, 0, 0, 0, 0, 2.0, 0])
         bank.up[key].copy_(torch.randn_like(bank.up[key]) * strength)
+        if lives_by == "bias_down":  # the same output whatever it reads
+            bank.down[key][6], bank.bias_down[key][6] = 0.0, 3.0
     x = tokens()
     logits = model(x).logits
     scores = dict.fromkeys(bank.sites, 1.0) | {path: 0.0}
@@ -184,6 +188,13 @@ def test_growing_over_units_that_others_trained_is_reported():
     )
     assert report.modules[0].after > report.modules[0].before
     assert report.modules[0].error > 0 and report.modules[1].error == 0
+
+
+def test_units_that_come_from_nothing_are_an_error_of_one():
+    """Nobody's units that were zero: the first module takes one that the second trained."""
+    strength = torch.tensor([[0.0, 0.0, 3.0, 1.0]] * 2)
+    assert permute(strength, [2, 4], [3, 4], [1.0, 1.0]).errors == [1.0, 0.0]
+    assert permute(strength, [2, 4], [2, 4], [1.0, 1.0]).errors == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -251,12 +262,9 @@ def test_training_goes_on(shared, kind, options):
     before = train(model, optimizer, 4)
     set_dynamic_rank_allocation(model, uneven(model), optimizer=optimizer, **BOUNDS)
     for parameter, state in optimizer.state.items():
-        for value in state.values():
-            assert (
-                not isinstance(value, torch.Tensor)
-                or value.dim() == 0
-                or (value.shape == parameter.shape)
-            )
+        kept = [v for v in state.values() if isinstance(v, torch.Tensor) and v.dim()]
+        assert all(value.shape == parameter.shape for value in kept)
+        assert all(tensor.is_contiguous() for tensor in (parameter, *kept))
     assert train(model, optimizer, 8) < before
 
 
@@ -334,6 +342,13 @@ def test_both_ends():
         assert "the bounds win" in report.note
 
 
+def test_the_least_width_is_a_unit():
+    """Of bottlenecks narrower than the ranks, of which the least is one."""
+    model = adapted(llama(), lora_rank=8, adapter_size=2)
+    report = set_dynamic_rank_allocation(model, uneven(model), 1, 12, verbose=False)
+    assert min(m.after for m in report.modules if m.kind == "bottleneck") == 1
+
+
 def test_one_module():
     model = adapted(llama(), target_modules=["model.layers.1.self_attn.q_proj"],
                     apply_lora_to=["model.layers.1.self_attn.q_proj"])  # fmt: skip
@@ -352,6 +367,7 @@ def test_one_module():
         (dict(scores=lambda s: dict(list(s.items())[1:])), "none for model.layers.0"),
         (dict(scores=lambda s: dict.fromkeys(s, 0.0)), "0 for every module"),
         (dict(min_rank=0), "min_rank: got 0"),
+        (dict(min_rank=True), "min_rank: got True"),
         (dict(min_rank=9, max_rank=8), "max_rank: got 8"),
         (dict(min_width=30, max_width=8), "max_width: got 8"),
         (dict(budget=10), "budget: got 10, allowed: an integer from"),
@@ -419,6 +435,7 @@ def bitsandbytes(parameters, name: str, *states: str) -> torch.optim.Optimizer:
     return optimizer
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize(
     ("name", "states", "squares"),
     [
@@ -428,10 +445,12 @@ def bitsandbytes(parameters, name: str, *states: str) -> torch.optim.Optimizer:
         ("adagrad", ("state1",), ("state1",)),
     ],
 )
-def test_squares_stay_squares_whatever_they_are_called(name, states, squares):
+def test_squares_stay_squares_whatever_they_are_called(name, states, squares, wrapped):
     """A cut rotates, with entries of either sign; the rest changes like gradients."""
     model = adapted(llama(), shared_parameters=False)
     optimizer = bitsandbytes(model.hybrid_adapter.parameters(), name, *states)
+    if wrapped:  # as training loops hold it
+        optimizer = Accelerator().prepare_optimizer(optimizer, device_placement=False)
     set_dynamic_rank_allocation(model, uneven(model), optimizer=optimizer, **BOUNDS)
     lora = [*model.hybrid_adapter.lora_a.values(), *model.hybrid_adapter.lora_b.values()]
     for state in states:
@@ -440,15 +459,18 @@ def test_squares_stay_squares_whatever_they_are_called(name, states, squares):
 
 
 def test_squares_stay_above_the_square_of_the_mean():
-    """Of gradients that were always the same: RMSprop, centered, takes the root of nothing."""
+    """Of gradients that were always the same, but for rounding: RMSprop takes their root."""
     model = adapted(llama(), shared_parameters=False)
     optimizer = torch.optim.RMSprop(model.hybrid_adapter.parameters(), centered=True)
     for p in model.hybrid_adapter.parameters():
         mean = torch.randn_like(p)
-        optimizer.state[p] = {"square_avg": mean.square(), "grad_avg": mean}
+        optimizer.state[p] = {"square_avg": mean.square() * (1 - 1e-6), "grad_avg": mean}
     set_dynamic_rank_allocation(model, uneven(model), optimizer=optimizer, **BOUNDS)
-    for p, state in optimizer.state.items():
-        assert torch.equal(state["square_avg"], state["grad_avg"].square())
+    for name, p in model.hybrid_adapter.named_parameters():
+        if name.startswith("bias_up."):  # of no units: as it was
+            continue
+        state = optimizer.state[p]
+        assert torch.equal(state["square_avg"], state["grad_avg"].square()), name
         assert state["grad_avg"].shape == p.shape and state["grad_avg"].any()
 
 
@@ -598,3 +620,14 @@ def test_a_narrow_module_beside_a_cut_one(strength):
         kept = b @ found.columns[:size, : b.shape[1]].T @ found.rows[:size] @ a
         error = (b @ a[: b.shape[1]] - kept).square().sum()
         torch.testing.assert_close(error, wrong, rtol=1e-6, atol=1e-9)
+
+
+def test_rows_of_a_cut_bank_are_as_long_as_they_were():
+    """With it go the size of A's gradients and the speed at which it learns."""
+    torch.manual_seed(0)
+    a, b = 5 * torch.randn(8, 64).double(), torch.randn(64, 8).double()
+    length = a.square().sum(1).mean().sqrt()
+    rows = rotate(a, [b], [1.0], [3]).rows @ a
+    torch.testing.assert_close(rows.norm(dim=1), length.expand(3))
+    found = rotate(torch.zeros(8, 64), [b], [1.0], [3])  # a bank of zeros has no length
+    assert found.errors == [0.0] and found.columns.isfinite().all()

@@ -14,6 +14,13 @@ def test_it_is_websters_method():
     assert apportion(claims, 7) == [3, 2, 2]
 
 
+def test_equal_bids_go_to_the_smaller_share_and_then_to_the_first():
+    """A module of usual size 8 and one of 4 with twice its score bid the same at each size."""
+    half, full = Claim(1.0, 1, 1, 9, 8), Claim(2.0, 1, 1, 9, 4)
+    assert apportion([full, half], 3) == [1, 2]
+    assert apportion([half, half], 3) == [2, 1]
+
+
 def test_sizes_follow_scores_within_bounds():
     claims = [Claim(score, 1, 1, 20, 8) for score in (0.1, 0.2, 0.3, 0.0, 5.0)]
     assert apportion(claims, 1 + 20 + 30) == [5, 10, 15, 1, 20]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from artemis import AdapterError
 from artemis.quantization.calibrate import column_importance
 from tests.artemis.models import adapted, bert, t5, tokens
 
@@ -24,6 +25,51 @@ def test_it_is_the_mean_square_of_what_is_read_without_padding(padded):
     found = column_importance(model, {"layer": layer}, [batch])
     expected = seen[0].detach().double().square().mean((0, 1)).float()
     torch.testing.assert_close(found["layer"], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_in_training_is_looked_at_without_its_dropout():
+    """And trains on, module by module as it did."""
+    torch.manual_seed(0)
+    model, batch = bert(hidden_dropout_prob=0.5), {"input_ids": tokens(4)}
+    layers = {"layer": model.bert.encoder.layer[1].attention.self.query}
+    expected = column_importance(model, layers, [batch])["layer"]
+    model.train().bert.encoder.layer[0].eval()
+    before = [module.training for module in model.modules()]
+    assert torch.equal(column_importance(model, layers, [batch])["layer"], expected)
+    assert [module.training for module in model.modules()] == before
+
+
+def test_it_is_of_all_batches_up_to_16():
+    torch.manual_seed(0)
+    model = bert()
+    layer = model.bert.encoder.layer[1].attention.self.query
+    batches = [{"input_ids": tokens(1, 6)} for _ in range(17)]
+    each = [column_importance(model, {"layer": layer}, [batch])["layer"] for batch in batches]
+    found = column_importance(model, {"layer": layer}, iter(batches))["layer"]
+    torch.testing.assert_close(found, torch.stack(each[:16]).mean(0))
+
+
+def test_of_examples_16_batches_of_8_are_drawn():
+    model, read = bert(), []
+    layer = model.bert.encoder.layer[0].attention.self.query
+    layer.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    data = [{"input_ids": ids} for ids in tokens(200, 6)]
+    for _ in range(2):
+        column_importance(model, {"layer": layer}, data)
+    assert [len(x) for x in read] == [8] * 32
+    drawn = torch.cat(read).unflatten(0, (2, 128))
+    assert torch.equal(*drawn) and len(drawn[0].unique(dim=0)) > 100  # the same, each once
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_numbers_that_are_none_are_refused(value):
+    """One would drown, or spoil, what all others say of its column."""
+    model = bert()
+    with torch.no_grad():
+        model.bert.embeddings.LayerNorm.bias[3] = value
+    layers = {"a.layer": model.bert.encoder.layer[0].attention.self.query}
+    with pytest.raises(AdapterError, match=r"data: a\.layer reads inf or nan, allowed: finite"):
+        column_importance(model, layers, [{"input_ids": tokens()}])
 
 
 def test_a_mask_of_another_shape_leaves_nothing_out():

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import artemis
 from artemis.allocation.resize import resize
 from artemis.interchange.files import SETTINGS_FILE, TENSORS_FILE
-from tests.artemis.models import adapted, bert, gpt2, llama, tokens
+from tests.artemis.models import adapted, bert, gpt2, llama, t5, tokens
 
 peft = pytest.importorskip("peft")
 
@@ -20,8 +20,9 @@ ALMOST = dict(rtol=1e-5, atol=1e-5)
 
 
 def logits(model, ids):
+    both = dict(decoder_input_ids=ids) if model.config.is_encoder_decoder else {}
     with torch.no_grad():
-        return model(ids).logits
+        return model(ids, **both).logits
 
 
 def settings_of(folder):
@@ -106,6 +107,22 @@ def test_a_reader_of_one_rank_and_one_factor(tmp_path):
     assert not tensors  # one stray tensor makes such a reader refuse the file
 
 
+@pytest.mark.parametrize("name", ["some/base", ""])
+def test_settings_are_the_adapters(name, tmp_path):
+    """A whole alpha is written as an integer: some readers take no other."""
+    ours = uneven(adapted(llama(), scaling_factor=0.75, lora_dropout=0.1, **ONLY_LORA))
+    ours.config._name_or_path = name
+    artemis.export_adapter(ours, tmp_path)
+    settings = settings_of(tmp_path)
+    assert settings["base_model_name_or_path"] == (name or None)
+    assert settings["lora_dropout"] == 0.1
+    alphas = [settings["lora_alpha"], *settings["alpha_pattern"].values()]
+    ranks = [settings["r"], *settings["rank_pattern"].values()]
+    written = {1: "0.75", 2: "1.5", 3: "2.25", 4: "3"}
+    assert set(ranks) == set(written)
+    assert [json.dumps(alpha) for alpha in alphas] == [written[rank] for rank in ranks]
+
+
 def test_a_saved_adapter_is_exported_as_its_model_is(tmp_path):
     ours = uneven(adapted(llama(), **ONLY_LORA))
     ours.save_adapter_parameters(tmp_path / "saved")
@@ -185,13 +202,15 @@ def saved_by_peft(base, folder, **settings):
                 alpha_pattern={r"layers\.1\.self_attn\.[kq]_proj": 5},
             ),
         ),
+        # A pattern is a whole name, or the end of a path: `o` is not `wo`.
+        (t5, dict(r=4, lora_alpha=6, target_modules=["o", "wo"], alpha_pattern={"o": 5})),
         (gpt2, dict(r=4, lora_alpha=6, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)),
         (
             bert,
             dict(r=4, lora_alpha=6, target_modules=["query"], task_type="SEQ_CLS"),
         ),
     ],
-    ids=["plain", "rslora", "one-layer", "patterns", "gpt2", "classifier"],
+    ids=["plain", "rslora", "one-layer", "patterns", "names", "gpt2", "classifier"],
 )  # fmt: skip
 def test_what_peft_saved_computes_the_same(build, settings, tmp_path):
     base, ids = build(), tokens()
@@ -203,6 +222,18 @@ def test_what_peft_saved_computes_the_same(build, settings, tmp_path):
     ours.save_adapter_parameters(tmp_path / "own")
     again = artemis.load_hybrid_adapter(bare(ours), tmp_path / "own")
     torch.testing.assert_close(logits(again, ids), expected, **ALMOST)
+
+
+def test_what_settings_leave_out_is_what_peft_takes(tmp_path):
+    """Of older files: no alpha, no pattern, no dropout."""
+    base, ids = llama(), tokens()
+    ours = copy.deepcopy(base)
+    saved_by_peft(copy.deepcopy(base), tmp_path, r=4, lora_alpha=6, target_modules=LLAMA_LORA)
+    few = {name: settings_of(tmp_path)[name] for name in ("peft_type", "r", "target_modules")}
+    (tmp_path / SETTINGS_FILE).write_text(json.dumps(few))
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path)
+    artemis.load_peft_adapter(ours, tmp_path)
+    torch.testing.assert_close(logits(ours, ids), logits(theirs, ids), **ALMOST)
 
 
 def bare(model):
@@ -244,6 +275,7 @@ def test_an_imported_adapter_trains(tmp_path):
         (dict(use_dora=True), "use_dora: got True, allowed: none"),
         (dict(bias="all"), "bias: got 'all', allowed: 'none'"),
         (dict(init_lora_weights="pissa"), "init_lora_weights: got 'pissa', which changed the base"),
+        (dict(init_lora_weights="OLoRA"), "init_lora_weights: got 'OLoRA', which changed the base"),
         (dict(r=5), "A of model.layers.0.self_attn.k_proj has 4 rows, .* rank 5"),
     ],
 )
@@ -267,6 +299,11 @@ def test_settings_that_are_refused(change, message, tmp_path):
     [
         ({"{q}.lora_B.weight": None}, "only A or only B of model.layers.0.self_attn.q_proj"),
         ({"{q}.lora_A.weight": torch.zeros(4, 31)}, "q_proj is 32x32, in the file 31x32"),
+        ({"{q}.lora_B.weight": torch.zeros(31, 4)}, "q_proj is 32x32, in the file 32x31"),
+        (
+            {"{q}.lora_A.weight": torch.zeros(0, 32), "{q}.lora_B.weight": torch.zeros(32, 0)},
+            r"A of .*q_proj is \(0, 32\) and B \(32, 0\)",
+        ),
         ({"{q}.lora_A.weight": torch.zeros(3, 32)}, r"A of .*q_proj is \(3, 32\) and B \(32, 4\)"),
         (
             {"base_model.model.model.norm.weight": torch.zeros(32)},
@@ -284,7 +321,7 @@ def test_settings_that_are_refused(change, message, tmp_path):
             "there is no model.layers.7.self_attn.q_proj",
         ),
     ],
-    ids=["half", "width", "rank", "norm", "layer"],
+    ids=["half", "inputs", "outputs", "no-rank", "rank", "norm", "layer"],
 )
 def test_tensors_that_are_refused(change, message, tmp_path):
     base = llama()

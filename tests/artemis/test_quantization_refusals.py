@@ -79,6 +79,15 @@ def test_a_head_that_is_packed_cannot_train():
     assert model.bert.pooler.dense.weight.requires_grad
 
 
+def test_a_module_that_is_left_is_not_the_start_of_a_name():
+    """Layer 1 of 11, and not layer 10."""
+    model = quantize_adapter_model(
+        llama(num_hidden_layers=11), leave=["model.layers.1"], progress=False
+    )
+    left = [path for path, why in model.quantization_report.skipped.items() if "as asked" in why]
+    assert len(left) == 7 and all(path.startswith("model.layers.1.") for path in left)
+
+
 def test_bad_models_are_refused_and_left():
     twice = quantized(llama())
     with pytest.raises(AdapterError, match="is quantized already"):

@@ -62,6 +62,16 @@ def test_round_trip(build, format, tmp_path):
         assert head is None or (head.weight is embedding.weight) == tied
 
 
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_what_its_user_froze_stays_frozen(build, tmp_path):
+    save_quantized(quantized(build()), tmp_path)
+    model = build().requires_grad_(False)
+    name = {llama: "model.norm.weight", gpt2: "transformer.ln_f.weight"}[build]
+    model.get_parameter(name).requires_grad_()
+    load_quantized(model, tmp_path)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [name]
+
+
 def test_base_and_adapter_are_saved_apart(tmp_path):
     model, ids = quantized(adapted(llama()), "int4"), tokens()
     expected = model(ids).logits

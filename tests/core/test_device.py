@@ -24,24 +24,73 @@ CHOOSERS = {
 
 
 @pytest.fixture
-def hopper(monkeypatch):
-    """An H100, as torch describes it; the list of questions that were asked."""
-    asked = []
-    described = SimpleNamespace(
-        major=9, minor=0, multi_processor_count=132, shared_memory_per_block_optin=227 * 1024
-    )
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda index: asked.append(index) or described
-    )
-    device._gpu.cache_clear()
-    yield asked
-    device._gpu.cache_clear()
+def describe(monkeypatch):
+    """Has torch describe a GPU; the list of questions that were asked."""
+
+    def forget():
+        device._gpu.cache_clear()
+        device.has_fast_bf16.cache_clear()
+
+    def describe(hip: str | None = None, **properties):
+        asked, described = [], SimpleNamespace(**properties)
+        monkeypatch.setattr(torch.version, "hip", hip)
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda index: asked.append(index) or described
+        )
+        forget()
+        return asked
+
+    yield describe
+    forget()
+
+
+def nvidia(major: int, minor: int) -> dict:
+    return dict(
+        major=major, minor=minor, multi_processor_count=132,
+        shared_memory_per_block_optin=227 * 1024,
+    )  # fmt: skip
+
+
+def amd(name: str) -> dict:
+    """ROCm's names go on with features: gfx942:sramecc+:xnack-."""
+    return dict(
+        hip="6.4", gcnArchName=name, multi_processor_count=304,
+        shared_memory_per_block=64 * 1024,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def hopper(describe):
+    """An H100; the list of questions that were asked."""
+    return describe(**nvidia(9, 0))
 
 
 def test_a_gpu_is_asked_once(hopper):
     assert device.chip(GPU) == device.chip(GPU) == CHIPS["sm_90"] == Chip("sm_90", 132, 227 << 10)
     assert hopper == [0]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("gfx942:sramecc+:xnack-", CHIPS["gfx942"]),
+        ("gfx1100", Chip("gfx1100", 304, 64 << 10, 32)),  # RDNA: waves of 32
+    ],
+)
+def test_a_gpu_of_amd(name, expected, describe):
+    describe(**amd(name))
+    assert device.chip(GPU) == expected and expected.backend == "hip"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "fast"),
+    [(nvidia(7, 0), False), (nvidia(8, 0), True), (nvidia(9, 0), True), (amd("gfx942"), True)],
+    ids=["sm_70", "sm_80", "sm_90", "gfx942"],
+)
+def test_which_gpus_multiply_bf16_natively(gpu, fast, describe):
+    """Volta's tensor cores know fp16 alone."""
+    describe(**gpu)
+    assert device.has_fast_bf16(GPU) is fast
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
@@ -60,3 +109,12 @@ def test_choosing_a_strategy_is_traced_without_a_warning(operation, dynamic, hop
         for rows in (7, 12, 100, 9000):  # few and many
             x = torch.zeros(rows)
             assert torch.equal(compiled(x), run(x))
+
+
+def test_a_processors_table_is_of_its_threads(monkeypatch):
+    names = []
+    for threads in (1, 12):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        names.append(device.cpu_name())
+    alone, many = names
+    assert alone.removesuffix("-1-threads") == many.removesuffix("-12-threads") != alone != many

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -155,6 +156,41 @@ def test_a_damaged_library_is_made_again(home, monkeypatch):
         native.library.cache_clear()
         assert native.library().handle is not None
         assert done == ["fsync", "replace"] and kept_in(home) == [target]
+
+
+SOURCES = native._FOLDER
+#: What the machine code depends on: changed, the library of another state is none of this one.
+DEPENDS_ON = {
+    "a source": lambda patch, home: spoil(home, "dropped.c"),
+    "a header": lambda patch, home: spoil(home, "vectors.h"),
+    "the compiler's flags": lambda patch, home: patch.setattr(native, "_FLAGS", ("-O3",)),
+    "the compiler": lambda patch, home: compiler_at(home / "bin" / "gcc", "echo gcc 14"),
+    "the processor's flags": lambda patch, home: flags(patch, "avx2", "bmi2"),
+    "the processor": lambda patch, home: patch.setattr(
+        torch.backends.cpu, "get_cpu_capability", lambda: "another"
+    ),
+}
+
+
+def spoil(home: Path, source: str) -> None:
+    with (home / "sources" / source).open("a") as file:
+        file.write("\n")
+
+
+def flags(patch, *names: str) -> None:
+    patch.setattr(native, "processor_flags", lambda: names)
+
+
+@pytest.mark.parametrize("what", DEPENDS_ON)
+def test_a_library_is_kept_under_the_name_of_all_it_depends_on(what, home, monkeypatch):
+    monkeypatch.setattr(native, "_FOLDER", shutil.copytree(SOURCES, home / "sources"))
+    flags(monkeypatch, "avx2", "fma")
+    compiler = compiler_at(home / "bin" / "gcc", "echo gcc 13")
+    name = native._fingerprint(compiler)
+    flags(monkeypatch, "fma", "avx2")  # a set's order is another in each process
+    assert native._fingerprint(compiler) == name
+    DEPENDS_ON[what](monkeypatch, home)
+    assert native._fingerprint(compiler) != name
 
 
 def nowhere() -> Path:

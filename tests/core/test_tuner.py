@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -272,6 +273,94 @@ def test_the_usual_strategy_is_a_candidate_and_every_candidate_runs(op, weight, 
 
 def test_a_median_and_percentiles():
     assert timing.percentiles([5.0, 1.0, 2.0, 3.0, 4.0]) == [1.8, 3.0, 4.2]
+
+
+def test_alternatives_take_turns_and_the_first_round_warms_up(monkeypatch):
+    """By a clock that the runs move: a first call of 100 s, and then those of their names."""
+    clock, order = SimpleNamespace(now=0), []
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+
+    def run_of(seconds: int):
+        def run(turn):
+            clock.now += seconds if (seconds in order) else 100
+            order.append(seconds)
+            turns.append(turn)
+
+        return run
+
+    turns, rounds = [], 3
+    runs = {"a": run_of(1), "b": run_of(2), "c": run_of(3)}
+    times = timing.in_turns(runs, rounds, torch.device("cpu"))
+    assert times == {"a": [1000.0] * 3, "b": [2000.0] * 3, "c": [3000.0] * 3}
+    assert turns == list(range(3 * (rounds + 1)))  # operands go round from call to call
+    each = [tuple(order[start : start + 3]) for start in turns[::3]]
+    assert {tuple(sorted(names)) for names in each} == {(1, 2, 3)}
+    assert len(set(each)) > 1  # nobody always runs after the same one
+
+
+@pytest.mark.parametrize("weight", ["tensor", "int8:auto"])
+def test_no_weight_is_still_warm_from_its_last_call(weight, monkeypatch):
+    """Each comes back after all others, which are 16 where they are small."""
+    case = Case("lora_linear", 4, 64, 32, 8, "float32", weight)
+    workload, taken = Workload(case, torch.device("cpu")), []
+    monkeypatch.setattr(workload, "_forward", lambda strategy, w: taken.append(w.data.data_ptr()))
+    for turn in range(32):
+        workload.run(workload.usual(), turn)
+    assert len(set(taken[:16])) == 16 and taken[:16] == taken[16:]
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("drops", [True, False])
+@pytest.mark.parametrize("op", ["lora_linear", "adapter_linear", "bottleneck_adapter"])
+def test_what_is_timed_is_the_call_of_the_case(op, drops, trains, monkeypatch):
+    """Its output, and in training the gradients of x and of all that an adapter has."""
+    alone = op == "bottleneck_adapter"
+    case = Case(op, 8, 0 if alone else 16, 24, 4, "float32", trains=trains, drops=drops)
+    workload, outputs, asked = Workload(case, torch.device("cpu")), [], []
+    for tensor in workload.small:  # its biases too
+        tensor.detach().normal_()
+    forward, grad = workload._forward, torch.autograd.grad
+    monkeypatch.setattr(workload, "_forward", lambda *a: outputs.append(forward(*a)) or outputs[0])
+    monkeypatch.setattr(
+        torch.autograd, "grad", lambda y, inputs, dy: asked.extend(inputs) or grad(y, inputs, dy)
+    )
+    workload.run(workload.usual(), 0)
+
+    x, (down, up, bias_down, bias_up) = workload.x, workload.small
+    read = (x,) if alone else (x, workload.weights[0])
+    options = dict(dropout_p=0.1, seed=0) if drops else {}
+    learning = [x, down, up]
+    if op == "lora_linear":
+        options |= dict(scale=1.0)
+    else:
+        options |= dict(bias_down=bias_down, bias_up=bias_up)
+        learning += [bias_down, bias_up]
+    torch.testing.assert_close(outputs[0], getattr(artemis_kernels, op)(*read, down, up, **options))
+    assert outputs[0].requires_grad is trains
+    assert list(map(id, asked)) == (list(map(id, learning)) if trains else [])
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_training_and_dropout_are_measured_as_asked(dropout, inference, tmp_path, capsys):
+    words = " training" * (not inference) + " dropout" * dropout
+    found = artemis_kernels.tune(
+        [(16, 24, 4)], [5], dtype="float32", trains=not inference, dropout_p=0.2 * dropout,
+        rounds=1, progress=False,
+    )  # fmt: skip
+    assert list(found["strategies"]) == ["adapter_linear 8 16 24 4 float32 tensor" + words]
+    command = ["tune", "--shapes", "16x24x4", "--rows", "5", "--dtype", "float32", "--rounds", "1"]
+    command += ["--inference"] * inference + ["--dropout"] * dropout
+    assert main([*command, "--table", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["strategies"].keys() == found["strategies"].keys()
+
+
+def test_winners_are_taken_at_once(monkeypatch):
+    """By a process that has read its tables already."""
+    assert explained(32).strategy == USUAL
+    monkeypatch.setattr(timing, "in_turns", lambda runs, rounds, device: other_wins(CASE, runs))
+    artemis_kernels.tune([(64, 96, 8)], [32], dtype="float32", progress=False)
+    assert explained(32).strategy == OTHER
 
 
 def test_a_real_run_and_the_command(tmp_path, capsys):
