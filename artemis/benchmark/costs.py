@@ -27,7 +27,8 @@ def cost(
     base = 2 * m * k * n * has_weight
     if provider == "bare":
         return Cost(2 * base, 2 * itemsize * (m * k + k * n + m * n))
-    adapter = r * (k + n)
+    read = n if operation.name == "adapter_linear" else k  # by the adapter
+    adapter = r * (read + n)
     weight = itemsize * k * n * has_weight if held is None else held
     moved = weight + itemsize * (m * n + 2 * m * k + 2 * adapter)
     return forward + Cost(base + 2 * (forward.flops - base), moved)

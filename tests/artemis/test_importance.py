@@ -17,12 +17,17 @@ from artemis import (
     plot_importance,
     quantize_adapter_model,
 )
+from artemis.bank import initial
 from artemis.importance import METHODS
 from artemis.importance import moments as moments_module
 from artemis.importance.moments import Moments
+from artemis.importance.readers import adapter_reader
 from artemis.layers import weight_of
+from artemis.plan import SiteSpec
 from artemis.plots import grid
 from artemis.quantized_layers import packed_layers
+from artemis_kernels import bottleneck_adapter
+from artemis_kernels.core.activations import ACTIVATIONS
 
 from .models import adapted, assert_same_state, bert, fill_bank, gpt2, llama, snapshot, t5, tokens
 
@@ -101,10 +106,13 @@ def test_scores_are_those_of_the_weights_gradients(method, build, filled):
     assert all(score >= 0 for score in scores.values())
 
 
-def test_the_default_scores_what_a_fresh_adapter_would_learn():
+@pytest.mark.parametrize(
+    "settings", [{}, dict(adapter_scale=3.0), dict(scaling_factor=0.25), dict(adapter_bias=False)]
+)
+def test_the_default_scores_what_a_fresh_adapter_would_learn(settings):
     """The gradients of B and of up (with its bias) in a fresh hybrid, by autograd."""
-    model, data = adapted(llama(), fill=False, shared_parameters=False), batches(4)
-    bank = model.hybrid_adapter
+    model, data = adapted(llama(), fill=False, shared_parameters=False, **settings), batches(4)
+    bank, biased = model.hybrid_adapter, settings.get("adapter_bias", True)
     with torch.random.fork_rng():  # A and down as the analysis draws them
         torch.manual_seed(0)
         for site in bank.sites.values():
@@ -117,7 +125,7 @@ def test_the_default_scores_what_a_fresh_adapter_would_learn():
     scores = analyze_layer_importance(model, data)
     expected = {}
     for path, site in bank.sites.items():
-        roles = ["lora_b"] if site.spec.kind == "lora" else ["up", "bias_up"]
+        roles = ["lora_b"] if site.spec.kind == "lora" else ["up", "bias_up"][: 1 + biased]
         own = [getattr(bank, role)[site.spec.own_key] for role in roles]
         grads = [torch.autograd.grad(model(**batch).loss, own) for batch in data]
         flat = torch.stack([torch.cat([g.flatten() for g in some]) for some in grads])
@@ -125,6 +133,35 @@ def test_the_default_scores_what_a_fresh_adapter_would_learn():
     total = sum(expected.values())
     for path, score in scores.items():
         assert score == pytest.approx(expected[path] / total, rel=1e-3), path
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_what_a_bottleneck_would_learn_from_is_what_its_units_give(activation):
+    """The operation itself, its second matrix the identity, where activations curve."""
+    config = HybridAdapterConfig(
+        adapter_size=16, adapter_scale=0.5, activation=activation, adapter_bias=False
+    )
+    spec = SiteSpec("layer", "bottleneck", "layer", 8, 16, 16)
+    torch.manual_seed(0)
+    reader, features = adapter_reader(spec, config, torch.device("cpu"))
+    torch.manual_seed(0)
+    down, y = initial("down", (16, 16), config.init), 40 * torch.randn(32, 16)
+    expected = bottleneck_adapter(
+        y, down, torch.eye(features), residual=torch.zeros_like(y), scale=0.5,
+        activation=activation, impl="reference",
+    )  # fmt: skip
+    torch.testing.assert_close(reader(torch.empty(32, 8), y), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["snr", "weight_snr"])
+def test_a_model_may_change_what_a_layer_gave_it_in_place(method):
+    model, data, scores = llama(), batches(), []
+    config = HybridAdapterConfig(target_modules=["gate_proj", "up_proj"], apply_lora_to=["up_proj"])
+    for in_place in (False, True):
+        for layer in model.model.layers:
+            layer.mlp.act_fn = torch.nn.SiLU(in_place)
+        scores.append(analyze_layer_importance(model, data, method=method, config=config))
+    assert scores[0] == scores[1]
 
 
 def test_a_planted_change_is_found():

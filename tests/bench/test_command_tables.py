@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from artemis.benchmark.tables import COLUMNS
 from bench import report
 from bench.command_tables import bench_table
 from bench.kernel_tables import table as kernel_table
@@ -137,3 +138,22 @@ def test_the_tables_leave_out_a_line_that_was_cut_short(tmp_path, monkeypatch):
     assert report.main(["--check"]) == 1
     assert report.main([]) == 0 == report.main(["--check"])
     assert len(re.findall("llama-2-7b \\|", document.read_text())) == 1
+
+
+@pytest.mark.parametrize(
+    ("table", "figures", "shown"),
+    [
+        ("train", {"speedup": {"full-autocast": 1, "full-fp32": 2, "full-bf16": 3}},
+         {"× full bf16 autocast": "1.00", "× full fp32": "2.00", "× full bf16": "3.00"}),
+        ("memory", {"peak_of": {"full-autocast": 1, "full-bf16": 2, "full-bf16-checkpointed": 3}},
+         {"of full bf16 autocast": "100%", "of full bf16": "200%", "of it checkpointed": "300%"}),
+        ("decode", {"prefill": {"speedup": {"full-bf16": 1, "full-fp32": 2}}},
+         {"× plain bf16": "1.00", "× plain fp32": "2.00"}),
+        ("decode", {"decode": {"speedup": {"full-bf16": 3, "full-fp32": 4}}},
+         {"× plain bf16": "3.00", "× plain fp32": "4.00"}),
+    ],
+)  # fmt: skip
+def test_a_ratio_stands_under_the_arm_that_it_is_to(table, figures, shown):
+    row = {"model": "64x2", "what": "hybrid", "ms": {"p20": 1, "p50": 2, "p80": 3}} | figures
+    cells = {column.title: cell for column in COLUMNS[table] if (cell := column.cell(row))}
+    assert {title: cells[title] for title in shown} == shown

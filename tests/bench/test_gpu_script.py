@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -97,30 +98,43 @@ def run_of(code: str, *arguments: str) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-S", "-c", code, *arguments])
 
 
+def until(happened: Callable[[], bool]) -> None:
+    """Wait for it, for as long as the slowest machine may take."""
+    deadline = time.monotonic() + 120
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_a_wrong_row_fails_the_run_though_its_section_was_stopped(tmp_path, monkeypatch):
     row = {
         "kind": "accuracy", "op": "lora_linear", "strategy": "split", "dtype": "bfloat16",
         "sizes": {"m": 1}, "dropout": 0.0, "ratio": 2.0, "where": "y", "passed": False,
     }  # fmt: skip
-    code = "import sys, time; open(sys.argv[1], 'a').write(sys.argv[2]); time.sleep(60)"
+    code = "import sys, time; open(sys.argv[1], 'a').write(sys.argv[2]); time.sleep(600)"
 
     def start(options, section, parts, run, *more):
-        line = json.dumps(row | {"run": run}) + "\n"
-        return [run_of(code, tmp_path / f"gpu_{section}.jsonl", line)]
+        path = tmp_path / f"gpu_{section}.jsonl"
+        process = run_of(code, path, json.dumps(row | {"run": run}) + "\n")
+        until(lambda: '"ratio"' in path.read_text())
+        return [process]
 
     monkeypatch.setattr(script, "_start", start)
     monkeypatch.setattr(script, "_rehearsals", lambda options, run: [])
     monkeypatch.setattr(script, "SECTIONS", {"accuracy": (("",), 1.0)})
-    options = ["--device", "cpu", "--tiny", "--minutes", "0.07", "--out", str(tmp_path)]
+    options = ["--device", "cpu", "--tiny", "--minutes", "1e-6", "--out", str(tmp_path)]
     assert script.main(options) == 1
     assert "- accuracy: failed" in (tmp_path / "gpu_summary.md").read_text()
 
 
 def test_a_process_that_died_is_seen_beside_one_that_was_stopped():
-    died, slow = "import os; os.kill(os.getpid(), 9)", "import time; time.sleep(60)"
-    assert script._wait([run_of(slow), run_of(died)], time.monotonic() + 2) == "failed"
-    assert script._wait([run_of(slow), run_of("")], time.monotonic() + 2) == "out of time"
-    assert script._wait([run_of("")], time.monotonic() + 60) == "passed"
+    slow = "import time; time.sleep(600)"
+    died, done = run_of("import os; os.kill(os.getpid(), 9)"), run_of("")
+    for process in (died, done):
+        process.wait(120)
+    assert script._wait([run_of(slow), died], time.monotonic() + 0.1) == "failed"
+    assert script._wait([run_of(slow), done], time.monotonic() + 0.1) == "out of time"
+    assert script._wait([run_of("")], time.monotonic() + 120) == "passed"
 
 
 @pytest.mark.parametrize(

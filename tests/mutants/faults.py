@@ -378,6 +378,13 @@ EAGER = (
         '{"device": base.weight.device}',
         ("tests/ops/test_modules.py", "-k", "default"),
     ),
+    Fault(
+        "a bottleneck's first matrix drawn ten times too large",
+        f"{KERNELS}/nn.py",
+        ".normal_(0, 0.02)",
+        ".normal_(0, 0.2)",
+        ("tests/ops/test_modules.py", "-k", "first_matrices"),
+    ),
 )
 
 TRITON = (
@@ -1039,6 +1046,27 @@ RANKS = (
         "eigenvectors.flip(1).mT",
         "eigenvectors.mT",
         ("tests/artemis/test_initialization.py",),
+    ),
+    Fault(
+        "a model's changes in place meet what the analysis watches",
+        "artemis/importance/gradients.py",
+        "return y.clone()",
+        "return y.view_as(y)",
+        ("tests/artemis/test_importance.py", "-k", "in_place"),
+    ),
+    Fault(
+        "a bottleneck scored without its scale",
+        "artemis/importance/readers.py",
+        "return config.adapter_scale * units",
+        "return units",
+        ("tests/artemis/test_importance.py", "-k", "fresh_adapter"),
+    ),
+    Fault(
+        "a bottleneck scored through another activation",
+        "artemis/importance/readers.py",
+        '"gelu": F.gelu,',
+        '"gelu": partial(F.gelu, approximate="tanh"),',
+        ("tests/artemis/test_importance.py", "-k", "bottleneck_would"),
     ),
 )
 
@@ -2021,6 +2049,69 @@ MEASURED = (
         "",
         ("tests/artemis/benchmark/test_quality.py", "-k", "same_names"),
     ),
+    Fault(
+        "how much faster an arm decodes turned round",
+        "artemis/benchmark/decode.py",
+        'round(time / times[row["arm"]], 3)',
+        'round(times[row["arm"]] / time, 3)',
+        ("tests/artemis/cli/test_bench.py", "-k", "decode_and"),
+    ),
+    Fault(
+        "device-seconds turned round",
+        "artemis/benchmark/train.py",
+        "round(ms / times[BASELINE], 4)",
+        "round(times[BASELINE] / ms, 4)",
+        ("tests/artemis/cli/test_bench.py", "-k", "train_writes"),
+    ),
+    Fault(
+        "a step's FLOPs taken for the baseline's",
+        "artemis/benchmark/train.py",
+        'round(_flops(setting, row["arm"]) / _flops(setting, BASELINE), 4)',
+        'round(_flops(setting, BASELINE) / _flops(setting, row["arm"]), 4)',
+        ("tests/artemis/cli/test_bench.py", "-k", "train_writes"),
+    ),
+    Fault(
+        "the time of a round's tokens taken for that of one",
+        "artemis/benchmark/worker.py",
+        "milliseconds / providers[number].count",
+        "milliseconds",
+        ("tests/artemis/benchmark/test_worker.py", "-k", "several"),
+    ),
+    Fault(
+        "thin products counted once in the backward",
+        "artemis/benchmark/costs.py",
+        "base + 2 * (forward.flops - base)",
+        "base + (forward.flops - base)",
+        ("tests/artemis/benchmark/test_measure.py", "-k", "compute_and_move"),
+    ),
+    Fault(
+        "x not read by the backward's floor",
+        "artemis/benchmark/costs.py",
+        "2 * m * k + 2 * adapter",
+        "m * k + 2 * adapter",
+        ("tests/artemis/benchmark/test_measure.py", "-k", "compute_and_move"),
+    ),
+    Fault(
+        "a bottleneck counted as wide as its layer's input",
+        "artemis/benchmark/costs.py",
+        'n if operation.name == "adapter_linear" else k',
+        "k",
+        ("tests/artemis/benchmark/test_measure.py", "-k", "compute_and_move"),
+    ),
+    Fault(
+        "a ratio under another arm's title",
+        "artemis/benchmark/tables.py",
+        'Column("× full fp32", _at("speedup", "full-fp32"))',
+        'Column("× full fp32", _at("speedup", "full-bf16"))',
+        ("tests/bench/test_command_tables.py", "-k", "under_the_arm"),
+    ),
+    Fault(
+        "a gate ten times as wide as its rule",
+        "artemis/benchmark/accuracy.py",
+        "_FACTOR = 1.25",
+        "_FACTOR = 12.5",
+        ("tests/artemis/benchmark/test_steps.py", "-k", "rule_says"),
+    ),
 )
 
 PERSISTENT = (
@@ -2586,6 +2677,27 @@ COMMANDS = (
         "tokens_per_second(trainer, outcome, 0)",
         (TRAIN_COMMAND, "-k", "its_own_steps"),
     ),
+    Fault(
+        "own and shared parameters under each other's title",
+        "artemis/cli/info.py",
+        'f"{module.shared:,}", f"{module.own:,}"',
+        'f"{module.own:,}", f"{module.shared:,}"',
+        ("tests/artemis/cli/test_commands.py", "-k", "every_module"),
+    ),
+    Fault(
+        "Ctrl-C reported as a failure",
+        "artemis/cli/__init__.py",
+        "        return INTERRUPTED\n",
+        "        return 1\n",
+        ("tests/artemis/cli/test_commands.py", "-k", "interrupted"),
+    ),
+    Fault(
+        "a prompt's first token before every document",
+        "artemis/training/data.py",
+        "add_special_tokens=False, ",
+        "",
+        ("tests/artemis/training/test_data.py", "-k", "begins_with"),
+    ),
 )
 
 OPTIMIZERS = "tests/artemis/training/test_optimizers.py"
@@ -2740,6 +2852,41 @@ TRAINING = (
         "if running is not None and not running.is_done() and not arguments.hub_always_push:",
         "if False:",
         ("tests/artemis/training/test_hub.py", "-k", "nothing_is_laid"),
+    ),
+    Fault(
+        "a whole model trained in the bf16 it computes in",
+        "artemis/training/run.py",
+        "dtype if hybrid else torch.float32, attention",
+        "dtype, attention",
+        (READINESS, "-k", "whole_model"),
+    ),
+    Fault(
+        "a whole model computing in float32 though bf16 is asked",
+        "artemis/training/run.py",
+        "(heads or not hybrid)",
+        "heads",
+        (READINESS, "-k", "whole_model"),
+    ),
+    Fault(
+        "a collator lost when the model comes",
+        "artemis/training/trainer.py",
+        "            data_collator=self.data_collator,\n",
+        "",
+        ("tests/artemis/training/test_trainer.py", "-k", "given_before"),
+    ),
+    Fault(
+        "a schedule lost when the model comes",
+        "artemis/training/trainer.py",
+        "optimizers=(given, scheduler),",
+        "optimizers=(given, None),",
+        ("tests/artemis/training/test_trainer.py", "-k", "given_optimizer"),
+    ),
+    Fault(
+        "ranks changed in one process of several",
+        "artemis/training/reallocation.py",
+        "if args.world_size > 1:",
+        "if False:",
+        ("tests/artemis/training/test_reallocation.py", "-k", "several"),
     ),
 )
 

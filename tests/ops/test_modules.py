@@ -27,6 +27,18 @@ def test_fresh_module_is_its_base(kind, dtype, bias):
     assert torch.equal(module.eval()(x), base(x))
 
 
+def test_how_first_matrices_are_drawn():
+    """As the papers do: `down` normal(0, 0.02), A uniform up to 1/√in."""
+    torch.manual_seed(0)
+    down = BottleneckAdapter(512, 128).down
+    assert down.mean().abs() < 5 * 0.02 / down.numel() ** 0.5
+    assert down.std().item() == pytest.approx(0.02, rel=0.02)
+    assert down.abs().max() > 4 * 0.02  # normal, not uniform
+    lora_a = LoRALinear(nn.Linear(400, 4), 128).lora_a
+    assert 0.99 / 20 < lora_a.abs().max() <= 1 / 20
+    assert lora_a.std().item() == pytest.approx(1 / 20 / 3**0.5, rel=0.02)
+
+
 def test_fresh_bottleneck_is_its_residual():
     module, x, residual = BottleneckAdapter(12, 4), torch.randn(5, 12), torch.randn(5, 12)
     assert torch.equal(module(x), x)

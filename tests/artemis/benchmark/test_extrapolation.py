@@ -42,6 +42,10 @@ def test_a_small_vocabulary_is_counted_once():
     }  # fmt: skip
 
 
+def test_a_spread_leaves_out_a_fifth_at_either_end():
+    assert Spread.of([float(value) for value in (9, 1, 8, 0, 5, 2, 10, 4, 3, 7, 6)]) == (5, 2, 8)
+
+
 def test_the_range_of_a_whole_widens_with_its_layers():
     one, two = (Cell("64x10", layers, 4096, 1, 16, whole=False) for layers in (1, 2))
     spreads = {two: Spread(20.0, 19.0, 22.0), one: Spread(10.0, 9.0, 11.0)}

@@ -13,7 +13,7 @@ from artemis.benchmark.timer import Timer
 from artemis_kernels import Cost, FrozenAdapter, QuantizedWeight
 
 CPU = torch.device("cpu")
-LORA, ADAPTER, _ = OPERATIONS
+LORA, ADAPTER, BOTTLENECK = OPERATIONS
 LEARN = {"lora_linear": ("x", "lora_a", "lora_b"), "adapter_linear": ("x", "down", "up")}
 
 
@@ -143,3 +143,33 @@ def test_the_floor_of_a_packed_weight_counts_its_own_bytes():
     dense = cost_of_pass(LORA, sizes, "artemis", forward, 2, "backward")
     held = cost_of_pass(LORA, sizes, "artemis", forward, 2, "backward", held=64 * 48)
     assert dense.bytes - held.bytes == 64 * 48 and dense.flops == held.flops
+
+
+#: Of 4 rows, 64 inputs, 48 outputs and a rank of 8, in numbers of two bytes: the products of the
+#: frozen layer; of the thin ones' forward; and the adapter's numbers.
+FROZEN, THIN = 2 * 4 * 64 * 48, {LORA: 2 * 4 * 8 * (64 + 48), ADAPTER: 2 * 4 * 8 * (48 + 48)}
+FACTORS = {LORA: 8 * (64 + 48), ADAPTER: 8 * (48 + 48)}
+X, W, Y = 4 * 64, 64 * 48, 4 * 48
+BARE = Cost(FROZEN, 2 * (X + W + Y))
+
+
+@pytest.mark.parametrize(
+    ("operation", "provider", "forward", "backward"),
+    [
+        *(
+            # dY, W, x and the factors are read, dX and the factors' gradients written.
+            (operation, "artemis", Cost(FROZEN + thin, 7000),
+             Cost(FROZEN + 2 * thin, 2 * (Y + W + X + X + 2 * FACTORS[operation])))
+            for operation, thin in THIN.items()
+        ),
+        (BOTTLENECK, "artemis", Cost(THIN[ADAPTER], 7000),
+         Cost(2 * THIN[ADAPTER], 2 * (Y + Y + Y + 2 * FACTORS[ADAPTER]))),
+        (LORA, "bare", BARE, BARE),
+    ],
+    ids=["lora_linear", "adapter_linear", "bottleneck_adapter", "bare"],
+)  # fmt: skip
+def test_what_a_pass_must_compute_and_move(operation, provider, forward, backward):
+    sizes = Sizes(4, 48 if operation is BOTTLENECK else 64, 48, 8)
+    said = Cost(1, 2) if provider == "bare" else forward  # `explain` speaks of the operation
+    found = [cost_of_pass(operation, sizes, provider, said, 2, which) for which in PASSES]
+    assert found == [forward, backward, forward + backward]

@@ -59,6 +59,17 @@ def test_the_gate_refuses_a_step_that_drops_dx(tolerance):
     assert not verdict(wrong).passed
 
 
+@pytest.mark.parametrize("share", [0.5, 2.0])
+def test_the_gate_allows_what_its_rule_says(share):
+    """Of 10,000 numbers: 1.25 · 1.06 of the composed error, and a quarter of eps."""
+    truth = torch.ones(100, 100, dtype=torch.float64)
+    composed, eps = 1e-3, 1e-4
+    error = share * (1.325 * composed + eps / 4)
+    given = ({"down:layer": truth * (1 + off)} for off in (error, composed))
+    verdict = accuracy.compare(*given, {"down:layer": truth}, eps)
+    assert verdict.ratio == pytest.approx(share) and verdict.passed == (share < 1)
+
+
 def test_the_gate_refuses_a_wrong_loss(monkeypatch):
     right = loss.causal_loss
     monkeypatch.setattr(loss, "causal_loss", lambda *args, **kwargs: 1.5 * right(*args, **kwargs))

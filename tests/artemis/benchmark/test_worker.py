@@ -65,3 +65,16 @@ def test_another_error_is_a_fault(monkeypatch, place):
     monkeypatch.setattr(f"artemis.benchmark.worker.{place}", fails)
     with pytest.raises(RuntimeError, match="multiplied"):
         list(worker.run(job("memory" if place == "measure_memory" else "train", "hybrid")))
+
+
+@pytest.mark.parametrize("count", [1, 16])
+def test_a_round_of_several_pieces_is_the_time_of_one(monkeypatch, count):
+    """Decoding runs sixteen tokens a round, and a row says what one takes."""
+    prepared = Prepared(lambda: None, count, SimpleNamespace(trained_parameters=1))
+    monkeypatch.setattr("artemis.benchmark.worker.prepare", lambda step: prepared)
+    monkeypatch.setattr(
+        "artemis.benchmark.worker.in_turns",
+        lambda providers, rounds: ((r, name, 32.0) for r in range(rounds) for name in providers),
+    )
+    lines = list(worker.run(job("decode", "hybrid")))
+    assert [line["ms"] for line in lines if "ms" in line] == [32.0 / count] * 4

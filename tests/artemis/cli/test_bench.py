@@ -10,6 +10,8 @@ import torch
 
 from artemis.benchmark import worker
 from artemis.benchmark.arms import ARMS, hybrid
+from artemis.benchmark.flops import training_flops
+from artemis.benchmark.models import architecture
 from artemis.benchmark.steps import Step
 from artemis.cli import main
 
@@ -63,6 +65,10 @@ def test_train_writes_what_its_row_is_made_of(trained):
     assert hybrid["speedup"]["full-autocast"] == pytest.approx(
         full["ms"]["p50"] / hybrid["ms"]["p50"], abs=1e-3
     )
+    relative = hybrid["ms"]["p50"] / full["ms"]["p50"]
+    assert hybrid["device_seconds_relative"] == pytest.approx(relative, abs=1e-4)
+    flops = [training_flops(row["arm"], architecture("64x3"), 2, 16) for row in (hybrid, full)]
+    assert hybrid["flops_relative"] == pytest.approx(flops[0] / flops[1], abs=1e-4)
     assert hybrid["memory"]["states"] < full["memory"]["states"]
     times = {
         record["layers"]: sorted(record["ms"])
@@ -263,11 +269,14 @@ def test_decode_and_its_picture(tmp_path, capsys):
     arguments += ["--arms", "full-bf16", "hybrid", "--json", str(path), "--plot", str(picture)]
     assert main(arguments) == 0
     rows = [record for record in records(path) if record["kind"] == "row"]
-    for row in rows:
-        decode = row["decode"]
-        expected = 1e3 / decode["ms"]["p50"]
-        assert decode["tokens_per_second"] == pytest.approx(expected, rel=1e-3)
-        assert row["prefill"]["tokens_per_second"] > decode["tokens_per_second"]
+    plain = rows[0]
+    assert [row["arm"] for row in rows] == ["full-bf16", "hybrid"]
+    for phase, tokens in (("prefill", 16), ("decode", 1)):
+        for row in rows:
+            found, ms = row[phase], row[phase]["ms"]["p50"]
+            assert found["tokens_per_second"] == pytest.approx(1e3 * tokens / ms, abs=1e-3)
+            faster = plain[phase]["ms"]["p50"] / ms
+            assert found["speedup"]["full-bf16"] == pytest.approx(faster, abs=1e-3)
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "decode tokens/s" in capsys.readouterr().out
 

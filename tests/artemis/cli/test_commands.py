@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -51,10 +50,6 @@ def training_file(workspace: Workspace, directory: Path, **training) -> Path:
     return path
 
 
-def run(*arguments: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "artemis.cli", *map(str, arguments)])
-
-
 @pytest.fixture(scope="module")
 def int8_base(workspace, tmp_path_factory) -> Path:
     """The workspace's base model in 8 bits, as `save_quantized` leaves it: no tokenizer."""
@@ -84,6 +79,10 @@ def test_train_saves_an_adapter_and_reports(workspace, tmp_path, capsys):
 def test_train_says_what_it_did_in_words(workspace, tmp_path, capsys):
     assert main(["train", str(training_file(workspace, tmp_path))]) == 0
     output = capsys.readouterr().out
+    own = read_adapter(tmp_path / "out").parameters
+    model, _ = load_base(str(workspace.base), torch.float32)
+    share = own / (own + sum(p.numel() for p in model.parameters()))
+    assert f"trained {own:,} parameters ({100 * share:.2f}% of the model)" in output
     assert f"saved in {tmp_path / 'out'}" in output
     assert "held-out loss" in output
 
@@ -100,20 +99,33 @@ def test_without_an_adapter_the_whole_model_is_trained(workspace, tmp_path):
     assert tokenizer("a")["input_ids"]
 
 
+#: `python -m artemis.cli`, killed in its 13th step.
+KILLED = """
+import os, runpy, signal
+from artemis.training import Trainer, run
+
+class Dying(Trainer):
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == 12:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().training_step(*args, **kwargs)
+
+run.Trainer = Dying
+runpy.run_module("artemis.cli", run_name="__main__")
+"""
+
+
 def test_a_killed_run_resumes_to_the_same_adapter(workspace, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir()
     cut.mkdir()
-    schedule = dict(max_steps=40, save_steps=5, precision="fp32", save_total_limit=None)
+    schedule = dict(max_steps=20, save_steps=5, precision="fp32", save_total_limit=None)
     assert main(["train", str(training_file(workspace, whole, **schedule))]) == 0
 
-    process = run("train", training_file(workspace, cut, **schedule))
-    deadline = time.monotonic() + 120
-    while not list((cut / "out").glob("checkpoint-*/trainer_state.json")):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    command = [sys.executable, "-c", KILLED, "train", training_file(workspace, cut, **schedule)]
+    assert subprocess.run(command).returncode == -signal.SIGKILL
+    left = {path.name for path in (cut / "out").iterdir()}
+    assert left == {"checkpoint-5", "checkpoint-10"}
     assert main(["train", str(cut / "train.yaml"), "--resume"]) == 0
 
     name = "hybrid_adapter.safetensors"
@@ -235,8 +247,15 @@ def test_info_shows_every_module(workspace, capsys):
     assert main(["info", str(workspace.directory / "hybrid")]) == 0
     output = capsys.readouterr().out
     adapter = read_adapter(workspace.directory / "hybrid")
-    for site in adapter.plan.sites:
-        assert site.path in output
+    lines = [line.split() for line in output.splitlines()]
+    assert lines[3] == ["module", "kind", "size", "shared", "own"]
+    shown = {line[0]: line[1:] for line in lines[4:-2]}
+    assert list(shown) == [site.path for site in adapter.plan.sites]
+    for module in adapter.modules():
+        kind, _, size, shared, own = shown[module.path]
+        assert (kind, int(size)) == (module.kind, module.size)
+        assert (shared, own) == (f"{module.shared:,}", f"{module.own:,}")
+        assert module.shared != module.own
     assert f"{adapter.parameters:,} parameters stored" in output
 
 
@@ -248,6 +267,14 @@ def test_info_as_json_adds_up(workspace, capsys):
     own = sum(module["own"] for module in info["modules"])
     shared = {(m["path"].rpartition(".")[2], m["shared"]) for m in info["modules"]}
     assert own + sum(size for _, size in shared) == info["parameters"]
+
+
+def test_info_names_the_heads(workspace, capsys, tmp_path):
+    model, _ = load_base(str(workspace.base), torch.float32)
+    adapted(model, modules_to_save=["model.norm", "lm_head"]).save_adapter_parameters(tmp_path)
+    assert main(["info", str(tmp_path)]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "trained head" in line]
+    assert said == [f"{head}  trained head, saved whole" for head in ("model.norm", "lm_head")]
 
 
 # --- export
@@ -338,6 +365,15 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch, kind):
     monkeypatch.setattr("artemis.cli.info.run", faulty)
     with pytest.raises(kind, match="not the user's fault"):
         main(["info", "x"])
+
+
+def test_what_is_interrupted_ends_as_shells_report_it(monkeypatch, capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("artemis.cli.info.run", interrupted)
+    assert main(["info", "x"]) == 128 + signal.SIGINT
+    assert capsys.readouterr() == ("", "artemis: interrupted\n")
 
 
 def test_memory_that_a_cpu_has_not_is_one_line(monkeypatch, capsys):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from artemis import AdapterError
 from artemis.cli.demo.corpus import byte_pairs
@@ -35,6 +36,18 @@ def test_documents_are_joined_by_the_end_of_text(tmp_path):
     blocks = load_blocks([first, second], TOKENIZER, 6)
     end = TOKENIZER.eos_token
     assert decode(blocks) == [f"abc{end}de", f"{end}f\u2028g"]  # the last end fills no block
+
+
+def test_no_document_begins_with_the_token_that_a_prompt_begins_with(tmp_path):
+    """As Llama's tokenizer begins a prompt: a block may begin anywhere, a document within one."""
+    tokenizer, path = byte_pairs(), tmp_path / "text.jsonl"
+    start = tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{start} $A", special_tokens=[(start, tokenizer.bos_token_id)]
+    )
+    assert tokenizer.decode(tokenizer("ab")["input_ids"]) == f"{start}ab"
+    path.write_text('{"text": "abc"}\n{"text": "d"}\n')
+    assert decode(load_blocks(path, tokenizer, 6)) == [f"abc{tokenizer.eos_token}d{start}"]
 
 
 def test_the_mark_of_an_encoding_is_not_text(tmp_path):

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import set_seed
 
 from artemis import AdapterError, load_hybrid_adapter
@@ -116,6 +117,19 @@ def test_halves_are_refused_where_the_loss_is_scaled(tmp_path, part):
         trainer.train()
 
 
+def run_file(model, directory, monkeypatch, precision: str, **sections) -> dict:
+    """Train `model`, which stands for the named one, as a training file says."""
+    monkeypatch.setattr(run_module, "load_base", lambda name, dtype, *rest: (model.to(dtype), None))
+    monkeypatch.setattr(run_module, "_load_data", lambda *_: (blocks(), blocks(2)))
+    training = {"output_dir": str(directory), "max_steps": 2, "batch_size": 2}
+    return run_training(RunConfig.from_dict({
+        "model": "base",
+        "data": {"train": "text.txt", "eval": "held_out.txt"},
+        "training": training | {"precision": precision},
+        **sections,
+    }))  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("heads", "bits", "precision", "held"),
     [
@@ -129,20 +143,12 @@ def test_the_training_file_trains_heads_in_float32(
 ):
     set_seed(1)
     base = llama()
-    monkeypatch.setattr(run_module, "load_base", lambda name, dtype, *rest: (base.to(dtype), None))
-    monkeypatch.setattr(run_module, "_load_data", lambda *_: (blocks(), blocks(2)))
-    config = RunConfig.from_dict({
-        "model": "base",
-        "data": {"train": "text.txt", "eval": "held_out.txt"},
-        "base": {"bits": bits},
-        "hybrid_adapter": {"lora_rank": 2, "modules_to_save": heads},
-        "training": {
-            "output_dir": str(tmp_path), "max_steps": 2, "batch_size": 2, "precision": precision,
-        },
-    })  # fmt: skip
     names = [f"{head}.weight" for head in heads]
     start = {name: base.get_parameter(name).detach().clone().to(held).float() for name in names}
-    result = run_training(config)
+    adapter = {"lora_rank": 2, "modules_to_save": heads}
+    result = run_file(
+        base, tmp_path, monkeypatch, precision, base={"bits": bits}, hybrid_adapter=adapter
+    )
     assert 3 < result["eval_loss"] < 5
     assert base.model.embed_tokens.weight.dtype == held
     for name, before in start.items():
@@ -152,3 +158,23 @@ def test_the_training_file_trains_heads_in_float32(
     set_seed(1)
     loaded = load_hybrid_adapter(llama(), tmp_path)
     assert_equal_states(trained_state(loaded), trained_state(base))
+
+
+@pytest.mark.parametrize(
+    ("precision", "computes"), [("bf16", torch.bfloat16), ("fp32", torch.float32)]
+)
+def test_the_training_file_trains_a_whole_model_in_float32(
+    tmp_path, monkeypatch, precision, computes
+):
+    """Whatever it computes in: bf16 would lose a part of every small step."""
+    base, seen = llama(), []
+    base.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    start = trained_state(base)
+    run_file(base, tmp_path, monkeypatch, precision)
+    assert set(seen) == {computes}
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved.keys() == start.keys()
+    for name, before in start.items():
+        assert saved[name].dtype == torch.float32
+        moved = (saved[name] != before).float().mean()
+        assert moved > (0 if "embed_tokens" in name else 0.98), name  # not every token occurs

@@ -1,5 +1,7 @@
 """Ranks that change while the trainer runs."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -68,3 +70,10 @@ def test_a_resumed_run_takes_up_the_sizes_and_ends_alike(tmp_path):
 def test_refusals(options):
     with pytest.raises(AdapterError, match="allowed: an integer from 1"):
         RankAllocationCallback(blocks(), **options)
+
+
+def test_several_processes_are_refused():
+    callback = RankAllocationCallback(blocks(), 2)
+    callback.on_train_begin(SimpleNamespace(world_size=1), None, None)
+    with pytest.raises(AdapterError, match="got 2 processes, allowed: one, since DDP"):
+        callback.on_train_begin(SimpleNamespace(world_size=2), None, None)

@@ -1,7 +1,10 @@
 """What the trainer adds to transformers': late models, adapter-only saves, the penalty."""
 
+import inspect
+
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from transformers import (
     Seq2SeqTrainer,
@@ -11,6 +14,7 @@ from transformers import (
 )
 
 from artemis import AdapterError, load_hybrid_adapter, orthogonality_penalty
+from artemis.cli.demo.corpus import byte_pairs
 from artemis.training import Trainer, TrainingConfig
 from tests.artemis.models import adapted, bert, llama, snapshot, t5
 from tests.artemis.training.kit import (
@@ -89,6 +93,41 @@ def test_what_was_set_before_the_model_came_is_kept(tmp_path):
     assert Seen.models == [model]
 
 
+def loss_of_outputs(outputs, labels, num_items_in_batch=None):
+    return outputs.logits.square().mean()
+
+
+#: What may be given before the model, beside optimizers. Transformers' next argument fails below.
+GIVEN = {
+    "data_collator": lambda examples: transformers.default_data_collator(examples),
+    "train_dataset": blocks(),
+    "eval_dataset": blocks(2),
+    "processing_class": byte_pairs(),
+    "compute_loss_func": loss_of_outputs,
+    "compute_metrics": lambda predicted: {},
+    "callbacks": [TrainerCallback()],
+    "optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 1e-3}),
+    "preprocess_logits_for_metrics": lambda logits, labels: logits,
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    sorted(
+        inspect.signature(transformers.Trainer).parameters.keys()
+        - {"model", "args", "model_init", "optimizers"}
+    ),
+)
+def test_what_was_given_before_the_model_came_is_kept(tmp_path, name):
+    given = {"train_dataset": blocks()} | {name: GIVEN[name]}
+    trainer = Trainer(args=settings(tmp_path, max_steps=1).arguments(), **given)
+    trainer.train(hybrid())
+    if name == "callbacks":
+        assert GIVEN[name][0] in trainer.callback_handler.callbacks
+    else:
+        assert getattr(trainer, name) is GIVEN[name]
+
+
 def test_a_second_model_is_trained_and_the_first_left_alone(tmp_path):
     trainer = Trainer(args=settings(tmp_path).arguments(), train_dataset=blocks())
     first, second = hybrid(), hybrid()
@@ -99,18 +138,22 @@ def test_a_second_model_is_trained_and_the_first_left_alone(tmp_path):
     assert_equal_states(trained_state(second), after_first)
 
 
-def test_a_given_optimizer_serves_the_late_model(tmp_path):
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_a_given_optimizer_serves_the_late_model(tmp_path, scheduled):
     model = hybrid()
     before = trained_state(model)
     optimizer = torch.optim.SGD(
         [model.hybrid_adapter.get_parameter("gain.model/layers/0/mlp/up_proj")], 1.0
     )
+    constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
     trainer = Trainer(
         args=settings(tmp_path).arguments(),
         train_dataset=blocks(),
-        optimizers=(optimizer, None),
+        optimizers=(optimizer, constant if scheduled else None),
     )
     trainer.train(model)
+    rates = {log["learning_rate"] for log in trainer.state.log_history if "loss" in log}
+    assert (rates == {0.5}) == scheduled
     after = trained_state(model)
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     assert changed == ["hybrid_adapter.gain.model/layers/0/mlp/up_proj"]
