@@ -93,12 +93,17 @@ class AdapterBank(nn.Module):
         #: Module path -> its `Site`; filled by injection.
         self.sites: dict = {}
         self.enabled = True
-        #: What injection hung before the model's output head.
-        self.head_hook: RemovableHandle | None = None
+        #: What injection hung on the model's output head.
+        self.head_hooks: tuple[RemovableHandle, ...] = ()
         #: Of its tensors, for inference.
         self.casts = Casts()
         #: Held in 8 bits: it computes, and can be neither trained nor written.
         self.for_use_only = False
+        #: As modules, though only their `p` is read: so whoever sets every dropout reaches these.
+        self.lora_dropout = nn.Dropout(config.lora_dropout)
+        self.adapter_dropout = nn.Dropout(config.adapter_dropout)
+        #: What the base was when the adapter was put in (`identity.facts`).
+        self.base: dict[str, tuple[tuple[int, ...], torch.Tensor | None]] = {}
         #: Names of the base's parameters that required a gradient before injection.
         self.trained_before: tuple[str, ...] = ()
         for role, shapes in bank_shapes(plan.sites, config).items():

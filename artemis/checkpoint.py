@@ -17,6 +17,7 @@ from .identity import identify
 from .layers import replaced
 from .merging import check_unmerged
 from .plan import Plan, SiteSpec
+from .sources import is_at_hand
 
 #: Settings that change what the parameters mean; the others may differ from the file's.
 _MEANING = ("shared_parameters", "scaling_factor", "adapter_scale", "activation", "adapter_bias")
@@ -139,7 +140,8 @@ def check_tensors(
 def adapter_state(model: nn.Module, heads: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """What an adapter file holds of `model.state_dict()`: the model's own tensors.
 
-    A tensor that a head holds under several names is there under the first.
+    A tensor that a head holds under several names is there under the first. `AdapterError` where
+    one is sharded or offloaded.
     """
     bank = find_bank(model)
     state = {} if bank is None else dict(bank.state_dict(prefix=f"{BANK}."))
@@ -148,6 +150,11 @@ def adapter_state(model: nn.Module, heads: tuple[str, ...]) -> dict[str, torch.T
         own = model.get_submodule(head).state_dict(prefix=f"{head}.", keep_vars=True)
         first = {id(tensor): name for name, tensor in reversed(own.items())}
         state.update((name, t) for name, t in own.items() if first[id(t)] == name)
+    if away := [name for name, tensor in state.items() if not is_at_hand(tensor)]:
+        raise AdapterError(
+            f"{listed(away)}: sharded over processes, or offloaded; bring it back first (from FSDP:"
+            " load the full state dict into such a model on one device)"
+        )
     return state
 
 

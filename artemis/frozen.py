@@ -2,8 +2,9 @@
 
 Outside training and without gradients a layer's constants (the adapter in x's dtype, `D W`, biases
 added up) are made at its first call and serve until something they were made of has changed
-(`sources.py`). Copies of a model start without them, and whatever moves, casts, packs or trains it
-drops them.
+(`sources.py`). A call over several positions sees uncounted changes too, and on a GPU, where that
+would have to be waited for, takes the usual operation. Copies of a model start without them, and
+whatever moves, casts, packs or trains it drops them.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,16 @@ from artemis_kernels import FrozenLinear, QuantizedWeight
 
 from .packed import is_packed
 from .quantized_layers import PARTS
-from .sources import Place, Source, is_captured, same, sources_of, takes_constants, unchanged
+from .sources import (
+    Place,
+    Source,
+    is_captured,
+    same,
+    same_numbers,
+    sources_of,
+    takes_constants,
+    unchanged,
+)
 
 if TYPE_CHECKING:
     from .sites import Site
@@ -77,8 +87,13 @@ def _ready(module: nn.Module, x: torch.Tensor, site: "Site") -> Frozen | None:
     if not config.cache_constants or config.impl == "reference" or not takes_constants(module, x):
         return None
     conditions = (x.dtype, config.impl, id(site.layout), *site.constants())
+    several = x.dim() > 1 and x.shape[-2] > 1  # positions: no step of decoding
+    if several and x.is_cuda:
+        site.forget()
+        return None
     ready = site.frozen
-    if ready is not None and ready.conditions == conditions and unchanged(module, ready.sources):
+    holds = ready is not None and ready.conditions == conditions
+    if holds and unchanged(module, ready.sources) and (not several or same_numbers(ready.sources)):
         return ready
     site.frozen = None
     sources = sources_of(_places(module, site))

@@ -19,7 +19,7 @@ from .checkpoint import (
 from .config import HybridAdapterConfig
 from .errors import AdapterError
 from .initialization import start_from_weights
-from .injection import check_free, eject, inject
+from .injection import check_free, check_removable, eject, inject
 from .interchange import adopt, holds_lora, read_files
 from .merging import check_unmerged, merge_adapter, unmerge_adapter
 from .report import print_trainable_parameters
@@ -119,8 +119,10 @@ def remove_adapter(model: nn.Module) -> None:
     """Take the adapter out: classes, weights and `requires_grad` of the base are as before.
 
     A merged adapter is unmerged first. Heads keep what they learned: they were trained in place.
-    Modules that were put in the place of adapted ones stay as they are.
+    Modules that were put in the place of adapted ones stay as they are. Raises `AdapterError`,
+    before anything is changed, where modules carry a forward of their own by now.
     """
+    check_removable(model)
     unmerge_adapter(model)
     eject(model)
     for name in _METHODS:

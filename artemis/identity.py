@@ -13,11 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from .bank import BANK, find_bank
+from .bank import BANK, AdapterBank, find_bank
+from .errors import AdapterError, listed
 from .packed import packed_modules, sample, sample_of
+from .sources import is_at_hand
 
 #: How the samples of a base are marked of which some were held in fp16.
 _FP16 = "float16:"
+#: Name -> shape and sample of a tensor.
+Facts = dict[str, tuple[tuple[int, ...], torch.Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -56,20 +60,41 @@ class BaseIdentity:
 
 def identify(model: nn.Module, heads: tuple[str, ...]) -> BaseIdentity:
     """Describe the base of `model`; `heads`, which train, count towards its size only."""
-    named = {n: p for n, p in model.named_parameters() if not n.startswith(f"{BANK}.")}
+    values = _as_injected(facts(model), find_bank(model))
+    parameters = sum(prod(shape) for shape, _ in values.values())
     trained = tuple(f"{head}." for head in heads)
-    tensors = named | _originals(model)
-    packed = _packed(model)
-    values = {name: (tuple(t.shape), sample(t)) for name, t in tensors.items()} | packed
     values = {n: v for n, v in sorted(values.items()) if not n.startswith(trained)}
+    if away := [name for name, (_, numbers) in values.items() if numbers is None]:
+        raise AdapterError(
+            f"{listed(away)}: the numbers, by which an adapter knows its base, are not here (on the"
+            " meta device, or sharded); load the weights first"
+        )
     return BaseIdentity(
         class_name=type(model).__name__,
         name=str(getattr(getattr(model, "config", None), "_name_or_path", "") or ""),
-        parameters=sum(p.numel() for p in named.values())
-        + sum(prod(shape) for shape, _ in packed.values()),
+        parameters=parameters,
         fingerprint=_fingerprint(values),
         samples=_text([numbers for _, numbers in values.values()]),
     )
+
+
+def facts(model: nn.Module) -> Facts:
+    """Shape and sample of each tensor of the base by name; None: its numbers are not here."""
+    named = {n: p for n, p in model.named_parameters() if not n.startswith(f"{BANK}.")}
+    tensors = named | _originals(model)
+    values = {n: (tuple(t.shape), sample(t) if is_at_hand(t) else None) for n, t in tensors.items()}
+    return values | {n: (s, v if is_at_hand(v) else None) for n, (s, v) in _packed(model).items()}
+
+
+def _as_injected(values: Facts, bank: AdapterBank | None) -> Facts:
+    """Of the tensors that the base had at injection those of now; where they are gone, of then.
+
+    So it is the same base after it was offloaded or sharded, and under another adapter.
+    """
+    if bank is None:
+        return values
+    here = {name: fact for name, fact in values.items() if fact[1] is not None}
+    return {name: here.get(name, fact) for name, fact in bank.base.items()}
 
 
 def _packed(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.Tensor]]:

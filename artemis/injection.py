@@ -9,8 +9,10 @@ from .bank import BANK, AdapterBank, find_bank
 from .config import HybridAdapterConfig
 from .errors import AdapterError, listed
 from .groups import InputGroup, Shelf
-from .layers import adapt, has_own_tensors, restore
+from .identity import facts
+from .layers import adapt, has_own_forward, has_own_tensors, restore
 from .norms import hold_statistics, release_statistics
+from .output_head import hang_hooks
 from .packed import packed_modules
 from .plan import Plan, SiteSpec
 from .quantized_layers import LayerWeight
@@ -24,6 +26,7 @@ def inject(model: nn.Module, config: HybridAdapterConfig, plan: Plan) -> Adapter
     """
     _check_injection(model, plan)
     bank = AdapterBank(config, plan)
+    bank.base = facts(model)
     weight = _first_weight(model, plan)
     bank.to(weight.device, weight.dtype if config.adapter_dtype == "model" else torch.float32)
     seeds = _seeds(config, plan)
@@ -38,8 +41,7 @@ def inject(model: nn.Module, config: HybridAdapterConfig, plan: Plan) -> Adapter
     _group(model, plan)
     _freeze(model, bank)
     hold_statistics(model, bank.heads)
-    if (head := architectures.output_head(model)) is not None:
-        bank.head_hook = head.register_forward_pre_hook(_row_after_row)
+    bank.head_hooks = hang_hooks(model)
     model.add_module(BANK, bank)
     return bank
 
@@ -50,15 +52,13 @@ def eject(model: nn.Module) -> None:
     Modules are known by their site, not by their path, where another may stand by now.
     """
     bank = find_bank(model)
-    sites = {id(site) for site in bank.sites.values()}
-    for module in list(model.modules()):
-        if id(vars(module).get("adapter")) in sites:
-            restore(module)
+    for module in _adapted(model).values():
+        restore(module)
     for site in bank.sites.values():
         if site.spec.kind == "block":
             site.hook.remove()
-    if bank.head_hook is not None:
-        bank.head_hook.remove()
+    for hook in bank.head_hooks:
+        hook.remove()
     delattr(model, BANK)
     release_statistics(model)
     trained = set(bank.trained_before)
@@ -66,16 +66,22 @@ def eject(model: nn.Module) -> None:
         parameter.requires_grad_(name in trained)
 
 
-def _row_after_row(head: nn.Module, args: tuple) -> tuple | None:
-    """A forward pre-hook: the head's input without gaps between its rows, in strides too.
+def check_removable(model: nn.Module) -> None:
+    """Raise `AdapterError` where a forward of their own would go on calling the adapter."""
+    held = [path for path, module in _adapted(model).items() if has_own_forward(module)]
+    if held:
+        raise AdapterError(
+            f"{listed(held)}: each carries a forward of its own since the adapter was added (as"
+            " accelerate's dispatch_model sets it), which would go on calling the adapter; take"
+            " that off first (accelerate.hooks.remove_hook_from_submodules)"
+        )
 
-    Generation hands over the last token's states alone, a view; for such a view torch multiplies
-    by a weight that no longer trains in a batched product, and copies the whole weight for it.
-    """
-    if not args:
-        return None  # called by keywords
-    x, *rest = args
-    return x.reshape(-1, x.shape[-1]).contiguous().view(x.shape), *rest
+
+def _adapted(model: nn.Module) -> dict[str, nn.Module]:
+    """Path -> each linear layer that has an adapter of the model's, wherever it stands."""
+    sites = {id(site) for site in find_bank(model).sites.values()}
+    modules = model.named_modules()
+    return {path: module for path, module in modules if id(vars(module).get("adapter")) in sites}
 
 
 def check_free(model: nn.Module) -> None:
@@ -89,6 +95,7 @@ def check_free(model: nn.Module) -> None:
 def _check_injection(model: nn.Module, plan: Plan) -> None:
     """Raise `AdapterError` where the modules of `plan` cannot be adapted as they stand."""
     check_free(model)
+    _check_loaded(model)
     for spec in plan.sites:
         module = model.get_submodule(spec.path)
         if "forward" in vars(module):
@@ -107,6 +114,16 @@ def _check_injection(model: nn.Module, plan: Plan) -> None:
         )
     for head in plan.heads:
         _check_head(model, head)
+
+
+def _check_loaded(model: nn.Module) -> None:
+    """Refuse a base without values, except where nothing is to have any: `torch.device("meta")`."""
+    names = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if names and torch.get_default_device().type != "meta":
+        raise AdapterError(
+            f"{listed(names)}: on the meta device, not loaded yet or offloaded; load the weights"
+            " before, and offload after the adapter was added"
+        )
 
 
 def _check_weight(path: str, weight: torch.Tensor | LayerWeight) -> None:

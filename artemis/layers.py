@@ -101,8 +101,18 @@ def adapt(module: nn.Module, site: Site) -> None:
 
 def restore(module: nn.Module) -> None:
     """Turn an adapted layer back into what it was."""
+    vars(module).pop("forward", None)  # the class's own at most, see `has_own_forward`
     module.__class__ = _plain(type(module))
     del module.adapter
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether the layer carries another forward than its class's, as accelerate sets it.
+
+    Taking its hooks off, accelerate leaves the class's, bound, with the layer.
+    """
+    own = vars(module).get("forward")
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
 def _plain(cls: type[nn.Module]) -> type[nn.Module]:

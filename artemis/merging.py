@@ -10,6 +10,7 @@ from .errors import AdapterError, listed
 from .layers import adapted_module, check_in_place, weight_of
 from .packed import is_packed
 from .sites import Site
+from .sources import is_at_hand
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ def unmerge_adapter(model: nn.Module) -> None:
     lost = [site.spec.path for site, place in zip(merged, places, strict=True) if place is None]
     if lost:
         raise AdapterError(
-            f"{listed(lost)}: replaced, pruned, normed or parametrized since the adapter was"
-            " merged, so that the base's own weight cannot be put back; undo that first"
+            f"{listed(lost)}: replaced, pruned, normed, parametrized or offloaded since the adapter"
+            " was merged, so that the base's own weight cannot be put back; undo that first"
         )
     for site, place in zip(merged, places, strict=True):
         for name, tensor in site.original.items():
@@ -86,6 +87,7 @@ def _parameters(model: nn.Module, site: Site) -> dict[str, nn.Parameter] | None:
     """Where the parameters that folding changed are; None: they are not there any more."""
     module = adapted_module(model, site)
     known = module is not None and site.original.keys() <= module._parameters.keys()
+    known = known and all(is_at_hand(module._parameters[name]) for name in site.original)
     return module._parameters if known else None
 
 
@@ -103,6 +105,8 @@ def check_unmerged(model: nn.Module) -> None:
 def _why_not(model: nn.Module, module: nn.Module, site: Site) -> str | None:
     if site.spec.kind == "block":
         return "it acts on the output of a whole block"
+    if not is_at_hand(module._parameters.get("weight")):
+        return "its weight is brought for each call (offloaded, or sharded)"
     if is_packed(module):
         return f"the weight is quantized ({module.packing.format}): folding would round it again"
     if not module.weight.is_floating_point():

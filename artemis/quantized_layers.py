@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from artemis_kernels import FrozenAdapter, FrozenLinear, QuantizedWeight, quantized_linear
 
+from .errors import AdapterError
 from .packed import Packed, Packing, held, hold, packed_modules, parts_of, sample_of
 from .sources import Source, is_captured, sources_of, takes_constants, unchanged
 
@@ -27,6 +28,13 @@ class LayerWeight(QuantizedWeight):
 
     #: What the layer's weight would have if it were not packed.
     dtype: torch.dtype = torch.float32
+
+    def __getitem__(self, _: object) -> torch.Tensor:
+        raise AdapterError(
+            f"a weight in {self.format} has no rows to read, which a loss that multiplies by the"
+            " output head's weight itself wants (TRL's in pieces): leave the head as it is"
+            " (include_head=False)"
+        )
 
 
 class _PackedLayer(Packed):

@@ -80,6 +80,8 @@ class Site:
     #: Modules that are computed together with this one, and this one's place among them.
     group: "InputGroup | None" = field(default=None, repr=False)
     place: int = field(default=0, repr=False)
+    #: Of an output head: whether it ran where gradients are taken (`output_head`).
+    called: bool = field(default=False, init=False, repr=False)
     #: What was worked out for inference; no part of a copy.
     frozen: Frozen | None = field(default=None, init=False, repr=False)
     member: int = field(init=False, repr=False)
@@ -150,7 +152,7 @@ class LoRASite(Site):
             self._factor(config.scaling_factor, tensors.get("gain")),
             bias=bias,
             impl=config.impl,
-            **self._mask(config.lora_dropout, training, x),
+            **self._mask(self.bank.lora_dropout.p, training, x),
         )
 
     def constants(self) -> tuple:
@@ -172,7 +174,7 @@ class LoRASite(Site):
 
     def can_join(self, training: bool) -> bool:
         """Whether one operation may serve all modules that read this one's input."""
-        return self._shares_mask(self.bank.config.lora_dropout, training)
+        return self._shares_mask(self.bank.lora_dropout.p, training)
 
     def linear_group(
         self,
@@ -193,7 +195,7 @@ class LoRASite(Site):
             [self._factor(config.scaling_factor, t.get("gain")) for t in tensors],
             biases=biases,
             impl=config.impl,
-            **self._group_mask(config.lora_dropout, training, x),
+            **self._group_mask(self.bank.lora_dropout.p, training, x),
         )
 
 
@@ -216,7 +218,7 @@ class BottleneckSite(Site):
             activation=config.activation,
             scale=self._factor(config.adapter_scale, tensors.get("gain")),
             impl=config.impl,
-            **self._mask(config.adapter_dropout, training, x),
+            **self._mask(self.bank.adapter_dropout.p, training, x),
         )
 
     def constants(self) -> tuple:
@@ -250,7 +252,7 @@ class BottleneckSite(Site):
         What is shared shows in the backward; where none will come, modules stay on their own. In
         training one comes even to a pass without gradients: checkpointing's first.
         """
-        shares = self._shares_mask(self.bank.config.adapter_dropout, training)
+        shares = self._shares_mask(self.bank.adapter_dropout.p, training)
         return shares and (training or torch.is_grad_enabled())
 
     def linear_group(
@@ -275,7 +277,7 @@ class BottleneckSite(Site):
             activation=config.activation,
             scales=[self._factor(config.adapter_scale, t.get("gain")) for t in tensors],
             impl=config.impl,
-            **self._group_mask(config.adapter_dropout, training, x),
+            **self._group_mask(self.bank.adapter_dropout.p, training, x),
         )
 
 
@@ -322,7 +324,7 @@ class BlockSite(Site):
             activation=config.activation,
             scale=self._factor(config.adapter_scale, tensors.get("gain")),
             impl=config.impl,
-            **self._mask(config.adapter_dropout, training, x),
+            **self._mask(self.bank.adapter_dropout.p, training, x),
         )
 
 

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -195,6 +196,46 @@ def test_a_write_that_torch_does_not_count_is_told(told, ready):
         parameter.data.mul_(2.0)
     told(model)
     assert_fresh(model, ids)
+
+
+@torch.no_grad()
+def written_through_data(model, share: float):
+    """As TRL has a reference model follow the policy: torch counts no such change."""
+    for name, parameter in model.named_parameters():
+        if "hybrid_adapter" in name:
+            parameter.data.mul_(1 - share).add_(torch.randn_like(parameter), alpha=share)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.01])
+def test_a_pass_over_several_positions_sees_what_torch_does_not_count(share, ready):
+    """And with it the tokens that are decoded after it."""
+    model, ids = ready
+    before = logits(model, ids)
+    written_through_data(model, share)
+    assert not torch.equal(logits(model, ids), before)
+    assert_fresh(model, ids)
+    assert_fresh(model, ids[:, :1])
+
+
+def test_a_shared_tensor_written_so_is_cast_anew(ready):
+    """Also for a layer that has no constants yet, where another one's cast lies ready."""
+    model, ids = adapted(llama().bfloat16()), tokens()
+    logits(model, ids)
+    written_through_data(model, 1.0)
+    model.hybrid_adapter.sites["model.layers.0.self_attn.q_proj"].frozen = None
+    wanted = logits(copy.deepcopy(model), ids)
+    assert torch.equal(logits(model, ids), wanted)
+
+
+@pytest.mark.parametrize("positions, kept", [(1, True), (2, False)])
+def test_a_gpu_is_not_waited_for(positions, kept, ready, monkeypatch):
+    """Its numbers are not looked at; so nothing is kept through several positions."""
+    layer = ready[0].model.layers[0].mlp.gate_proj
+    monkeypatch.setattr(frozen, "takes_constants", lambda module, x: True)
+    x = torch.randn(2, positions, 32)
+    on_gpu = SimpleNamespace(dtype=x.dtype, shape=x.shape, dim=x.dim, is_cuda=True)
+    assert (frozen._ready(layer, on_gpu, layer.adapter) is not None) == kept
+    assert (layer.adapter.frozen is not None) == kept
 
 
 def test_loading_other_parameters(ready, tmp_path):

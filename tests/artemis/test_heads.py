@@ -115,7 +115,7 @@ def test_a_head_that_may_be_new_and_stays_frozen_is_warned_of(cls, config, unkno
         model = cls(cls.config_class(**config))
     target = next(p for p, m in model.named_modules() if type(m) is nn.Linear)
     config = HybridAdapterConfig(target_modules=[target], apply_lora_to=[])
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught, torch.device("meta"):
         warnings.simplefilter("always")
         add_hybrid_adapter_to_model(model, config)
     texts = [str(warning.message) for warning in caught]
@@ -124,7 +124,7 @@ def test_a_head_that_may_be_new_and_stays_frozen_is_warned_of(cls, config, unkno
         assert f"{cls.__name__}: {unknown}, beside the base model, will stay frozen" in texts[0]
         assert caught[0].filename == __file__
         model.remove_adapter()
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("error")
             adapted(model, fill=False, target_modules=[target], apply_lora_to=[],
                     modules_to_save=[])  # fmt: skip

@@ -1,9 +1,12 @@
 """The bank: what is shared, what is own, prefixes, and dropout masks shared by readers."""
 
+import copy
 import dataclasses
+import pickle
 
 import pytest
 import torch
+from torch import nn
 
 from artemis.architectures import input_of
 from artemis.bank import AdapterBank
@@ -172,6 +175,23 @@ def test_without_dropout_nothing_is_drawn():
     state = torch.get_rng_state()
     model(ids)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    "how", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+)
+def test_dropout_is_switched_off_with_all_of_the_model(how):
+    """As TRL does it before it trains (`disable_dropout`); the grouped and the single ones."""
+    model, ids = adapted(llama(), lora_dropout=0.3, adapter_dropout=0.3), tokens()
+    wanted, names = model.eval()(ids).logits, model.state_dict().keys()
+    model = how(model).train()
+    assert not torch.allclose(model(ids).logits, wanted, rtol=1e-3)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0
+    torch.testing.assert_close(model(ids).logits, wanted, rtol=1e-4, atol=1e-4)
+    assert not drawn_seeds(model, {"input_ids": ids})
+    assert model.state_dict().keys() == names
 
 
 def test_every_training_forward_draws_new_masks():
