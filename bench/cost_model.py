@@ -152,25 +152,33 @@ def hybrid_step(gpu: Gpu, rows: int, format: str) -> float:
     for place, (k, outs) in enumerate(BLOCK):
         seconds += artemis(gpu, Case("", rows, k, outs, dropout=False))
         for index, n in enumerate(outs):
-            if format != "16-bit":
-                seconds += gpu.product(rows, k, n, format, rounded=index > 0)
-                seconds -= gpu.product(rows, k, n)
-                seconds += gpu.product(rows, n, k, format, back=True) - gpu.product(rows, n, k)
+            seconds += over_packed(gpu, rows, k, n, format, rounded=index > 0)
             if place >= 2:  # D W, and dD through Wᵀ
                 seconds += 2 * gpu.product(WIDTH, n, k)
     return seconds
 
 
+def over_packed(
+    gpu: Gpu, rows: int, k: int, n: int, format: str, rounded: bool = False
+) -> float:  # fmt: skip
+    """Seconds that a layer's two products take longer by a weight in that format; below 0: less."""
+    if format == "16-bit":
+        return 0.0
+    there = gpu.product(rows, k, n, format, rounded=rounded) - gpu.product(rows, k, n)
+    return there + gpu.product(rows, n, k, format, back=True) - gpu.product(rows, n, k)
+
+
+def layer(gpu: Gpu, rows: int, k: int, n: int, format: str) -> float:
+    """LoRA's forward over one layer: a launch and its own few bytes more than the product."""
+    return gpu.product(rows, k, n, format) + gpu.passes(2 * rows * k + 4 * RANK * (k + n))
+
+
 def forward(gpu: Gpu, rows: int, format: str, adapters: bool) -> float:
-    """A block's products forward; with LoRA each takes a launch and its own few bytes more."""
-    seconds = 0.0
-    for k, outs in BLOCK:
-        for n in outs:
-            seconds += gpu.product(rows, k, n, format)
-            seconds += gpu.passes(2 * rows * k + 4 * RANK * (k + n)) if adapters else 0.0
-    return seconds
+    """A block's products forward."""
+    one = layer if adapters else Gpu.product
+    return sum(one(gpu, rows, k, n, format) for k, outs in BLOCK for n in outs)
 
 
-def decode(gpu: Gpu, format: str) -> float:
-    """A block's products of one row, its inputs' low-rank parts read at once: six launches more."""
-    return forward(gpu, 1, format, adapters=False) + 6 * LAUNCH
+def decode(gpu: Gpu, format: str, rows: int = 1) -> float:
+    """A block's products of a few rows, its inputs' low-rank parts read at once: six launches."""
+    return forward(gpu, rows, format, adapters=False) + 6 * LAUNCH

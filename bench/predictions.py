@@ -23,6 +23,8 @@ _LAYERS = (
     ("q, k, v of Llama 3 8B", 4096, (4096, 1024, 1024)),
     ("q, k, v of Llama 3 70B", 8192, (8192, 1024, 1024)),
 )
+PACKED_ROWS = (1, 16, 64, 240, 512, 2048, 8192)
+TRAINING_ROWS = (1024, 2048, 8192, 32768)
 CASES = tuple(
     Case(name, rows, k, outs, dropout)
     for name, k, outs in _LAYERS
@@ -57,7 +59,7 @@ def training(records: list[dict[str, Any]]) -> str:
                 for format in bases.values()
             ],
         )
-        for count in (1024, 2048, 8192, 32768)
+        for count in TRAINING_ROWS
     ]
     return _table("rows a step", columns, rows)
 
@@ -75,7 +77,7 @@ def packed(records: list[dict[str, Any]]) -> str:
     """Speed on an H200 of a block's products with LoRA over a packed base, of the bare 16-bit."""
     (gpu,) = (gpu for gpu in GPUS if gpu.name == "H200")
     rows = []
-    for count in (1, 16, 64, 240, 512, 2048, 8192):
+    for count in PACKED_ROWS:
         plain = forward(gpu, count, "16-bit", adapters=False)
         ratios = [plain / forward(gpu, count, format, adapters=True) for format in FORMATS]
         rows.append((f"{count:,}", ratios))

@@ -50,7 +50,7 @@ def table(records: list[Record]) -> str:
     for rows in machines.values():
         lines = [line for key in sorted(rows, key=_order) for line in _lines(key, rows[key])]
         head = heads[next(reversed(rows.values()))["run"]]
-        commit = (head["commit"] or "unknown")[:12] + " with changes" * head["dirty"]
+        commit = (head["commit"] or "unknown")[:12] + " with changes" * bool(head["dirty"])
         where = f"{head['table']}, torch {head['versions']['torch']}; commit `{commit}`"
         parts.append(_HEADER + "\n".join(lines) + f"\n\n{where}, {head['time'][:10]}.\n")
     return "\n".join(parts)

@@ -1,5 +1,6 @@
 """What a measurement depends on: the processor, the versions, the state of the source."""
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -18,7 +19,9 @@ _DECISIVE_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", 
 #: What `allocator` of a run says of the malloc that its times were taken with.
 KEEPS, AS_IT_COMES = "keeps freed memory", "as it comes"
 #: Where a change makes another measurement: not in tests, documents and results.
-_CODE = (":/artemis", ":/artemis_kernels", ":/bench", ":(top,exclude)bench/results")
+_PLACES = ("artemis", "artemis_kernels", "bench")
+_CODE = (*(f":/{place}" for place in _PLACES), ":(top,exclude)bench/results")
+_CODE_FILES = (".py", ".c", ".h")
 
 
 class Identity(NamedTuple):
@@ -32,7 +35,7 @@ class Identity(NamedTuple):
 
 
 def facts(keeps_memory: bool = False) -> dict[str, Any]:
-    """Machine, versions and commit, as plain values for a JSON line.
+    """Machine, versions, commit and hash of the code, as plain values for a JSON line.
 
     `keeps_memory`: what is timed keeps what it frees (`artemis.training.keep_freed_memory`).
     """
@@ -91,15 +94,27 @@ def versions() -> dict[str, str]:
 
 
 def source() -> dict[str, Any]:
-    """Commit, and whether any code of the packages or of `bench` differs from it, or is new.
+    """Commit, whether any code of the packages or of `bench` differs from it, or is new; its hash.
 
-    None and False where the package is installed, not a git checkout of its own.
+    Commit and difference are None where nothing is known: a package that is installed, or copied
+    without git.
     """
-    package = Path(__file__).resolve().parent.parent
+    package, code = Path(__file__).resolve().parent.parent, code_hash()
     if _git("ls-files", "--error-unmatch", str(package / "__init__.py")) is None:
-        return {"commit": None, "dirty": False}
+        return {"commit": None, "dirty": None, "code": code}
     changed = _git("status", "--porcelain", "--", *_CODE)
-    return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(changed)}
+    return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(changed), "code": code}
+
+
+def code_hash(root: Path | None = None) -> str:
+    """A short hash of the code in `root`, names and contents: equal where the code is."""
+    root = root or Path(__file__).resolve().parent.parent.parent
+    found = hashlib.sha256()
+    for path in sorted(path for name in _PLACES for path in (root / name).rglob("*")):
+        if path.suffix in _CODE_FILES:
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+            found.update(f"{path.relative_to(root).as_posix()} {content}\n".encode())
+    return found.hexdigest()[:12]
 
 
 def identity(facts: dict[str, Any]) -> Identity:

@@ -11,6 +11,7 @@ import torch
 
 import artemis_kernels
 
+from ..out_of_memory import is_out_of_memory
 from . import packed
 from .inference import at_inference, weight_of
 from .operations import (
@@ -86,9 +87,12 @@ def prepare(
             continue
         learns, own = ("x",) if name == "bare" else LEARN, OWN_TENSORS.get(name, dict)(tensors)
         try:
-            calls[name] = _call(run, own, work.which, learns)
+            call = _call(run, own, work.which, learns)
+            call()  # with the dropout that a peer was checked without
         except failures as failure:
             rows[name]["gate"] = _failed(failure)
+        else:
+            calls[name] = call
     return Prepared(tensors, weights, ways[work.dropout], rows, calls)
 
 
@@ -154,7 +158,10 @@ def _checked(
 
 
 def _failed(failure: Exception) -> Record:
-    return Verdict(None, f"{type(failure).__name__}: {failure}"[:300]).to_dict()
+    """`passed` is None where memory ran out: what did not run is not known to be wrong."""
+    verdict = Verdict(None, f"{type(failure).__name__}: {failure}"[:300]).to_dict()
+    no_memory = is_out_of_memory(failure) or "out of memory" in str(failure)  # Triton's, cuBLAS'
+    return verdict | {"passed": None} if no_memory else verdict
 
 
 def _call(run: Run, tensors: Tensors, which: str, learns: tuple[str, ...]) -> Callable[[], object]:

@@ -89,13 +89,13 @@ class Timer:
 def captured(call: Callable[[], object]) -> Callable[[], object] | None:
     """The call as a CUDA graph, or None where it cannot be captured."""
     stream, before = torch.cuda.Stream(), torch.cuda.current_stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     try:
+        stream.wait_stream(before)
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                call()
+        torch.cuda.synchronize()
         with torch.cuda.graph(graph):
             call()
     except RuntimeError:

@@ -88,10 +88,6 @@ def _tuned(
 
         tiled = tiles.search(calls, path, chip, device, rounds=rounds, progress=progress)
         tables.reload()
-    cases = tuple(dict.fromkeys(case for members in calls for case in members))
-    real = search.Measured(device, rounds)
-    found = search.strategies(
-        cases, path, chip, usual=real.usual, measure=real.measure, rounds=rounds, progress=progress
-    )
+    found = search.of_calls(calls, path, chip, device, rounds=rounds, progress=progress)
     tables.reload()
     return {"strategies": found, "tiles": tiled}

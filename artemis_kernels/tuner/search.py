@@ -1,7 +1,7 @@
 """Search for strategies: time what a table lacks, keep what wins, write after every case."""
 
 import time
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -17,6 +17,18 @@ from .workload import Workload
 Times = dict[Hashable, list[float]]
 #: Times the named strategies of a case; the first is the usual one.
 Measure = Callable[[Case, tuple[str, ...]], Times]
+
+
+def of_calls(
+    calls: Iterable[Sequence[Case]], path: Path, chip: Chip | None, device: torch.device, *,
+    rounds: int, progress: bool,
+) -> dict[str, dict]:  # fmt: skip
+    """Entries of the strategies of every case of `calls`, in the table at `path` too."""
+    cases = tuple(dict.fromkeys(case for members in calls for case in members))
+    real = Measured(device, rounds)
+    return strategies(
+        cases, path, chip, usual=real.usual, measure=real.measure, rounds=rounds, progress=progress
+    )
 
 
 def strategies(

@@ -6,9 +6,11 @@
 3. by the compiled artefact: none, registers that spill, memory of a program beyond the chip's.
 """
 
+import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +23,7 @@ from ..core import tables, tiling, tuning
 from ..core.device import Chip
 from ..core.strategies import Case
 from ..core.tiling import Config, Shape, whole_rank
-from . import launches, lookups, timing
+from . import compilers, launches, lookups, timing
 from .search import entry
 
 MOST_COMPILED = 24  # of one kernel and shape, the best by the cost model
@@ -81,22 +83,39 @@ class Resources(NamedTuple):
 
 def search(
     calls: Iterable[Sequence[Case]], path: Path, chip: Chip, device: torch.device, *, rounds: int,
-    progress: bool,
+    progress: bool, workers: int | None = None, most: int = MOST_COMPILED,
 ) -> dict[str, dict]:  # fmt: skip
-    """Entries of the tiles of every kernel that `calls` launch, in the table at `path` too."""
+    """Entries of the tiles of every kernel that `calls` launch, in the table at `path` too.
+
+    `workers`: processes that compile, as many as there are cores unless given; one is this process.
+    """
 
     def measure(kernel: str, shape: Shape, configs: list[Config]) -> dict[Config, list[float]]:
         launch = launches.launcher(kernel, shape, chip, _operands(device))
         runs = {config: lambda turn, config=config: launch(config) for config in configs}
         return timing.in_turns(runs, rounds, device)
 
-    def resources(kernel: str, shape: Shape, config: Config) -> Resources:
-        return compiled_resources(kernel, shape, config, chip)
+    workers = compilers.usable_cores() if workers is None else workers
+    with _compiling(chip, workers) as (resources, mapped):
+        return tune_each(
+            lookups.of_calls(calls, chip), path, chip, resources=resources, measure=measure,
+            rounds=rounds, progress=progress, mapped=mapped, most=most,
+        )  # fmt: skip
 
-    return tune_each(
-        lookups.of_calls(calls, chip), path, chip, resources=resources, measure=measure,
-        rounds=rounds, progress=progress,
-    )  # fmt: skip
+
+@contextlib.contextmanager
+def _compiling(chip: Chip, workers: int) -> Iterator[tuple[Callable, Callable]]:
+    """The `resources` and `mapped` of `tune_each`."""
+    if workers == 1:
+        yield lambda *what: compiled_resources(*what, chip), map
+        return
+    with compilers.side_by_side(chip, workers) as (compile_one, mapped):
+
+        def resources(kernel: str, shape: Shape, config: Config) -> Resources | None:
+            found = compile_one(kernel, shape, config)
+            return found and Resources(*found)
+
+        yield resources, mapped
 
 
 def tune_each(
@@ -104,38 +123,46 @@ def tune_each(
     path: Path,
     chip: Chip,
     *,
-    resources: Callable[[str, Shape, Config], Resources],
+    resources: Callable[[str, Shape, Config], Resources | None],
     measure: Callable[[str, Shape, list[Config]], dict[Config, list[float]]],
     rounds: int,
     progress: bool,
+    mapped: Callable = map,
+    most: int = MOST_COMPILED,
 ) -> dict[str, dict]:
     """Entries of `wanted` by key; the table is written after each that it lacked.
 
     An entry whose default is no longer today's is measured anew, as dispatch has left it.
-    `resources` raises one of Triton's errors for tiles that it makes no code of; default tiles that
-    do not run leave nothing to compare with, and no entry.
+    `resources` raises one of Triton's errors, or gives None, for tiles that it makes no code of;
+    default tiles that do not run leave nothing to compare with, and no entry. `mapped` calls it, as
+    `map` would, but may be ahead of what is read; `most`: how many are compiled beside the default.
     """
-    found = tables.read(path, chip)
-    for kernel, shape in tqdm(wanted, "tiles", disable=None if progress else True):
-        key = f"{kernel} {shape.bucket.key}"
+    found, asked = tables.read(path, chip), []
+    for kernel, shape in wanted:
         usual = tiling.heuristic(kernel, shape.bucket, chip)
-        if key in found["tiles"] and found["tiles"][key]["usual"] == asdict(usual):
-            continue
-        if not _runs(_needed(resources, kernel, shape, usual), chip):
+        if found["tiles"].get(_key(kernel, shape), {}).get("usual") != asdict(usual):
+            others = [config for config in likely(kernel, shape, chip)[:most] if config != usual]
+            needed = mapped(partial(_needed, resources, kernel, shape), [usual, *others])
+            asked.append((kernel, shape, [usual, *others], needed))
+    for kernel, shape, (usual, *others), needed in tqdm(
+        asked, "tiles", disable=None if progress else True
+    ):
+        key = _key(kernel, shape)
+        if not _runs(next(needed), chip):
             warnings.warn(f"tune: default tiles of {key!r} do not run on {chip.name}", stacklevel=2)
             continue
-        configs = [usual] + [
-            config
-            for config in likely(kernel, shape, chip)
-            if config != usual and _fits(_needed(resources, kernel, shape, config), chip)
-        ]
-        times = measure(kernel, shape, configs)
+        fitting = [config for config, one in zip(others, needed, strict=True) if _fits(one, chip)]
+        times = measure(kernel, shape, [usual, *fitting])
         chosen = timing.winner(times, usual)
         ms = {"chosen": times[chosen], "usual": times[usual]}
         found["tiles"][key] = entry(asdict(chosen), asdict(usual), ms, rounds)
         tables.write(path, found)
-    asked = {f"{kernel} {shape.bucket.key}" for kernel, shape in wanted}
-    return {key: one for key, one in found["tiles"].items() if key in asked}
+    keys = {_key(kernel, shape) for kernel, shape in wanted}
+    return {key: one for key, one in found["tiles"].items() if key in keys}
+
+
+def _key(kernel: str, shape: Shape) -> str:
+    return f"{kernel} {shape.bucket.key}"
 
 
 def likely(kernel: str, shape: Shape, chip: Chip) -> list[Config]:
@@ -227,7 +254,10 @@ def compiled_resources(kernel: str, shape: Shape, config: Config, chip: Chip) ->
 
 
 def _needed(
-    resources: Callable[[str, Shape, Config], Resources], kernel: str, shape: Shape, config: Config
+    resources: Callable[[str, Shape, Config], Resources | None],
+    kernel: str,
+    shape: Shape,
+    config: Config,
 ) -> Resources | None:
     """None where Triton makes no code of these tiles."""
     try:

@@ -28,7 +28,7 @@ class Workload(NamedTuple):
 
 
 def workloads(tiny: bool) -> Iterator[Workload]:
-    """q, k, v and gate, up of Llama 3 8B and Llama 2 7B; trained, forward and all gradients.
+    """q, k, v and gate, up of Llama 3 8B, 70B and Llama 2 7B; trained, forward and all gradients.
 
     Bottlenecks are folded at these sizes: the group shares its shrink and its sum over x.
     """
@@ -41,7 +41,9 @@ def workloads(tiny: bool) -> Iterator[Workload]:
         yield Workload("lora", 8192, 4096, (4096, 4096, 4096), 16, dropout)
     for dropout in (0.0, 0.1):
         yield Workload("bottleneck", 8192, 4096, (11008, 11008), 64, dropout)
-    yield Workload("lora", 1024, 4096, (4096, 1024, 1024), 16, 0.1)
+    for rows, k in ((1024, 4096), (8192, 8192), (1024, 8192)):  # Llama 3 8B and 70B
+        for dropout in (0.1, 0.0):
+            yield Workload("lora", rows, k, (k, 1024, 1024), 16, dropout)
 
 
 class Operands(NamedTuple):

@@ -2,13 +2,14 @@
 
 The arms are those of `artemis.benchmark.arms`, over a base in 16 and in 8 bits, and the frozen
 floor. Weights and tokens are random. Adapters pass the gate of `artemis bench` before they are
-timed; a ratio is formed within a round; memory is each arm's own.
+timed; a ratio is formed within a round; memory is each arm's own. What Python costs is told apart:
+a step's row says how long the GPU was busy, a token is timed as a CUDA graph.
 """
 
 import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,6 +20,9 @@ from artemis.benchmark.timer import Timer
 from artemis.benchmark.turns import Spread
 
 from ..floors import stop_gradients_before_attention
+from . import decoding
+from .busy import busy_ms
+from .decoding import Token
 from .failures import FAILURES, failure, out_of_memory
 
 TRAINING = ("full-autocast", "full-bf16", "floor", "peft", "hybrid", "hybrid-int8")
@@ -29,72 +33,155 @@ _CHECKED_TOKENS = 64  # of each sequence
 Row = dict[str, Any]
 
 
-def models(device: torch.device, tiny: bool, rounds: int) -> Iterator[Row]:
-    """A row for every model and arm.
+class _Entered(NamedTuple):
+    """An arm that passed the gate: its step, its verdict, and the bytes that it holds."""
 
-    Training: 8,192 and 1,024 tokens of Llama 2 7B's width, two layers of it, then Llama 3.2 1B.
-    Decoding: one token after a prompt, adapters unmerged.
+    step: TrainingStep
+    verdict: Row
+    held: int
+
+
+def models(device: torch.device, tiny: bool, rounds: int) -> Iterator[Row]:
+    """A row for every model, batch and arm.
+
+    Training: 1,024 to 32,768 tokens of Llama 2 7B's width, two layers of it, then Llama 3.2 1B.
+    Decoding: one token after each of one or 16 prompts, adapters unmerged.
     """
-    for (workload, arms), cell in _cells(tiny):
+    for (workload, arms), cell, batches in cells(tiny):
         present = [arm for arm in arms if arm not in ARMS or ARMS[arm].installed]
         if rounds == 1 and not tiny:  # a rehearsal, for kernels: ours, and one layer has them all
             present = [arm for arm in present if arm.startswith(OURS)]
             cell = replace(cell, layers=1)
-        yield from _measured(workload, present, cell, device, rounds)
+        yield from _measured(workload, present, cell, batches, device, rounds)
 
 
-def _cells(tiny: bool) -> Iterator[tuple[tuple[str, tuple[str, ...]], Cell]]:
+def cells(
+    tiny: bool,
+) -> Iterator[tuple[tuple[str, tuple[str, ...]], Cell, tuple[int, ...]]]:
+    """What is done by which arms, on which model, and the batches that take turns with it."""
     train, decode = ("train", TRAINING), ("decode", DECODING)
     if tiny:
-        yield train, Cell("64x1", 1, 96, 2, 16, True)
-        yield decode, Cell("64x1", 1, 96, 1, 16, True)
+        yield train, Cell("64x1", 1, 96, 2, 16, True), (2, 1)
+        yield decode, Cell("64x1", 1, 96, 1, 16, True), (1,)
         return
-    for tokens, prompts in ((8, 1), (1, 16)):
-        yield train, Cell("llama-2-7b", 2, 4096, tokens, 1024, True)
-        yield decode, Cell("llama-2-7b", 2, 4096, prompts, 128, True)
-    yield train, Cell("llama-3.2-1b", 16, 32768, 4, 1024, True)
-    yield decode, Cell("llama-3.2-1b", 16, 32768, 1, 128, True)
+    yield train, Cell("llama-2-7b", 2, 4096, 8, 1024, True), (8, 1, 2, 32)
+    yield decode, Cell("llama-2-7b", 2, 4096, 1, 128, True), (1, 16)
+    yield train, Cell("llama-3.2-1b", 16, 32768, 4, 1024, True), (4,)
+    yield decode, Cell("llama-3.2-1b", 16, 32768, 1, 128, True), (1,)
 
 
 def _measured(
-    workload: str, arms: Sequence[str], cell: Cell, device: torch.device, rounds: int
-) -> list[Row]:
-    """A row for every arm, timed in turns; one after another where that does not go."""
-    try:
-        return _in_turns(workload, arms, cell, device, rounds)
-    except FAILURES as error:
-        if len(arms) == 1:
-            return [_about(workload, arms[0], cell) | failure(error)]
-    finally:
-        _free()
-    alone = (_measured(workload, [arm], cell, device, rounds) for arm in arms)
-    return [row for rows in alone for row in rows]
-
-
-def _in_turns(
-    workload: str, arms: Sequence[str], cell: Cell, device: torch.device, rounds: int
-) -> list[Row]:
-    """The same in one process's memory; an arm that fails leaves the others."""
+    workload: str, arms: Sequence[str], cell: Cell, batches: Sequence[int], device: torch.device,
+    rounds: int,
+) -> Iterator[Row]:  # fmt: skip
+    """A row for every batch and arm, timed in turns; one arm alone where they do not all fit."""
     timer = Timer(device, rounds, flush=False)  # a model's weights are past the cache
-    ready: dict[str, Prepared] = {}
-    rows = {arm: _about(workload, arm, cell) for arm in arms}
-    for arm, row in rows.items():
+    entered = _enter_all(workload, arms, cell, timer.on_gpu)
+    if entered is None:
+        _free()
+        for arm in arms:
+            yield from _measured(workload, [arm], cell, batches, device, rounds)
+        return
+    ready, failed = entered
+    yield from failed
+    for batch in batches:
+        yield from _in_turns(workload, ready, replace(cell, batch=batch), timer)
+
+
+def _enter_all(
+    workload: str, arms: Sequence[str], cell: Cell, on_gpu: bool
+) -> tuple[dict[str, _Entered], list[Row]] | None:
+    """Arms that may be timed, and a row for each other; None where memory does not hold all."""
+    ready, failed = {}, []
+    for arm in arms:
+        row, one = _about(workload, arm, cell), None
         try:
-            row |= _enter(ready, workload, arm, cell, timer.on_gpu)
+            one = _enter(workload, arm, cell, on_gpu)
         except FAILURES as error:
             if len(arms) > 1 and out_of_memory(error):
-                raise
+                return None
             row |= failure(error)
-    times = timer.interleaved({arm: prepared.run for arm, prepared in ready.items()})
-    for arm, prepared in ready.items():
-        spread = Spread.of([ms / prepared.count for ms in times[arm]])
-        rows[arm] |= {
+        if one is not None and one.verdict["passed"]:
+            ready[arm] = one
+            continue
+        failed.append(row if one is None else row | one.verdict)
+        del one
+        _free()
+    return ready, failed
+
+
+def _enter(workload: str, arm: str, cell: Cell, on_gpu: bool) -> _Entered:
+    """Prepare an arm and hold it to the gate."""
+    before = torch.cuda.memory_allocated() if on_gpu else 0
+    prepared = _prepared(workload, arm, cell)
+    verdict = _checked(workload, arm, cell, prepared)
+    if workload == "train" and verdict["passed"]:
+        prepared.run()  # an optimizer has its states after the first step
+    step = prepared.step
+    del prepared
+    _free()  # what building, packing and checking took is no part of a step
+    return _Entered(step, verdict, torch.cuda.memory_allocated() - before if on_gpu else 0)
+
+
+def _in_turns(workload: str, ready: dict[str, _Entered], cell: Cell, timer: Timer) -> Iterator[Row]:
+    """Rows of one batch; an arm that fails leaves the others."""
+    rows, calls = {}, {}
+    for arm, entered in ready.items():
+        rows[arm] = _about(workload, arm, cell) | entered.verdict
+        try:
+            calls[arm], rows[arm]["peak_gb"] = _warmed(workload, entered, cell, timer.on_gpu)
+        except FAILURES as error:
+            entered.step.model.zero_grad()
+            rows[arm] |= failure(error)
+    try:
+        times, more = _timed(workload, calls, timer)
+    except FAILURES as error:
+        yield from (row | failure(error) for row in rows.values())
+        return
+    for arm in calls:
+        spread = Spread.of(times[arm])
+        rows[arm] |= more[arm] | {
             "ms": spread.to_dict(),
             "tokens_per_second": rows[arm]["tokens"] / spread.p50 * 1e3,
-            "trained_parameters": prepared.step.trained_parameters,
+            "trained_parameters": ready[arm].step.trained_parameters,
             "speedup": _speedup(times, arm),
         }
-    return list(rows.values())
+    yield from rows.values()
+
+
+def _warmed(workload: str, entered: _Entered, cell: Cell, on_gpu: bool) -> tuple[Any, float | None]:
+    """The call that is timed, made twice, and the memory in GB that it takes at most."""
+    step = entered.step
+    step.batch = random_tokens(cell.vocabulary, cell.batch, cell.sequence).to(step.batch.device)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        others = torch.cuda.memory_allocated() - entered.held
+    call = Token(step) if workload == "decode" else step
+    for _ in range(2):
+        call()
+    return call, (torch.cuda.max_memory_allocated() - others) / 1e9 if on_gpu else None
+
+
+def _timed(
+    workload: str, calls: dict[str, Any], timer: Timer
+) -> tuple[dict[str, list[float]], dict[str, Row]]:
+    """Milliseconds of every arm in each round, and what else its row says of time."""
+    if workload == "decode":
+        return decoding.in_turns(calls, timer)
+    times = timer.interleaved(calls)
+    return times, _busy(calls, times) if timer.on_gpu else {arm: {} for arm in calls}
+
+
+def _busy(calls: dict[str, Any], times: dict[str, list[float]]) -> dict[str, Row]:
+    """How long the GPU was busy in a step, its share of the time, and speeds by it alone."""
+    seen = {arm: ms for arm, call in calls.items() if (ms := busy_ms(call)) is not None}
+    rows: dict[str, Row] = {arm: {} for arm in calls}
+    for arm, ms in seen.items():
+        rows[arm] = {
+            "busy_ms": ms, "busy_share": ms / Spread.of(times[arm]).p50,
+            "busy_speedup": {full: seen[full] / ms for full in FULL if full in seen},
+        }  # fmt: skip
+    return rows
 
 
 def _speedup(times: dict[str, list[float]], arm: str) -> dict[str, dict[str, float]]:
@@ -113,24 +200,6 @@ def _about(workload: str, arm: str, cell: Cell) -> Row:
         "tokens": cell.batch if workload == "decode" else cell.tokens,
         "provider": f"artemis, {arm}" if arm.startswith(OURS) else arm,
     }  # fmt: skip
-
-
-def _enter(ready: dict[str, Prepared], workload: str, arm: str, cell: Cell, on_gpu: bool) -> Row:
-    """Prepare an arm, and if it passes the gate let it join `ready`; its verdict and memory."""
-    _free()
-    before = torch.cuda.memory_allocated() if on_gpu else 0
-    prepared = _prepared(workload, arm, cell)
-    verdict = _checked(workload, arm, cell, prepared)
-    if not verdict["passed"]:
-        return verdict
-    _free()  # what building, packing and checking took is no part of a step
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    for _ in range(2):  # an optimizer has its states after the first step
-        prepared.run()
-    ready[arm] = prepared
-    peak = (torch.cuda.max_memory_allocated() - before) / 1e9 if on_gpu else None
-    return verdict | {"peak_gb": peak}
 
 
 def _prepared(workload: str, arm: str, cell: Cell) -> Prepared:

@@ -13,7 +13,7 @@ from artemis.benchmark.peers import Run
 from artemis.benchmark.timer import Timer
 
 from .accuracy import STRATEGIES, forced
-from .failures import FAILURES
+from .failures import FAILURES, Row, contained
 
 _COMPILED = (0, 6)  # workloads that `torch.compile` is timed on: one of LoRA, one of a bottleneck
 _ONE_READ = 2048  # up to this width a row block finds x in the cache again
@@ -34,7 +34,8 @@ class Workload(NamedTuple):
 
 
 def workloads(tiny: bool) -> Iterator[Workload]:
-    """Layers of Llama 2 7B and Llama 3.2 1B at 8,192, one and 16 rows, most telling first.
+    """Layers of Llama 2 7B and Llama 3.2 1B at 8,192, one and 16 rows, most telling first; then
+    what else is predicted.
 
     A bottleneck alone is wide as a block's output: once beside the copy's bandwidth, once trained.
     """
@@ -59,6 +60,18 @@ def workloads(tiny: bool) -> Iterator[Workload]:
     yield Workload(adapter, Sizes(1, 4096, 11008, 64), 0.0, "forward")
     yield Workload(lora, Sizes(16, 4096, 4096, 16), 0.0, "forward")
     yield Workload(adapter, Sizes(16, 4096, 11008, 64), 0.0, "forward")
+    yield from _predicted(lora)
+
+
+def _predicted(lora: Operation) -> Iterator[Workload]:
+    """What else `bench.cost_model` predicts of single layers, without any that is above."""
+    for rows, layers in (
+        (8192, ((4096, 11008), (8192, 8192))),
+        (1024, ((4096, 4096), (4096, 1024), (4096, 11008), (8192, 8192))),
+    ):
+        for k, n in layers:
+            for dropout in (0.1, 0.0):
+                yield Workload(lora, Sizes(rows, k, n, 16), dropout, "both")
 
 
 def operations(device: torch.device, tiny: bool, rounds: int) -> Iterator[dict[str, Any]]:
@@ -72,20 +85,21 @@ def operations(device: torch.device, tiny: bool, rounds: int) -> Iterator[dict[s
             "kind": "kernel", "op": work.operation.name, **work.sizes._asdict(),
             "dropout": work.dropout, "pass": work.which,
         }  # fmt: skip
-        for row in measure(
-            work,
-            dtype,
-            device,
-            timer,
-            peaks,
-            more=strategies,
-            impl="triton",
-            failures=FAILURES,
-            compiles=number in _COMPILED,
-        ):
-            if work.operation.name == "bottleneck_adapter" and work.which == "forward":
-                row |= _beside_a_copy(row, work.sizes, dtype.itemsize, peaks["gbs"])
-            yield about | row | {"passed": row["gate"]["passed"], "where": row["gate"].get("where")}
+        rows = _measured(work, dtype, device, timer, peaks, number in _COMPILED)
+        yield from contained((about | row for row in rows), about)
+
+
+def _measured(
+    work: Workload, dtype: torch.dtype, device: torch.device, timer: Timer, peaks: Row,
+    compiles: bool,
+) -> Iterator[Row]:  # fmt: skip
+    for row in measure(
+        work, dtype, device, timer, peaks,
+        more=strategies, impl="triton", failures=FAILURES, compiles=compiles,
+    ):  # fmt: skip
+        if work.operation.name == "bottleneck_adapter" and work.which == "forward":
+            row |= _beside_a_copy(row, work.sizes, dtype.itemsize, peaks["gbs"])
+        yield row | {"passed": row["gate"]["passed"], "where": row["gate"].get("where")}
 
 
 def strategies(work: Workload, tensors: Tensors, dropout: float) -> dict[str, Run]:

@@ -36,7 +36,9 @@ def workloads(tiny: bool) -> Iterator[Workload]:
     if tiny:
         yield from (Workload(1, 64, 48, False), Workload(70, 64, 48, True))
         return
-    for rows, backward in ((1, False), (8192, True), (16, False), (64, False), (512, False)):
+    ways = ((1, False), (8192, True), (16, False), (64, False), (512, False))
+    predicted = ((8192, False), (2048, False), (240, False))
+    for rows, backward in ways + predicted:
         for k, n in ((4096, 4096), (4096, 11008), (11008, 4096)):
             yield Workload(rows, k, n, backward)
 

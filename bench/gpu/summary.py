@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from . import predicted
+
 Row = dict[str, Any]
 #: (Section, kind of its rows) -> title, titles of the columns, key of each cell.
 _TABLES = {
@@ -12,20 +14,23 @@ _TABLES = {
     ),
     ("tuning", "tuning"): (
         "Tuning: what was chosen and what is usual",
-        "operation|part|case or kernel and shape|chosen|usual|milliseconds (20 %, median, 80 %)",
-        "op part key chosen usual times",
+        "operation|part|case or kernel and shape|chosen|usual|milliseconds (20 %, median, 80 %)"
+        "|not done",
+        "op part key chosen usual times where",
     ),
     ("kernels", "kernel"): (
         "Operations",
         "operation|m|k|n|r|dropout|pass|provider|strategy|ms|of graphs|eager ms|GFLOP/s|GB/s"
-        "|÷ floor|÷ best peer|of a copy|error",
+        "|÷ floor|÷ best peer|of a copy|predicted ms|÷ predicted|error",
         "op m k n r dropout pass provider strategy ms graph eager_ms gflops gbs over_floor"
-        " over_best_peer of_copy error",
+        " over_best_peer of_copy predicted over_predicted error",
     ),
     ("groups", "group"): (
         "Layers that read one x",
-        "members|rows|in|outs|r|dropout|provider|ms|of graphs|eager ms|÷ group|error ÷ limit",
-        "members rows k outs r dropout provider ms graph eager_ms over_joined error",
+        "members|rows|in|outs|r|dropout|provider|ms|of graphs|eager ms|÷ group|predicted ms"
+        "|÷ predicted|error ÷ limit",
+        "members rows k outs r dropout provider ms graph eager_ms over_joined predicted"
+        " over_predicted error",
     ),
     ("groups", "loss"): (
         "The loss of a language model, forward and backward",
@@ -34,48 +39,78 @@ _TABLES = {
     ),
     ("packed", "packed"): (
         "LoRA over a packed base",
-        "rows|in|out|backward|base|strategy|ms|of graphs|÷ 16-bit bare|error ÷ limit",
-        "rows k n backward provider strategy ms graph over_bare error",
+        "rows|in|out|backward|base|strategy|ms|of graphs|÷ 16-bit bare|predicted ms|÷ predicted"
+        "|error ÷ limit",
+        "rows k n backward provider strategy ms graph over_bare predicted over_predicted error",
     ),
     ("models", "train"): (
         "Training step",
-        "model|layers|tokens|arm|ms|× full bf16 autocast|× full bf16|tokens/s|peak GB"
-        "|trained parameters|error ÷ limit",
-        "model layers tokens arm ms full-autocast full-bf16 tokens_per_second peak_gb"
-        " trained_parameters error",
+        "model|layers|tokens|arm|ms|GPU busy ms|of the time|× full bf16 autocast|× full bf16"
+        "|× full bf16 by busy time|predicted ×|÷ predicted|tokens/s|peak GB|trained parameters"
+        "|error ÷ limit",
+        "model layers tokens arm ms busy_ms busy_share full-autocast full-bf16 busy predicted"
+        " over_predicted tokens_per_second peak_gb trained_parameters error",
     ),
     ("models", "decode"): (
         "Decoding, adapters unmerged",
-        "model|layers|tokens|arm|ms a token|× plain bf16|tokens/s|peak GB|error ÷ limit",
-        "model layers tokens arm ms full-bf16 tokens_per_second peak_gb error",
+        "model|layers|prompts|arm|ms a token|of graphs|eager ms|× plain bf16|predicted ×"
+        "|÷ predicted|tokens/s|peak GB|error ÷ limit",
+        "model layers tokens arm ms graph eager_ms full-bf16 predicted over_predicted"
+        " tokens_per_second peak_gb error",
     ),
 }
+#: Kind -> what stands above its table.
+_NOTES = {
+    "train": [
+        "A step whose GPU is busy for much less than its time waits for Python: its speed says what"
+        " launches cost. Predictions reckon products alone, and stand beside speeds by busy time.",
+        "",
+    ],
+    "decode": [
+        "Of graphs: what Python costs a token is left out, and stands in *eager*. Predictions"
+        " reckon products alone.",
+        "",
+    ],
+}  # fmt: skip
 
 
 def summary(header: Row, states: dict[str, str], rows: dict[str, list[Row]]) -> str:
     """Markdown: origin, how each section ended, and its table."""
+    about = predicted.gpu_named((header["gpu"] or {"name": ""})["name"])
     gpu = header["gpu"] or {"name": "CPU, Triton interpreted", "driver": None}
     versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
     lines = [
         "# What a GPU showed", "",
-        f"{gpu['name']}, driver {gpu['driver']}; {versions}; commit {header['commit']}"
-        f"{' with changes' if header['dirty'] else ''}; {header['time']}; run {header['run']}.", "",
+        f"{gpu['name']}, driver {gpu['driver']}; {versions}; commit {_commit(header)}, code"
+        f" {header['code']}; {header['time']}; run {header['run']}.", "",
         *(f"- {name}: {state}" for name, state in states.items()),
     ]  # fmt: skip
     lines += _accuracy(rows.get("accuracy", []))
     for (name, kind), (title, columns, keys) in _TABLES.items():
         lines += ["", f"## {title}", ""]
-        lines += [
-            f"Peaks: {row['gflops'] / 1e3:.4g} TFLOP/s, copy {row['gbs']:.4g} GB/s.\n"
-            for row in rows.get(name, []) if row["kind"] == "peaks"
-        ]  # fmt: skip
+        lines += [*_NOTES.get(kind, []), *_peaks(rows.get(name, []), about)]
         lines += _header(columns.split("|"))
-        lines += [
-            _line(*(_cell(row, key) for key in keys.split()))
-            for row in rows.get(name, [])
-            if row["kind"] == kind
-        ]
+        for row in rows.get(name, []):
+            if row["kind"] == kind:
+                compared = row | (predicted.compared(row, about) if about else {})
+                lines.append(_line(*(_cell(compared, key) for key in keys.split())))
     return "\n".join(lines) + "\n"
+
+
+def _commit(header: Row) -> str:
+    if header["commit"] is None:
+        return "unknown"
+    return f"{header['commit']}{' with changes' if header['dirty'] else ''}"
+
+
+def _peaks(rows: list[Row], gpu: predicted.Gpu | None) -> list[str]:
+    lines = []
+    for row in rows:
+        if row["kind"] == "peaks":
+            lines.append(f"Peaks: {row['gflops'] / 1e3:.4g} TFLOP/s, copy {row['gbs']:.4g} GB/s.")
+            lines += [predicted.rates(row, gpu)] if gpu else []
+            lines.append("")
+    return lines
 
 
 def _accuracy(rows: list[Row]) -> list[str]:
@@ -107,6 +142,8 @@ def _cell(row: Row, key: str) -> Any:
         return row["ms"]["p50"] if "ms" in row else f"not timed: {row.get('where')}"
     if key == "eager_ms":
         return row["eager_ms"]["p50"] if "eager_ms" in row else None
+    if key == "busy":
+        return row.get("busy_speedup", {}).get("full-bf16")
     if key.startswith("full-"):
         speed = row.get("speedup", {}).get(key)
         return speed and "{p50:.3g} ({p20:.3g}–{p80:.3g})".format(**speed)

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from artemis.benchmark.records import read
+from artemis.benchmark import machine
+from artemis.benchmark.records import append, read
 from bench import report
 from bench.gpu import __main__ as script
 from bench.gpu.__main__ import SECTIONS
@@ -21,6 +22,10 @@ from bench.gpu.accuracy import STRATEGIES
 from bench.gpu.frozen import BASES
 
 ROOT = Path(__file__).resolve().parents[2]
+MACHINERY = {
+    "compiled by Inductor", "two runs, bit by bit", "fp32", "fresh masks of a graph",
+    "dX of an int8 head",
+}  # fmt: skip
 FROZEN = [("frozen_linear", f"{of} over {base}") for of in ("lora", "bottleneck") for base in BASES]
 
 
@@ -34,17 +39,18 @@ def test_every_section_runs_and_leaves_its_rows(tmp_path):
     }
     finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    found = {
-        name: [json.loads(line) for line in (tmp_path / f"gpu_{name}.jsonl").open()]
-        for name in SECTIONS
-    }
+    header, *every = read(tmp_path / "gpu.jsonl")
+    assert header["kind"] == "run" and header["versions"]["torch"] == version("torch")
+    assert header["code"] == machine.code_hash(ROOT) and header["sections"] == list(SECTIONS)
+    found = {name: [row for row in every if row["section"] == name] for name in SECTIONS}
     for name, rows in found.items():
-        assert rows[0]["kind"] == "run" and rows[0]["versions"]["torch"] == version("torch")
-        assert rows[-1] == {"kind": "end", "run": rows[0]["run"], "state": "passed"}, name
+        end = {"kind": "end", "run": header["run"], "section": name, "state": "passed"}
+        assert rows.pop() == end, name
     checked = {(row["op"], row["strategy"]) for row in found["accuracy"] if "op" in row}
     forced = {(name, strategy) for name, every in STRATEGIES.items() for strategy in every}
-    assert checked == forced | set(FROZEN)
-    products = found["products"][1:-1]
+    assert checked >= forced | set(FROZEN)
+    assert {way for _, way in checked - forced - set(FROZEN)} == MACHINERY
+    products = found["products"]
     ways = ("pointers", "descriptors", "vendor, then update")
     assert {row["provider"] for row in products} == {"bare", *(f"artemis, {way}" for way in ways)}
     assert all(row["passed"] and row["over_pointers"] > 0 for row in products)
@@ -65,7 +71,7 @@ def test_every_section_runs_and_leaves_its_rows(tmp_path):
         row["provider"] for row in packed
     }
     assert all(row["passed"] and row["over_bare"] > 0 for row in packed)
-    tuned = found["tuning"][1:-1]
+    tuned = found["tuning"]
     assert {row["part"] for row in tuned} == {"strategies"}  # on a GPU tiles too
     kinds = {row["op"].partition(":")[0] for row in tuned}
     assert kinds == {"adapter_linear", "quantized_linear", "frozen_linear"}
@@ -75,9 +81,10 @@ def test_every_section_runs_and_leaves_its_rows(tmp_path):
         assert {"full-bf16", "hybrid", "hybrid-int8"} <= arms
     adapted = [row for row in found["models"] if row.get("arm", "").startswith(("peft", "hybrid"))]
     assert all(row["error"] <= 1 and row["speedup"]["full-bf16"]["p50"] > 0 for row in adapted)
-    assert len(list(tmp_path.iterdir())) <= 8
-    assert "failed" not in (tmp_path / "gpu_summary.md").read_text().partition("## ")[0]
-    check_that_documents_are_as_before([row for rows in found.values() for row in rows])
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu.jsonl", "gpu_summary.md"}
+    said = (tmp_path / "gpu_summary.md").read_text().partition("## ")[0]
+    assert "failed" not in said and f"code {header['code']}" in said
+    check_that_documents_are_as_before([header, *every])
 
 
 def check_that_documents_are_as_before(rows: list[dict]):
@@ -88,9 +95,9 @@ def check_that_documents_are_as_before(rows: list[dict]):
 
 
 def test_rows_of_a_stopped_process_are_read_up_to_where_it_stopped(tmp_path):
-    rows = [{"run": "a", "kind": "product"}, {"run": "b", "kind": "product"}]
+    rows = [{"run": run, "section": "products", "kind": "product"} for run in "ab"]
     text = "\n".join(json.dumps(row) for row in rows) + '\n{"run": "a", "ki'
-    (tmp_path / "gpu_products.jsonl").write_text(text)
+    (tmp_path / "gpu.jsonl").write_text(text)
     assert script._rows(tmp_path, "products", "a") == rows[:1]
 
 
@@ -114,8 +121,9 @@ def test_a_wrong_row_fails_the_run_though_its_section_was_stopped(tmp_path, monk
     code = "import sys, time; open(sys.argv[1], 'a').write(sys.argv[2]); time.sleep(600)"
 
     def start(options, section, parts, run, *more):
-        path = tmp_path / f"gpu_{section}.jsonl"
-        process = run_of(code, path, json.dumps(row | {"run": run}) + "\n")
+        path = tmp_path / "gpu.jsonl"
+        line = json.dumps(row | {"run": run, "section": section}) + "\n"
+        process = run_of(code, path, line)
         until(lambda: '"ratio"' in path.read_text())
         return [process]
 
@@ -152,12 +160,67 @@ def test_how_a_section_ended(ended, verdicts, state):
     assert script._state(ended, [{"kind": "peaks"}, *rows]) == state
 
 
+def test_some_sections_share_all_the_time(tmp_path):
+    given = ["--device", "cpu", "--tiny", "--out", str(tmp_path), "--minutes", "10"]
+    few = script._parse([*given, "--sections", "models,accuracy"])
+    deadlines = script._deadlines(few, start=100.0)
+    assert list(deadlines) == ["accuracy", "models"] and deadlines["models"] == 700.0
+    assert 100.0 < deadlines["accuracy"] < 700.0
+    every = script._deadlines(script._parse(given), start=0.0)
+    assert list(every) == list(SECTIONS) and list(every.values()) == sorted(every.values())
+    assert every["models"] == pytest.approx(600.0)
+
+
+def test_an_unknown_section_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        script._parse(["--device", "cpu", "--tiny", "--out", str(tmp_path), "--sections", "speed"])
+    assert "got 'speed', allowed: accuracy, products," in capsys.readouterr().err
+
+
+def test_tiny_sizes_are_for_a_gpu_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    started = []
+    monkeypatch.setattr(script.subprocess, "Popen", lambda command, **how: started.append(command))
+    options = script._parse(["--tiny", "--out", str(tmp_path), "--sections", "products"])
+    script._start(options, "products", ("",), "a")
+    ((*command,),) = started
+    inner = [str(word) for word in command[3:]]
+    again = script._parse(inner)
+    assert again.tiny and again.device == "cuda" and again.section == "products"
+
+
+@pytest.mark.parametrize("passed", [True, False, None])
+def test_nothing_is_timed_where_no_kernel_is_accurate(tmp_path, monkeypatch, capsys, passed):
+    row = {
+        "kind": "accuracy", "op": "lora_linear", "strategy": "split", "dtype": "bfloat16",
+        "sizes": {"m": 1}, "dropout": 0.0, "ratio": None, "where": "y", "passed": passed,
+    }  # fmt: skip
+    started = []
+
+    def start(options, section, parts, run, *more):
+        started.append(section)
+        if section == "accuracy":
+            append(tmp_path / "gpu.jsonl", [row | {"run": run, "section": section}])
+        return []
+
+    monkeypatch.setattr(script, "_start", start)
+    monkeypatch.setattr(script, "_rehearsals", lambda options, run: [])
+    options = ["--device", "cpu", "--tiny", "--out", str(tmp_path), "--sections", "accuracy,models"]
+    assert script.main(options) == (0 if passed else 1)
+    assert started == ["accuracy", "models"][: 2 if passed else 1]
+    said = "models: left out, since no kernel is accurate"
+    assert (said in capsys.readouterr().out) is not passed or passed is None
+    assert (f"- {said}" in (tmp_path / "gpu_summary.md").read_text()) is (not passed)
+
+
 @pytest.mark.parametrize("rehearse", [True, False])
 def test_a_rehearsal_leaves_memory_to_what_is_proved_beside_it(monkeypatch, rehearse):
     shares = []
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
-    monkeypatch.setattr(script, "_section", lambda *given: iter(()))
-    options = argparse.Namespace(device="cuda", tiny=False, rehearse=rehearse, section="", part="")
+    monkeypatch.setattr(script, "rows_of", lambda *given: iter(()))
+    monkeypatch.setattr(script.os, "nice", lambda more: None)
+    given = {"device": "cuda", "tiny": False, "section": "", "part": "", "run": "a"}
+    options = argparse.Namespace(**given, rehearse=rehearse)
     script._run_section(options)
     beside = len(SECTIONS) - 1
     assert [beside * share < 0.75 for share in shares] == [True] * rehearse

@@ -149,6 +149,35 @@ def test_default_tiles_that_do_not_run_leave_no_entry(tmp_path, needed):
         assert not tune(tmp_path / "sm_90.json", pytest.fail, resources)
 
 
+def test_candidates_are_compiled_ahead_of_what_is_timed(tmp_path):
+    """By a pool's `map`: at most so many a kernel, in the order of lookups."""
+    wanted = (("expand", SHAPE), ("shrink", replace(SHAPE, n=0)))
+    compiled, behind = [], []
+
+    def resources(kernel, shape, config):
+        compiled.append(kernel)
+        return None if len(compiled) == 2 else Resources(1024, 0)  # one of them is no code
+
+    def ahead(function, configs):
+        return iter([function(config) for config in configs])
+
+    def measure(kernel, shape, configs):
+        behind.append((kernel, len(configs), len(compiled)))
+        return {config: [1.0, 1.0, 1.0] for config in configs}
+
+    found = tiles.tune_each(
+        list(wanted), tmp_path / "sm_90.json", HOPPER, resources=resources, measure=measure,
+        rounds=3, progress=False, mapped=ahead, most=4,
+    )  # fmt: skip
+    assert len(found) == 2 and len(compiled) <= 2 * 5
+    assert [kernel for kernel, _, _ in behind] == ["expand", "shrink"]
+    assert all(ready == len(compiled) for _, _, ready in behind)
+    expand = compiled.count("expand")
+    assert behind[0][1] == expand - 1 and compiled == ["expand"] * expand + ["shrink"] * (
+        len(compiled) - expand
+    )
+
+
 def test_an_interrupted_search_goes_on(tmp_path):
     wanted = (("expand", SHAPE), ("shrink", replace(SHAPE, n=0)))
     timed = []
@@ -349,7 +378,9 @@ def test_the_whole_search_runs(tmp_path, monkeypatch):
     ]
     chip, path = CHIPS["interpreter"], tmp_path / "interpreter.json"
     calls = [(case,) for case in cases]
-    found = tiles.search(calls, path, chip, torch.device("cpu"), rounds=1, progress=False)
+    found = tiles.search(
+        calls, path, chip, torch.device("cpu"), rounds=1, progress=False, workers=1
+    )  # fmt: skip
     assert {key.partition(" ")[0] for key in found} == set(launches.LAUNCHERS) - {
         "finish_product_int8", "finish_product_fp8",  # torch's products: not in the interpreter
     }  # fmt: skip

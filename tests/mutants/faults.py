@@ -1987,6 +1987,8 @@ GROUPS = (
 
 GPU_SCRIPT = "tests/bench/test_gpu_script.py"
 GPU_SECTIONS = "tests/bench/test_gpu_sections.py"
+GPU_TIME = "tests/bench/test_gpu_time.py"
+GPU_PREDICTED = "tests/bench/test_gpu_predicted.py"
 
 MEASURED = (
     Fault(
@@ -2055,9 +2057,72 @@ MEASURED = (
     Fault(
         "an arm that fails the gate is timed",
         "bench/gpu/models.py",
-        'if not verdict["passed"]:',
-        "if False:",
+        'if one is not None and one.verdict["passed"]:',
+        "if one is not None:",
         (GPU_SECTIONS, "-k", "is_wrong_is_not_timed"),
+    ),
+    Fault(
+        "a token decoded past the end of its cache",
+        "bench/gpu/decoding.py",
+        "        tokens[arm].rewind()\n        for _ in range(NEW_TOKENS):",
+        "        for _ in range(NEW_TOKENS):",
+        (GPU_TIME, "-k", "timed_as_a_graph"),
+    ),
+    Fault(
+        "graphs of some arms compared with tokens of others as they are",
+        "bench/gpu/decoding.py",
+        "return replayed if everybody else eager, rows",
+        "return eager | replayed, rows",
+        (GPU_TIME, "-k", "without_a_graph"),
+    ),
+    Fault(
+        "a span that an annotation covers taken for work of the GPU",
+        "bench/gpu/busy.py",
+        " and not event.is_user_annotation",
+        "",
+        (GPU_TIME, "-k", "kernels_alone"),
+    ),
+    Fault(
+        "a peer tried only without the dropout that it is timed with",
+        "artemis/benchmark/prepare.py",
+        "            call()  # with the dropout",
+        "            pass  # with the dropout",
+        (GPU_SECTIONS, "-k", "peer_that_only_breaks"),
+    ),
+    Fault(
+        "an operation that breaks off takes the next ones with it",
+        "bench/gpu/operations.py",
+        "yield from contained((about | row for row in rows), about)",
+        "yield from (about | row for row in rows)",
+        (GPU_SECTIONS, "-k", "operations_without_memory"),
+    ),
+    Fault(
+        "a layer that something predicts left out of what is measured",
+        "bench/gpu/operations.py",
+        "(8192, ((4096, 11008), (8192, 8192))),",
+        "(8192, ((4096, 11008),)),",
+        (GPU_PREDICTED, "-k", "every_predicted_layer"),
+    ),
+    Fault(
+        "all sections timed though no kernel is accurate",
+        "bench/gpu/__main__.py",
+        'if name == "accuracy" and not any(row["passed"] for row in rows):',
+        "if False:",
+        (GPU_SCRIPT, "-k", "no_kernel_is_accurate"),
+    ),
+    Fault(
+        "a code's hash blind to what a file is called",
+        "artemis/benchmark/machine.py",
+        "{path.relative_to(root).as_posix()} {content}",
+        "{content}",
+        ("tests/artemis/benchmark/test_records.py", "-k", "hash_of_code"),
+    ),
+    Fault(
+        "tiles compiled only once they are timed",
+        f"{KERNELS}/tuner/tiles.py",
+        "needed = mapped(partial(",
+        "needed = map(partial(",
+        ("tests/kernels/test_tiles_search.py", "-k", "compiled_ahead"),
     ),
     Fault(
         "packed weights may err as if all of a weight were rounding",

@@ -51,6 +51,22 @@ def test_what_is_wrong_or_fails_is_not_timed(monkeypatch):
     assert {"artemis, int8", "artemis, int4", "bare"} <= rows.keys()
 
 
+def test_what_has_no_memory_is_not_known_to_be_wrong(monkeypatch):
+    monkeypatch.setattr(peers, "can_compile", lambda device: False)
+
+    def without_memory(work, tensors, dropout):
+        def run(t):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        return {"artemis/large": run}
+
+    timer, peaks = Timer(CPU, 1, flush=False), {"gflops": 1.0, "gbs": 1.0}
+    found = measure(Work(), torch.float32, CPU, timer, peaks, more=without_memory)
+    rows = {row["provider"]: row for row in found}
+    assert rows["artemis/large"]["gate"]["passed"] is None and "ms" not in rows["artemis/large"]
+    assert rows["artemis"]["ms"]["p50"] > 0
+
+
 def inferred(operation: Operation, **work) -> dict[str, dict]:
     """Rows of what computes a layer from constants."""
     timer, peaks = Timer(CPU, 1, flush=False), {"gflops": 1.0, "gbs": 1.0}

@@ -48,7 +48,9 @@ def test_only_changed_code_differs_from_its_commit(tmp_path, monkeypatch):
     (package / "benchmark").mkdir(parents=True)
     (package / "__init__.py").write_text("")
     monkeypatch.setattr(machine, "__file__", str(package / "benchmark" / "machine.py"))
-    assert machine.source() == {"commit": None, "dirty": False}  # as an installed package
+    code = machine.code_hash(tmp_path)
+    # As an installed package: whether it was changed is not known.
+    assert machine.source() == {"commit": None, "dirty": None, "code": code}
     git("init", "-q")
     git("add", ".")
     git("commit", "-qm", "a")
@@ -62,5 +64,23 @@ def test_only_changed_code_differs_from_its_commit(tmp_path, monkeypatch):
     (tmp_path / "bench" / "new.py").write_text("")
     assert machine.source()["dirty"]
     (tmp_path / "bench" / "new.py").unlink()
+    before = machine.source()["code"]
     (package / "__init__.py").write_text("changed = True\n")
     assert machine.source()["dirty"]
+    assert machine.source()["code"] not in (before, code) and len(before) == 12
+
+
+def test_a_hash_of_code_is_of_names_and_contents_of_code_alone(tmp_path):
+    kernel = tmp_path / "artemis_kernels" / "core" / "native" / "a.c"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_text("int a;")
+    seen = [machine.code_hash(tmp_path)]
+    for other in ("artemis/a.pyc", "bench/results/a.jsonl", "tests/a.py", "docs/a.md"):
+        (tmp_path / other).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / other).write_text("x")
+    assert machine.code_hash(tmp_path) == seen[0]
+    kernel.write_text("int b;")
+    seen.append(machine.code_hash(tmp_path))
+    kernel.rename(kernel.with_name("b.c"))
+    seen.append(machine.code_hash(tmp_path))
+    assert len(set(seen)) == 3
