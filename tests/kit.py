@@ -98,6 +98,13 @@ def upstream(y: torch.Tensor) -> torch.Tensor:
     return (y / (rms or 1.0) + torch.randn_like(y)) / math.sqrt(2)
 
 
+def logits_gradient(rows: int, words: int, spread: float, dtype=torch.float32) -> torch.Tensor:
+    """Of a mean cross entropy: p − 1 at a target drawn from p, and p elsewhere."""
+    p = torch.softmax(spread * torch.randn(rows, words), 1)
+    target = torch.multinomial(p, 1)
+    return (p.scatter_add(1, target, -torch.ones(rows, 1)) / rows).to(dtype)
+
+
 def assert_follows_reference(
     op: Callable[..., torch.Tensor],
     reference: Callable[..., torch.Tensor],

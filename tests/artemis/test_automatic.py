@@ -14,8 +14,8 @@ from artemis import (
 )
 from artemis.automatic import SHARE, directions_needed
 
+from .data import Examples, batches, weight_gradients
 from .models import assert_same_state, gpt2, llama, snapshot, tokens
-from .test_importance import Examples, batches, weight_gradients
 
 
 def planted(rank: int, noise: float, size: int = 60) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,8 +13,8 @@ import transformers
 
 from artemis.experts import is_experts
 from tests.artemis import moe
+from tests.artemis.experts import packed, routed, run
 from tests.artemis.test_quantization import relative
-from tests.artemis.test_quantized_experts import packed, routed, run
 
 MARKED = re.compile(r"^@use_experts_implementation.*\nclass (\w+)", re.MULTILINE)
 

@@ -7,8 +7,7 @@ from typing import NamedTuple
 import numpy
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
-from transformers.pytorch_utils import Conv1D
+from torch.utils.data import DataLoader, IterableDataset
 
 from artemis import (
     AdapterError,
@@ -29,45 +28,13 @@ from artemis.quantized_layers import packed_layers
 from artemis_kernels import bottleneck_adapter
 from artemis_kernels.core.activations import ACTIVATIONS
 
+from .data import Examples, batches, weight_gradients
 from .models import adapted, assert_same_state, bert, fill_bank, gpt2, llama, snapshot, t5, tokens
-
-
-def batches(count: int = 3, labels: int | None = None) -> list[dict[str, torch.Tensor]]:
-    """Batches of token ids; labels are the tokens, or classes."""
-    found = []
-    for _ in range(count):
-        ids = tokens(4)
-        target = ids if labels is None else torch.randint(labels, (4,))
-        found.append({"input_ids": ids, "labels": target})
-    return found
-
-
-class Examples(Dataset):
-    """A map-style dataset of single examples, sorted by nothing."""
-
-    def __init__(self, count: int = 24):
-        self.ids = tokens(count)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.ids[index], "labels": self.ids[index]}
 
 
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(Examples()[i] for i in range(24))
-
-
-def weight_gradients(model, data, path: str) -> torch.Tensor:
-    """[batches, out, in]: what autograd gives the very weight of one layer."""
-    module = model.get_submodule(path)
-    module.weight.requires_grad_(True)
-    found = [torch.autograd.grad(model(**batch).loss, module.weight)[0] for batch in data]
-    module.weight.requires_grad_(False)
-    stacked = torch.stack(found)
-    return stacked.mT if isinstance(module, Conv1D) else stacked
 
 
 def formula(method: str, weight: torch.Tensor, gradients: torch.Tensor) -> float:

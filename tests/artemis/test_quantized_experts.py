@@ -7,12 +7,11 @@ import torch
 from torch import nn
 
 from artemis.expert_weights import ExpertWeights
-from artemis.experts import matrices_of, stack_of
-from artemis.packed import sample
-from artemis.quantized_experts import QuantizedExperts, pack_experts
+from artemis.quantized_experts import QuantizedExperts
 from artemis.routing import Routing
 from artemis_kernels import explain, quantized_linear
 from tests.artemis import moe
+from tests.artemis.experts import packed, routed, run
 from tests.artemis.test_quantization import relative
 
 #: Forms of experts: plain, transposed with biases and a gate of its own, without a gate, ...
@@ -22,30 +21,6 @@ FORMS["without_gate"] = moe.without_gate
 
 def experts_of(model: nn.Module) -> nn.Module:
     return next(m for m in model.modules() if hasattr(m, "is_transposed"))
-
-
-def packed(module: nn.Module, format: str = "int8", bits: int | str = 16) -> nn.Module:
-    weights = {}
-    for name in matrices_of(module):
-        stack = ExpertWeights.quantize(stack_of(module, name), format, activation_bits=bits)
-        weights[name] = stack, sample(module._parameters[name])
-    pack_experts(module, weights)
-    return module
-
-
-def routed(rows: int, width: int = 32, experts: int = 4) -> list[torch.Tensor]:
-    """Hidden states, two different experts for each, and their weights."""
-    chosen = torch.stack([torch.randperm(experts)[:2] for _ in range(rows)])
-    return [torch.randn(rows, width), chosen, torch.rand(rows, 2)]
-
-
-def run(module: nn.Module, hidden, chosen, weights, dtype=torch.float32):
-    """Output, and the gradients of hidden states and of the routing's weights."""
-    hidden, weights = (t.detach().to(dtype).requires_grad_() for t in (hidden, weights))
-    output = module(hidden, chosen, weights)
-    torch.manual_seed(7)
-    output.backward(torch.randn(output.shape).to(dtype))
-    return output, hidden.grad, weights.grad
 
 
 def assert_same_meaning(module: nn.Module, truth: nn.Module, inputs, limit: float) -> None:

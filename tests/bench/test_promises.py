@@ -2,7 +2,7 @@
 
 from bench.promises import table
 
-from .test_model_tables import HEAD, row
+from .records import HEAD, row
 
 
 def decoded(model: str, decode: float, prefill: float, arm: str = "hybrid-int8") -> dict:

@@ -7,6 +7,7 @@ from artemis_kernels import QuantizedWeight
 from artemis_kernels.core import eight_bit, eight_bit_rows, native
 from artemis_kernels.core.native import Native
 from artemis_kernels.core.products import LowRank
+from tests.kit import logits_gradient
 
 SHAPES = [
     (0, 8, 6), (1, 33, 17), (2, 1, 1), (5, 1, 7), (20, 1, 33), (15, 40, 24), (129, 130, 20),
@@ -237,13 +238,6 @@ def test_few_columns_are_kept_apart_however_many_stand_out():
     assert eight_bit_rows.outliers(torch.tensor([1.0, 1.0, 9.0])).tolist() == [2]
     assert eight_bit_rows.outliers(torch.tensor([5.0])) is None
     assert eight_bit_rows.outliers(torch.empty(0)) is None
-
-
-def logits_gradient(rows: int, words: int, spread: float, dtype=torch.float32) -> torch.Tensor:
-    """Of a mean cross entropy: p − 1 at a target drawn from p, and p elsewhere."""
-    p = torch.softmax(spread * torch.randn(rows, words), 1)
-    target = torch.multinomial(p, 1)
-    return (p.scatter_add(1, target, -torch.ones(rows, 1)) / rows).to(dtype)
 
 
 @pytest.mark.parametrize("way", ["compiled", "plain"])

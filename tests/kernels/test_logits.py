@@ -14,9 +14,9 @@ from artemis_kernels.ops.packed.eight_bit import eight_bit
 from artemis_kernels.ops.packed.epilogue import finish
 from artemis_kernels.ops.packed.round_logits import round_logits
 from tests import kit
-from tests.core.test_eight_bit import logits_gradient
-from tests.kernels.test_packed import TINY, added, terms
+from tests.kernels.packed import TINY, added, terms
 from tests.kernels.truth import assert_close, dropout
+from tests.kit import logits_gradient
 
 pytestmark = pytest.mark.usefixtures("guarded_allocations")
 

@@ -10,8 +10,6 @@ import torch
 
 from artemis_kernels.core import eight_bit as eager
 from artemis_kernels.core.quantized import FORMATS, QuantizedWeight
-from artemis_kernels.core.tiling import Config
-from artemis_kernels.ops.low_rank.arguments import NO_DROPOUT, Scale
 from artemis_kernels.ops.packed.eight_bit import eight_bit
 from artemis_kernels.ops.packed.epilogue import Epilogue, finish
 from artemis_kernels.ops.packed.round_rows import round_rows
@@ -19,11 +17,11 @@ from artemis_kernels.ops.packed.transpose import transpose
 from artemis_kernels.ops.packed.unpack import unpack
 from artemis_kernels.ops.packed.weight_only import weight_only
 from tests import kit
-from tests.kernels.truth import assert_close, dropout, dropped
+from tests.kernels.packed import TINY, added, terms
+from tests.kernels.truth import assert_close, dropout
 
 pytestmark = pytest.mark.usefixtures("guarded_allocations")
 
-TINY = Config(16, 32, 32, 16, warps=1, stages=1)
 SPLITS = pytest.mark.parametrize("config", [TINY, replace(TINY, split=3)], ids=["whole", "split"])
 # m, k, n, r: ragged tiles everywhere; whole tiles; less than a tile; many steps and a wide rank
 SHAPES = [(35, 72, 41, 20), (32, 64, 32, 16), (3, 8, 7, 1), (17, 320, 66, 33)]
@@ -36,22 +34,6 @@ FORMAT_AND_GROUP = pytest.mark.parametrize(
 def packed_weight(n: int, k: int, format: str, group: int | None) -> QuantizedWeight:
     size = group if group is None or k % group == 0 else 8
     return QuantizedWeight.quantize(torch.randn(n, k) / k**0.5, format, group_size=size)
-
-
-def terms(m: int, n: int, r: int, by=NO_DROPOUT) -> Epilogue:
-    """The whole low-rank epilogue."""
-    return Epilogue(
-        torch.randn(m, r), torch.randn(r, n).t(), torch.randn(n), torch.randn(n),
-        Scale(0.5, torch.tensor(-1.5)), by,
-    )  # fmt: skip
-
-
-def added(epilogue: Epilogue, dtype: torch.dtype) -> torch.Tensor:
-    """What `terms` adds, in fp64."""
-    sigma = (epilogue.scale.number * epilogue.scale.tensor).float()
-    s = (epilogue.s * sigma).to(dtype).double()
-    low = dropped(s @ epilogue.b.to(dtype).double().t(), epilogue.dropout)
-    return low + sigma.double() * epilogue.bias_low.double() + epilogue.bias.double()
 
 
 @SPLITS

@@ -17,6 +17,9 @@ from tests import kit
 from tests.kit import Sizes
 
 SINGLE, BF16, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float16, torch.float64
+BLOCKER = why_no_triton(torch.device("cpu"))
+#: Marks tests that run kernels on CPU tensors, which only Triton's interpreter does.
+INTERPRETED = pytest.mark.skipif(BLOCKER is not None, reason=f"needs the interpreter: {BLOCKER}")
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Operation:
         """
         eager, kernels = dtypes or (SINGLE, BF16, HALF), dtypes or (SINGLE, HALF)
         every = [Path("eager", s, dtype) for s in self.eager for dtype in eager]
-        if why_no_triton(torch.device("cpu")) is None:
+        if BLOCKER is None:
             every += [Path("triton", s, dtype) for s in self.triton for dtype in kernels]
         return [pytest.param(path, id=str(path)) for path in every]
 

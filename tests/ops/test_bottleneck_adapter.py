@@ -3,15 +3,17 @@
 import pytest
 import torch
 
-from artemis_kernels.core.device import why_no_triton
 from artemis_kernels.ops.bottleneck_adapter.branch import Branch, BranchNeeds
 from artemis_kernels.ops.bottleneck_adapter.op import LAUNCHES_BACK, backward_cost
 from tests import kit
 from tests.kit import SIZES, Sizes
-from tests.ops.operations import BOTTLENECK, SINGLE, Path, away_from_the_bend, follow_reference
-
-KERNELS = pytest.mark.skipif(
-    why_no_triton(torch.device("cpu")) is not None, reason="needs the interpreter"
+from tests.ops.operations import (
+    BOTTLENECK,
+    INTERPRETED,
+    SINGLE,
+    Path,
+    away_from_the_bend,
+    follow_reference,
 )
 
 
@@ -120,7 +122,7 @@ def launched(monkeypatch):
     return names
 
 
-@KERNELS
+@INTERPRETED
 @pytest.mark.parametrize("strategy", LAUNCHES_BACK)
 def test_launches_of_the_backward(strategy, launched):
     """As many as explain says, whatever biases there are; one more where a sum was split."""
@@ -137,7 +139,7 @@ def test_launches_of_the_backward(strategy, launched):
     assert "_weight_gradients" not in launched
 
 
-@KERNELS
+@INTERPRETED
 def test_explain_tells_the_backward():
     tensors = BOTTLENECK.operands(Sizes(40, 32, 0, 8), SINGLE, without=("residual",))
     frozen = BOTTLENECK.explained(impl="triton", **tensors)

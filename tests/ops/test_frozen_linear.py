@@ -21,16 +21,13 @@ from artemis_kernels import (
     lora_linear,
 )
 from artemis_kernels.core import frozen, native
-from artemis_kernels.core.device import why_no_triton
 from artemis_kernels.core.native import Native
 from tests import kit
+from tests.ops.operations import INTERPRETED
 
 FORMATS = (None, "int8", "fp8", "int4")
 SINGLE, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
 SHAPES = {"wide": (64, 136), "narrow": (192, 33), "ragged": (80, 50)}  # in, out
-interpreted = pytest.mark.skipif(
-    why_no_triton(torch.device("cpu")) is not None, reason="the interpreter is off"
-)
 
 
 def layer(k: int, n: int, format: str | None, dtype: torch.dtype, m: int = 3):
@@ -155,7 +152,7 @@ def test_a_row_of_any_width(format, in_features, out_features):
     assert (difference.abs() <= allowed).all()
 
 
-@interpreted
+@INTERPRETED
 @pytest.mark.parametrize("dtype", [SINGLE, HALF], ids=str)
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("kind", ["lora", "folds", "reads y"])
@@ -186,7 +183,7 @@ def folded(weight, matrices, options, dtype, folds: bool) -> FrozenAdapter:
     return FrozenAdapter(*constants, 0.7, "gelu", not folds)
 
 
-@interpreted
+@INTERPRETED
 @pytest.mark.parametrize(
     "kind, allowed", [("lora", 1), ("folds", 3)], ids=["lora: one pass", "bottleneck: shrink twice"]
 )
@@ -422,7 +419,7 @@ def test_without_an_adapter(dtype, format, shape, biased):
         kit.assert_accurate(y, truth, linear(x, exact.to(dtype), bias), dtype, c=1.25)
 
 
-@interpreted
+@INTERPRETED
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_kernels_without_an_adapter(format):
     tensors, held, exact = layer(64, 40, format, SINGLE, 20)

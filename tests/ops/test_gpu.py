@@ -5,8 +5,7 @@ import torch
 
 import artemis_kernels
 from tests import kit
-from tests.core.test_eight_bit import logits_gradient
-from tests.kit import Sizes
+from tests.kit import Sizes, logits_gradient
 from tests.ops.operations import BF16, HALF, OPERATIONS, SINGLE, Path, follow_reference
 
 pytestmark = pytest.mark.gpu

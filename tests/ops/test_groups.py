@@ -5,34 +5,25 @@ import torch
 
 import artemis_kernels
 from artemis_kernels import QuantizedWeight
-from artemis_kernels.core.device import why_no_triton
 from tests import kit
-from tests.kit import Sizes
-from tests.ops.operations import ADAPTER, BF16, DOUBLE, LORA, SINGLE, Operation
+from tests.ops.groups import (
+    BIASES,
+    BOTH,
+    IN,
+    KEYS,
+    OUT,
+    assert_close,
+    gradients_like,
+    members_of,
+    outcome,
+    single_calls,
+    truth,
+)
+from tests.ops.operations import ADAPTER, BF16, BLOCKER, DOUBLE, LORA, SINGLE
 
-OUT, RANKS, IN = (48, 17, 32), (8, 3, 12), 64
-KEYS = {LORA: ("lora_a", "lora_b"), ADAPTER: ("down", "up")}
-BIASES = {LORA: ("bias",), ADAPTER: ("bias", "bias_down", "bias_up")}
 LISTS = {"weight": "weights", "bias": "biases", "scale": "scales", "down": "downs", "up": "ups"} | {
     "bias_down": "biases_down", "bias_up": "biases_up",
 }  # fmt: skip
-BOTH = pytest.mark.parametrize("operation", [LORA, ADAPTER], ids=str)
-
-
-def members_of(operation: Operation, dtype: torch.dtype, rows: int = 40) -> tuple:
-    """x and the tensors of three members; the second has no biases and a float for scale."""
-    members = [
-        operation.operands(Sizes(rows, IN, n, r), dtype) for n, r in zip(OUT, RANKS, strict=True)
-    ]
-    x = members[0]["x"]
-    for member in members:
-        del member["x"]
-    members[1] |= dict.fromkeys(BIASES[operation]) | {"scale": 0.5}
-    return x, members
-
-
-def single_calls(operation, x, members, **options):
-    return tuple(operation.public(x, **member, **options) for member in members)
 
 
 def grouped(operation, x, members, **options):
@@ -41,45 +32,7 @@ def grouped(operation, x, members, **options):
     return function(x, **lists, **options)
 
 
-def outcome(run, operation, x, members, dys, frozen=(), **options):
-    """Every y, and gradients of x and all members; None in `dys` leaves an output out."""
-    x = x.detach().requires_grad_("x" not in frozen)
-    leaves = [
-        {
-            name: t.detach().requires_grad_(name not in ("weight", *frozen))
-            if isinstance(t, torch.Tensor) else t
-            for name, t in member.items()
-        }
-        for member in members
-    ]  # fmt: skip
-    ys = run(operation, x, leaves, **options)
-    torch.autograd.backward(
-        [y for y, dy in zip(ys, dys, strict=True) if dy is not None],
-        [dy for dy in dys if dy is not None],
-    )
-    found = {f"y{i}": y.detach() for i, y in enumerate(ys)} | {"x": x.grad}
-    for i, member in enumerate(leaves):
-        for name, t in member.items():
-            if isinstance(t, torch.Tensor) and t.requires_grad:
-                found[f"{name}{i}"] = t.grad
-    return found
-
-
-def gradients_like(members, dtype, rows: int = 40):
-    return [torch.randn(rows, member["weight"].shape[0]).to(dtype) for member in members]
-
-
-def assert_close(actual, wanted, rtol):
-    assert actual.keys() == wanted.keys()
-    for name, value in wanted.items():
-        if value is None:  # a compiled backward gives zeros
-            assert actual[name] is None or not actual[name].any(), name
-        else:
-            error = (actual[name] - value).norm() / value.norm().clamp(min=1e-12)
-            assert error < rtol, f"{name}: {error:.2g}"
-
-
-IMPLS = ["eager", "reference"] + ["triton"] * (why_no_triton(torch.device("cpu")) is None)
+IMPLS = ["eager", "reference"] + ["triton"] * (BLOCKER is None)
 
 
 @BOTH
@@ -109,18 +62,10 @@ def test_accuracy(operation, dtype):
     x, members = members_of(operation, dtype, rows=130)
     dys = gradients_like(members, dtype, 130)
     options = {"dropout_p": 0.25, "seed": 7}
-
-    def double(t):
-        return t.double() if isinstance(t, torch.Tensor) else t
-
-    truth = outcome(
-        single_calls, operation, x.double(),
-        [{name: double(t) for name, t in member.items()} for member in members],
-        [dy.double() for dy in dys], impl="reference", **options,
-    )  # fmt: skip
+    exact = truth(operation, x, members, dys, **options)
     plain = outcome(single_calls, operation, x, members, dys, impl="reference", **options)
     actual = outcome(grouped, operation, x, members, dys, **options)
-    for name, value in truth.items():
+    for name, value in exact.items():
         kit.assert_accurate(actual[name], value, plain[name], dtype, c=1.25, name=name)
 
 

@@ -5,11 +5,10 @@ import torch
 
 import artemis_kernels
 from artemis_kernels import QuantizedWeight
-from artemis_kernels.core.device import CHIPS, why_no_triton
+from artemis_kernels.core.device import CHIPS
 from artemis_kernels.ops import members as shared
 from tests.kit import Sizes
-from tests.ops.operations import ADAPTER, HALF, LORA, SINGLE
-from tests.ops.test_groups import (
+from tests.ops.groups import (
     BIASES,
     BOTH,
     IN,
@@ -19,11 +18,11 @@ from tests.ops.test_groups import (
     members_of,
     outcome,
     single_calls,
+    truth,
 )
+from tests.ops.operations import ADAPTER, HALF, INTERPRETED, LORA, SINGLE
 
-pytestmark = pytest.mark.skipif(
-    why_no_triton(torch.device("cpu")) is not None, reason="no interpreter"
-)
+pytestmark = INTERPRETED
 ROWS = 19
 MIXED = {
     LORA: (["split"] * 3, ["vendor", "split", "vendor"]),
@@ -126,17 +125,9 @@ def test_sixteen_bits(operation):
     x, members = members_of(operation, HALF, rows=ROWS)
     dys = gradients_like(members, HALF, ROWS)
     options = {"dropout_p": 0.25, "seed": 7}
-
-    def double(t):
-        return t.double() if isinstance(t, torch.Tensor) else t
-
-    truth = outcome(
-        single_calls, operation, x.double(),
-        [{name: double(t) for name, t in member.items()} for member in members],
-        [dy.double() for dy in dys], impl="reference", **options,
-    )  # fmt: skip
+    exact = truth(operation, x, members, dys, **options)
     actual = outcome(forced(MIXED[operation][1]), operation, x, members, dys, **options)
-    for name, value in truth.items():
+    for name, value in exact.items():
         error = (actual[name].double() - value).norm() / value.norm()
         assert error < 2e-3, f"{name}: {error:.2g}"
 

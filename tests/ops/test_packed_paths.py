@@ -13,15 +13,16 @@ import torch
 import artemis_kernels
 from artemis_kernels import QuantizedWeight, explain, quantized_linear
 from artemis_kernels.core import packed_choice
-from artemis_kernels.core.device import CHIPS, why_no_triton
+from artemis_kernels.core.device import CHIPS
 from artemis_kernels.core.tiling import Shape
 from artemis_kernels.ops.packed import steps
 from artemis_kernels.ops.packed.transpose import transpose
 from tests import kit
-from tests.core.test_eight_bit import logits_gradient
-from tests.kit import Sizes
-from tests.ops.operations import ADAPTER, BF16, HALF, LORA, SINGLE
-from tests.ops.test_quantized_ops import forced, operands, trained, truth_in_eight_bits
+from tests.kit import Sizes, logits_gradient
+from tests.ops.operations import ADAPTER, BF16, HALF, INTERPRETED, LORA, SINGLE
+from tests.ops.packed import forced, operands, trained, truth_in_eight_bits
+
+pytestmark = INTERPRETED
 
 FORMATS = ("int8", "fp8", "int4")
 BY_WEIGHT = [
@@ -46,13 +47,6 @@ def scales_rows() -> bool:
     except RuntimeError:
         return False
     return True
-
-
-@pytest.fixture(autouse=True)
-def interpreted():
-    blocker = why_no_triton(torch.device("cpu"))
-    if blocker is not None:
-        pytest.skip(f"needs the interpreter: {blocker}")
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, HALF], ids=str)
