@@ -66,17 +66,13 @@ def test_references_import_torch_only(path):
         assert module.split(".")[0] == "torch" or module.endswith(".reference"), module
 
 
-#: Modules whose helpers still have to move out.
-LENDERS = ("tests.artemis.test_quantization", "tests.artemis.cli.test_")
-
-
 def test_tests_borrow_from_no_test():
     """What several of them use lies in modules without tests."""
     borrowed = [
         (str(path.relative_to(ROOT)), f"{module}.{name}")
         for path in sorted((ROOT / "tests").rglob("*.py"))
         for module, name in imports(path)
-        if ".test_" in f"{module}.{name}" and not module.startswith(LENDERS)
+        if ".test_" in f"{module}.{name}"
     ]
     assert not borrowed
 

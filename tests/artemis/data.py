@@ -4,7 +4,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers.pytorch_utils import Conv1D
 
-from .models import tokens
+from tests.artemis.models import tokens
 
 
 def batches(count: int = 3, labels: int | None = None) -> list[dict[str, torch.Tensor]]:

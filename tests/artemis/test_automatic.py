@@ -13,9 +13,9 @@ from artemis import (
     set_dynamic_rank_allocation,
 )
 from artemis.automatic import SHARE, directions_needed
+from tests.artemis.models import assert_same_state, gpt2, llama, snapshot, tokens
 
 from .data import Examples, batches, weight_gradients
-from .models import assert_same_state, gpt2, llama, snapshot, tokens
 
 
 def planted(rank: int, noise: float, size: int = 60) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ import transformers
 from artemis.experts import is_experts
 from tests.artemis import moe
 from tests.artemis.experts import packed, routed, run
-from tests.artemis.test_quantization import relative
+from tests.artemis.quantization.kit import relative
 
 MARKED = re.compile(r"^@use_experts_implementation.*\nclass (\w+)", re.MULTILINE)
 

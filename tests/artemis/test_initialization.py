@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from artemis import load_hybrid_adapter, quantize_adapter_model
-
-from .models import adapted, gpt2, llama, tokens
+from tests.artemis.models import adapted, gpt2, llama, tokens
 
 
 def _weight(model, path: str) -> numpy.ndarray:

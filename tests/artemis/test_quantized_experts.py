@@ -12,7 +12,7 @@ from artemis.routing import Routing
 from artemis_kernels import explain, quantized_linear
 from tests.artemis import moe
 from tests.artemis.experts import packed, routed, run
-from tests.artemis.test_quantization import relative
+from tests.artemis.quantization.kit import relative
 
 #: Forms of experts: plain, transposed with biases and a gate of its own, without a gate, ...
 FORMS = {name: lambda f=build: experts_of(f()) for name, build in moe.MODELS.items()}

@@ -33,7 +33,7 @@ CROSS_ENTROPY = "tests/ops/test_cross_entropy.py"
 SESSION = "tests/artemis/benchmark/test_session.py"
 
 EXPERTS_COMPUTE = "tests/artemis/test_quantized_experts.py"
-EXPERTS_PACKED = "tests/artemis/test_quantization_experts.py"
+EXPERTS_PACKED = "tests/artemis/quantization/test_experts.py"
 
 LOSS = (
     Fault(
@@ -533,7 +533,7 @@ TRITON = (
         f"{CORE}/tuning.py",
         "return 8 * k * r * parts + _LAUNCH_BYTES",
         "return 8 * k * r * parts",
-        ("tests/kernels/test_tuning.py", "-k", "bottleneck"),
+        ("tests/core/test_tuning.py", "-k", "bottleneck"),
     ),
     Fault(
         "scale's gradient without up's bias",
@@ -895,7 +895,7 @@ MODEL = (
         "if False:",
         (
             "tests/artemis/test_injection.py",
-            "tests/artemis/test_importance.py",
+            "tests/artemis/importance/test_analyze.py",
             "-k",
             "named_tuple",
         ),
@@ -950,168 +950,168 @@ RANKS = (
         "artemis/importance/scores.py",
         "squared - variance / moments.batches",
         "squared",
-        ("tests/artemis/test_importance.py", "-k", "weights_gradients"),
+        ("tests/artemis/importance/test_analyze.py", "-k", "weights_gradients"),
     ),
     Fault(
         "the analysis leaves the base frozen differently",
         "artemis/importance/gradients.py",
         "parameter.requires_grad_(required)",
         "parameter.requires_grad_(False)",
-        ("tests/artemis/test_importance.py", "-k", "left_as_it_was"),
+        ("tests/artemis/importance/test_analyze.py", "-k", "left_as_it_was"),
     ),
     Fault(
         "a cut drops the strongest directions of the bank",
         "artemis/allocation/transform.py",
         "last.append(rest @ vectors[:, :cut].flip(1))",
         "last.append(rest @ vectors[:, -cut:].flip(1))",
-        ("tests/artemis/test_allocation.py", "-k", "narrow"),
+        ("tests/artemis/allocation/test_allocate.py", "-k", "narrow"),
     ),
     Fault(
         "momentum of B rotated like B, not like its gradient",
         "artemis/allocation/resize.py",
         "Change(b, 1, columns[part], rows[part])",
         "Change(b, 1, columns[part], columns[part])",
-        ("tests/artemis/test_allocation.py", "-k", "first_moment"),
+        ("tests/artemis/allocation/test_allocate.py", "-k", "first_moment"),
     ),
     Fault(
         "mean squares of steps rotated like gradients",
         "artemis/allocation/optimizer.py",
         "return along(change.value.square(), value, change.dim)",
         "return along(change.moment.square(), value, change.dim)",
-        ("tests/artemis/test_allocation.py", "-k", "moved_by"),
+        ("tests/artemis/allocation/test_allocate.py", "-k", "moved_by"),
     ),
     Fault(
         "squares under another name rotated like gradients",
         "artemis/allocation/optimizer.py",
         'STATE1_SQUARED = ("adagrad", "rmsprop")',
         "STATE1_SQUARED = ()",
-        ("tests/artemis/test_allocation.py", "-k", "squares"),
+        ("tests/artemis/allocation/test_allocate.py", "-k", "squares"),
     ),
     Fault(
         "squares rotated apart from the mean that is taken off them",
         "artemis/allocation/optimizer.py",
         'if "grad_avg" in moved:',
         "if False:",
-        ("tests/artemis/test_allocation.py", "-k", "above_the_square"),
+        ("tests/artemis/allocation/test_allocate.py", "-k", "above_the_square"),
     ),
     Fault(
         "squares less than the square of their mean, by rounding",
         "artemis/allocation/optimizer.py",
         '(state["square_avg"] - state["grad_avg"].square()).clamp_(min=0)',
         'state["square_avg"] - state["grad_avg"].square()',
-        ("tests/artemis/test_allocation.py", "-k", "above_the_square"),
+        ("tests/artemis/allocation/test_allocate.py", "-k", "above_the_square"),
     ),
     Fault(
         "squares under another name not seen through accelerate's wrapper",
         "artemis/allocation/optimizer.py",
         'optimizer = getattr(optimizer, "optimizer", optimizer)',
         "pass",
-        ("tests/artemis/test_allocation.py", "-k", "squares"),
+        ("tests/artemis/allocation/test_allocate.py", "-k", "squares"),
     ),
     Fault(
         "what an unknown optimizer keeps changed like gradients",
         "artemis/allocation/optimizer.py",
         "if name not in known:",
         "if False:",
-        ("tests/artemis/test_allocation.py", "-k", "something_else or foreign"),
+        ("tests/artemis/allocation/test_allocate.py", "-k", "something_else or foreign"),
     ),
     Fault(
         "a packed weight multiplied as if it were a tensor",
         "artemis/importance/analyze.py",
         "return weight.dequantize() if is_packed(module) else weight.detach()",
         "return weight.detach()",
-        ("tests/artemis/test_importance.py", "-k", "quantized_base"),
+        ("tests/artemis/importance/test_analyze.py", "-k", "quantized_base"),
     ),
     Fault(
         "an order from the end alone, whoever it cuts",
         "artemis/allocation/transform.py",
         "sizes), _given_from_the_front(energies, sizes)",
         "sizes),",
-        ("tests/artemis/test_allocation.py", "-k", "narrow"),
+        ("tests/artemis/allocation/test_allocate.py", "-k", "narrow"),
     ),
     Fault(
         "rows of A of length one after a cut, whatever they were",
         "artemis/allocation/transform.py",
         "length = (a.norm() / old**0.5) or 1.0",
         "length = 1.0",
-        ("tests/artemis/test_allocation.py", "-k", "as_long"),
+        ("tests/artemis/allocation/test_allocate.py", "-k", "as_long"),
     ),
     Fault(
         "no error told where a module's units come from nothing",
         "artemis/allocation/transform.py",
         "if t > 0 else float(w > 0) for",
         "if t > 0 else 0.0 for",
-        ("tests/artemis/test_allocation.py", "-k", "from_nothing"),
+        ("tests/artemis/allocation/test_allocate.py", "-k", "from_nothing"),
     ),
     Fault(
         "momentum of A rotated like A, not like its gradient",
         "artemis/allocation/resize.py",
         "Change(read, 0, rows, columns, fresh)",
         "Change(read, 0, rows, rows, fresh)",
-        ("tests/artemis/test_allocation.py", "-k", "first_moment"),
+        ("tests/artemis/allocation/test_allocate.py", "-k", "first_moment"),
     ),
     Fault(
         "a graph that is alive keeps gradients of the old sizes",
         "artemis/allocation/resize.py",
         "    parameter.data = value.new_empty(0, dtype=other)\n",
         "",
-        ("tests/artemis/test_allocation.py", "-k", "loss_that_is_kept"),
+        ("tests/artemis/allocation/test_allocate.py", "-k", "loss_that_is_kept"),
     ),
     Fault(
         "a unit that lives by its bias cut first",
         "artemis/allocation/resize.py",
         "row[:size] += bank.bias_down",
         "row[:size] += 0 * bank.bias_down",
-        ("tests/artemis/test_allocation.py", "-k", "strongest_units"),
+        ("tests/artemis/allocation/test_allocate.py", "-k", "strongest_units"),
     ),
     Fault(
         "parameters of another size that are transposed views",
         "artemis/allocation/change.py",
         ".to(tensor.dtype).contiguous()",
         ".to(tensor.dtype)",
-        ("tests/artemis/test_allocation.py", "-k", "goes_on"),
+        ("tests/artemis/allocation/test_allocate.py", "-k", "goes_on"),
     ),
     Fault(
         "kinds that share one budget where bounds bind",
         "artemis/allocation/allocate.py",
         "sizes = apportion_by_kind([spec.kind for spec in specs], claims, budget)",
         "sizes = apportion(claims, budget)",
-        ("tests/artemis/test_allocation.py", "-k", "within_kinds or bounds_bind"),
+        ("tests/artemis/allocation/test_allocate.py", "-k", "within_kinds or bounds_bind"),
     ),
     Fault(
         "what one kind cannot spend lost to the others",
         "artemis/allocation/apportion.py",
         "if excess * (within[k] - rate * usual[k]) > 0} or free",
         "if excess * (within[k] - rate * usual[k]) > 0 and False} or free",
-        ("tests/artemis/test_apportion.py",),
+        ("tests/artemis/allocation/test_apportion.py",),
     ),
     Fault(
         "equal bids won by the smaller size, not the smaller share",
         "artemis/allocation/apportion.py",
         "(size + 0.5), size / claim.usual, index",
         "(size + 0.5), size, index",
-        ("tests/artemis/test_apportion.py",),
+        ("tests/artemis/allocation/test_apportion.py",),
     ),
     Fault(
         "a part of a gradient scored as the whole",
         "artemis/importance/scores.py",
         "return max(unbiased, FLOOR * biased) * moments.share",
         "return max(unbiased, FLOOR * biased)",
-        ("tests/artemis/test_importance.py", "-k", "scaled_up"),
+        ("tests/artemis/importance/test_analyze.py", "-k", "scaled_up"),
     ),
     Fault(
         "a part of a gradient's energy taken for the whole",
         "artemis/importance/scores.py",
         "(values.square().sum() * moments.share).sqrt()",
         "values.square().sum().sqrt()",
-        ("tests/artemis/test_importance.py", "-k", "scaled_up"),
+        ("tests/artemis/importance/test_analyze.py", "-k", "scaled_up"),
     ),
     Fault(
         "the weight read at other rows than its gradient",
         "artemis/importance/moments.py",
         "matrix if self.rows is None else matrix[self.rows]",
         "matrix if self.rows is None else matrix[:SIDE]",
-        ("tests/artemis/test_importance.py", "-k", "scaled_up"),
+        ("tests/artemis/importance/test_analyze.py", "-k", "scaled_up"),
     ),
     Fault(
         "a choice of ranks that depends on what was drawn before",
@@ -1132,21 +1132,21 @@ RANKS = (
         "artemis/importance/gradients.py",
         "return y.clone()",
         "return y.view_as(y)",
-        ("tests/artemis/test_importance.py", "-k", "in_place"),
+        ("tests/artemis/importance/test_analyze.py", "-k", "in_place"),
     ),
     Fault(
         "a bottleneck scored without its scale",
         "artemis/importance/readers.py",
         "return config.adapter_scale * units",
         "return units",
-        ("tests/artemis/test_importance.py", "-k", "fresh_adapter"),
+        ("tests/artemis/importance/test_analyze.py", "-k", "fresh_adapter"),
     ),
     Fault(
         "a bottleneck scored through another activation",
         "artemis/importance/readers.py",
         '"gelu": F.gelu,',
         '"gelu": partial(F.gelu, approximate="tanh"),',
-        ("tests/artemis/test_importance.py", "-k", "bottleneck_would"),
+        ("tests/artemis/importance/test_analyze.py", "-k", "bottleneck_would"),
     ),
 )
 
@@ -1158,7 +1158,7 @@ QUANTIZED = (
         "artemis/quantization/load.py",
         "if not isinstance(model, (nn.Module, PretrainedConfig)):",
         "if model is None:",
-        ("tests/artemis/test_quantization_store.py", "-k", "neither_a_model"),
+        ("tests/artemis/quantization/test_store.py", "-k", "neither_a_model"),
     ),
     Fault(
         "codes read as 128 + c and not taken back",
@@ -1431,14 +1431,14 @@ QUANTIZED = (
         "artemis/quantization/quantize.py",
         "makes_logits=makes_logits",
         "makes_logits=False",
-        ("tests/artemis/test_quantization.py", "-k", "head"),
+        ("tests/artemis/quantization/test_quantize.py", "-k", "head"),
     ),
     Fault(
         "a loaded head no longer known to make logits",
         "artemis/quantization/load.py",
         "makes_logits=module is head",
         "makes_logits=False",
-        ("tests/artemis/test_quantization.py", "-k", "tied_head"),
+        ("tests/artemis/quantization/test_quantize.py", "-k", "tied_head"),
     ),
     Fault(
         "little work shared out among threads, which a forked process has not",
@@ -1494,63 +1494,63 @@ QUANTIZED = (
         "artemis/packed.py",
         "for name in self.packed_shapes() for part in parts_of(name)]",
         "for name in self.packed_shapes() for part in parts_of(name)[:1]]",
-        ("tests/artemis/test_quantization.py", "-k", "casts"),
+        ("tests/artemis/quantization/test_quantize.py", "-k", "casts"),
     ),
     Fault(
         "a packed base known by its rounded numbers",
         "artemis/identity.py",
         "getattr(module, sample_of(name))",
         "sample(module.weight.dequantize())",
-        ("tests/artemis/test_quantization.py", "-k", "knows_its_base"),
+        ("tests/artemis/quantization/test_quantize.py", "-k", "knows_its_base"),
     ),
     Fault(
         "the calibration's data not used",
         "artemis/quantization/quantize.py",
         "importance.get(path)",
         "None",
-        ("tests/artemis/test_quantization.py", "-k", "data_weighs"),
+        ("tests/artemis/quantization/test_quantize.py", "-k", "data_weighs"),
     ),
     Fault(
         "padding counted as tokens in the calibration",
         "artemis/quantization/calibrate.py",
         "return x[mask.bool()]",
         "return x.flatten(0, -2)",
-        ("tests/artemis/test_calibration.py",),
+        ("tests/artemis/quantization/test_calibrate.py",),
     ),
     Fault(
         "dropout in what the calibration looks at",
         "artemis/quantization/calibrate.py",
         "            model.eval()\n",
         "            pass\n",
-        ("tests/artemis/test_calibration.py", "-k", "in_training"),
+        ("tests/artemis/quantization/test_calibrate.py", "-k", "in_training"),
     ),
     Fault(
         "one batch of the calibration's data looked at",
         "artemis/quantization/calibrate.py",
         "BATCHES, BATCH_SIZE = 16, 8",
         "BATCHES, BATCH_SIZE = 1, 8",
-        ("tests/artemis/test_calibration.py", "-k", "up_to_16"),
+        ("tests/artemis/quantization/test_calibrate.py", "-k", "up_to_16"),
     ),
     Fault(
         "columns weighed by inf or nan",
         "artemis/quantization/calibrate.py",
         "if not torch.isfinite(total).all():",
         "if False:",
-        ("tests/artemis/test_calibration.py", "-k", "are_none"),
+        ("tests/artemis/quantization/test_calibrate.py", "-k", "are_none"),
     ),
     Fault(
         "the encoder's padding left out of the decoder's tokens in the calibration",
         "artemis/quantization/calibrate.py",
         '"attention_mask" if of_encoder else "decoder_attention_mask"',
         '"attention_mask"',
-        ("tests/artemis/test_calibration.py", "-k", "masks_of_their_own"),
+        ("tests/artemis/quantization/test_calibrate.py", "-k", "masks_of_their_own"),
     ),
     Fault(
         "a base of layers that no model has saved over a good one",
         "artemis/quantization/store.py",
         "    _check_places(model, report)\n",
         "",
-        ("tests/artemis/test_quantization_store.py", "-k", "that_moved"),
+        ("tests/artemis/quantization/test_store.py", "-k", "that_moved"),
     ),
     Fault(
         "the first group's importance in every group",
@@ -1571,14 +1571,14 @@ QUANTIZED = (
         "artemis/quantization/store.py",
         '_plain(getattr(model, "generation_config", None))',
         "None",
-        ("tests/artemis/test_quantization_store.py", "-k", "generates"),
+        ("tests/artemis/quantization/test_store.py", "-k", "generates"),
     ),
     Fault(
         "a head that is packed taken for one that trains",
         "artemis/injection.py",
         "    if packed:\n        raise",
         "    if False:\n        raise",
-        ("tests/artemis/test_quantization_refusals.py", "-k", "packed_cannot_train"),
+        ("tests/artemis/quantization/test_refusals.py", "-k", "packed_cannot_train"),
     ),
     Fault(
         "a training file's heads packed with its base",
@@ -1592,21 +1592,21 @@ QUANTIZED = (
         "artemis/quantization/choice.py",
         "return _KEPT if _kept_in_fp32(model, path, module) else None",
         "return None",
-        ("tests/artemis/test_quantization_choice.py", "-k", "keeps_in_float32"),
+        ("tests/artemis/quantization/test_choice.py", "-k", "keeps_in_float32"),
     ),
     Fault(
         "a layer left for a name that a model of one dtype keeps",
         "artemis/quantization/choice.py",
         "return any(p.is_floating_point() and p.dtype.itemsize == 2 for p in model.parameters())",
         "return True",
-        ("tests/artemis/test_quantization_choice.py", "-k", "own_dtype"),
+        ("tests/artemis/quantization/test_choice.py", "-k", "own_dtype"),
     ),
     Fault(
         "layers left whose number starts like that of the one named",
         "artemis/quantization/choice.py",
         'any(f"{path}.".startswith(f"{module}.") for',
         "any(path.startswith(module) for",
-        ("tests/artemis/test_quantization_refusals.py", "-k", "start_of_a_name"),
+        ("tests/artemis/quantization/test_refusals.py", "-k", "start_of_a_name"),
     ),
     Fault(
         "experts neither packed nor reported",
@@ -1627,49 +1627,49 @@ QUANTIZED = (
         "artemis/architectures.py",
         'if any(cls.__module__.startswith("torch.") for cls in bases):',
         "if False:",
-        ("tests/artemis/test_quantization_choice.py", "-k", "convolutions"),
+        ("tests/artemis/quantization/test_choice.py", "-k", "convolutions"),
     ),
     Fault(
         "a base packed before its adapter is found unfit for 8 bits",
         "artemis/quantization/quantize.py",
         "adapters.check_adapter(bank, options.adapter_bits, state.dtype)",
         "pass",
-        ("tests/artemis/test_quantization_refusals.py", "-k", "eight_bits_cannot"),
+        ("tests/artemis/quantization/test_refusals.py", "-k", "eight_bits_cannot"),
     ),
     Fault(
         "a tied tensor loaded under one of its names only",
         "artemis/quantization/load.py",
         "made.get(stored.aliases.get(name, name))",
         "made.get(name)",
-        ("tests/artemis/test_quantization_store.py", "-k", "round_trip"),
+        ("tests/artemis/quantization/test_store.py", "-k", "round_trip"),
     ),
     Fault(
         "what its user froze trains once a base is loaded into it",
         "artemis/quantization/load.py",
         "nn.Parameter(tensor, known[name].requires_grad)",
         "nn.Parameter(tensor)",
-        ("tests/artemis/test_quantization_store.py", "-k", "stays_frozen"),
+        ("tests/artemis/quantization/test_store.py", "-k", "stays_frozen"),
     ),
     Fault(
         "the second name of a packed layer compared as a tensor of its own",
         "artemis/quantization/load.py",
         "        if first not in parts\n",
         "",
-        ("tests/artemis/test_quantization_store.py", "-k", "two_names"),
+        ("tests/artemis/quantization/test_store.py", "-k", "two_names"),
     ),
     Fault(
         "a layer of its own loaded as the other name of another",
         "artemis/quantization/load.py",
         "if my_names.get(name) != their_names.get(name)",
         "if False",
-        ("tests/artemis/test_quantization_store.py", "-k", "two_names"),
+        ("tests/artemis/quantization/test_store.py", "-k", "two_names"),
     ),
     Fault(
         "an interrupted load not undone",
         "artemis/quantization/load.py",
         "undo.callback(restore)",
         "undo.callback(list)",
-        ("tests/artemis/test_quantization_store.py", "-k", "interrupted"),
+        ("tests/artemis/quantization/test_store.py", "-k", "interrupted"),
     ),
     Fault(
         "a quantized base not cast as asked",
@@ -1690,7 +1690,7 @@ QUANTIZED = (
         "artemis/identity.py",
         "if module.packing.untied:",
         "if False:",
-        ("tests/artemis/test_quantization_store.py", "-k", "no_other_base"),
+        ("tests/artemis/quantization/test_store.py", "-k", "no_other_base"),
     ),
     Fault(
         "DDP told too late to leave a packed base where it is",
@@ -1753,7 +1753,7 @@ QUANTIZED = (
         "artemis/quantized_layers.py",
         'return self.__dict__ | {"ready": None}',
         "return self.__dict__",
-        ("tests/artemis/test_quantization.py",),
+        ("tests/artemis/quantization/test_quantize.py",),
     ),
     Fault(
         "an empty section for the adapter taken for none",
@@ -1870,7 +1870,7 @@ PACKED_KERNELS = (
         f"{KERNELS}/tuner/lookups.py",
         'if back and chip.backend == "cuda":',
         "if back:",
-        ("tests/kernels/test_tiles_search.py", "-k", "transposed"),
+        ("tests/tuner/test_tiles.py", "-k", "transposed"),
     ),
     Fault(
         "the subnormal numbers of e4m3 read as zeros",
@@ -2122,7 +2122,7 @@ MEASURED = (
         f"{KERNELS}/tuner/tiles.py",
         "needed = mapped(partial(",
         "needed = map(partial(",
-        ("tests/kernels/test_tiles_search.py", "-k", "compiled_ahead"),
+        ("tests/tuner/test_tiles.py", "-k", "compiled_ahead"),
     ),
     Fault(
         "packed weights may err as if all of a weight were rounding",
@@ -2277,8 +2277,8 @@ PERSISTENT = (
 )
 
 TUNER = f"{KERNELS}/tuner"
-TUNED_TESTS = "tests/core/test_tuner.py"
-TILES_TESTS = "tests/kernels/test_tiles_search.py"
+TUNED_TESTS = "tests/tuner/test_tune.py"
+TILES_TESTS = "tests/tuner/test_tiles.py"
 
 TUNING = (
     Fault(
@@ -2391,14 +2391,14 @@ TUNING = (
         f"{TUNER}/run.py",
         "with devices.made_current(device):",
         'with devices.made_current(torch.device("cpu")):',
-        ("tests/core/test_tuner_on_gpu.py", "-k", "on_the_device_asked_for"),
+        ("tests/tuner/test_on_gpu.py", "-k", "on_the_device_asked_for"),
     ),
     Fault(
         "a GPU that torch does not see is accepted for another",
         f"{TUNER}/requests.py",
         "if (device.index or 0) >= seen:",
         "if not seen:",
-        ("tests/core/test_tuner_on_gpu.py", "-k", "not_there"),
+        ("tests/tuner/test_on_gpu.py", "-k", "not_there"),
     ),
     Fault(
         "a table of a processor read whatever the threads",
@@ -2454,14 +2454,14 @@ TUNING = (
         f"{TUNER}/lookups.py",
         'masked = back and r > 0 and case.drops and case.op == "lora_linear"',
         "masked = False",
-        ("tests/kernels/test_tiles_search.py", "-k", "lookups"),
+        ("tests/tuner/test_tiles.py", "-k", "lookups"),
     ),
     Fault(
         "a group's dX searched at one member's width",
         f"{TUNER}/lookups.py",
         "0 if place else r, back=True",
         "0 if place else case.width, back=True",
-        ("tests/kernels/test_tiles_search.py", "-k", "groups"),
+        ("tests/tuner/test_tiles.py", "-k", "groups"),
     ),
     Fault(
         "a table held to what this process has compiled",
@@ -2503,14 +2503,14 @@ TUNING = (
         f"{TUNER}/timing.py",
         "HEAD_START = 64",
         "HEAD_START = 1",
-        ("tests/core/test_tuner_on_gpu.py", "-k", "enqueued_before"),
+        ("tests/tuner/test_on_gpu.py", "-k", "enqueued_before"),
     ),
     Fault(
         "one pass for few rows, however often it reads A",
         f"{CORE}/tuning.py",
         "            if _weight_hides_a(shape, chip):",
         "            if True:",
-        ("tests/kernels/test_tuning.py", "-k", "lora_strategy"),
+        ("tests/core/test_tuning.py", "-k", "lora_strategy"),
     ),
     Fault(
         "parts of dB written where reading dY again is less",
@@ -2524,21 +2524,21 @@ TUNING = (
         f"{CORE}/tuning.py",
         "8 * n * r * parts + dtype.itemsize * m * n + _LAUNCH_BYTES",
         "8 * n * r * parts + _LAUNCH_BYTES",
-        ("tests/kernels/test_tuning.py", "-k", "behind_an_output or one_read_of_dy"),
+        ("tests/core/test_tuning.py", "-k", "behind_an_output or one_read_of_dy"),
     ),
     Fault(
         "tiles that won against a heuristic of long ago",
         f"{CORE}/tables.py",
         "if beaten == tiling.heuristic(kernel, shape, chip) else None",
         "if beaten else None",
-        ("tests/kernels/test_tuning.py", "-k", "what_it_beat"),
+        ("tests/core/test_tuning.py", "-k", "what_it_beat"),
     ),
     Fault(
         "tiles that nothing beat pinned for ever",
         f"{CORE}/tables.py",
         'if part == "tiles" and entry["chosen"] != entry["usual"]',
         'if part == "tiles"',
-        ("tests/kernels/test_tuning.py", "-k", "nothing_won"),
+        ("tests/core/test_tuning.py", "-k", "nothing_won"),
     ),
 )
 
@@ -3057,7 +3057,7 @@ TRAINING = (
 )
 
 EXCHANGE = "artemis/interchange"
-EXCHANGED = "tests/artemis/test_interchange.py"
+EXCHANGED = "tests/artemis/interchange/test_interchange.py"
 
 INTERCHANGE = (
     Fault(

@@ -7,7 +7,7 @@ import yaml
 from artemis import read_adapter
 from artemis.cli import main
 
-from .test_commands import training_file
+from .files import training_file
 
 
 def test_a_training_file_can_leave_the_rank_to_the_data(workspace, tmp_path, capsys):

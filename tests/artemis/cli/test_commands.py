@@ -22,32 +22,13 @@ from artemis import (
     save_quantized,
 )
 from artemis.cli import main
-from artemis.cli.demo.corpus import byte_pairs, help_topics
-from artemis.cli.demo.recipe import Workspace
+from artemis.cli.demo.corpus import byte_pairs
 from artemis.cli.generate import continue_text
 from artemis.quantized_layers import packed_layers
 from artemis.training import load_base
 from tests.artemis.models import adapted
 
-
-def training_file(workspace: Workspace, directory: Path, **training) -> Path:
-    """A training file for the workspace's base model, with a small adapter."""
-    train, held_out = help_topics()
-    (directory / "train.txt").write_text(train[0])
-    (directory / "held_out.txt").write_text(held_out[0])
-    values = {
-        "model": str(workspace.directory / "base"),
-        "data": {
-            "train": str(directory / "train.txt"),
-            "eval": str(directory / "held_out.txt"),
-            "sequence_length": 16,
-        },
-        "hybrid_adapter": {"lora_rank": 2, "adapter_size": 4},
-        "training": {"output_dir": str(directory / "out"), "max_steps": 4} | training,
-    }
-    path = directory / "train.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
+from .files import training_file
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from artemis.cli import main
 from artemis.training import load_base
 from artemis.training import run as run_module
 
-from .test_commands import training_file
+from .files import training_file
 
 ADAPTER = "hybrid_adapter.safetensors"
 

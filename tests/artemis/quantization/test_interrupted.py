@@ -11,21 +11,9 @@ from artemis.quantization import adapters
 from artemis.quantization import quantize as quantize_module
 from artemis.quantized_layers import packed_layers
 from tests.artemis.models import adapted, assert_same_state, llama, snapshot, tokens
+from tests.artemis.quantization.kit import interrupted_at
 
 OPTIONS = dict(bits=4, adapter_bits=8, activation_bits=16)
-
-
-def interrupted_at(number: int, function, counts=lambda *args: True):
-    """`function`, but for its `number`-th call that counts: Ctrl-C in its place."""
-    calls = []
-
-    def run(*args, **kwargs):
-        calls.extend([1] * counts(*args))
-        if len(calls) == number:
-            raise KeyboardInterrupt
-        return function(*args, **kwargs)
-
-    return run
 
 
 PLACES = {

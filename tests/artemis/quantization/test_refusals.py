@@ -12,7 +12,7 @@ from artemis import (
 )
 from artemis.quantized_layers import packed_layers
 from tests.artemis.models import adapted, assert_same_state, bert, llama, snapshot, tokens
-from tests.artemis.test_quantization import quantized
+from tests.artemis.quantization.kit import quantized
 
 
 @pytest.mark.parametrize(

@@ -37,9 +37,8 @@ from tests.artemis.models import (
     snapshot,
     tokens,
 )
-from tests.artemis.test_quantization import FORMATS, quantized, relative
-from tests.artemis.test_quantization_interrupted import interrupted_at
-from tests.artemis.test_quantization_store import FILE, rewritten
+from tests.artemis.quantization.files import FILE, rewritten
+from tests.artemis.quantization.kit import FORMATS, interrupted_at, quantized, relative
 
 EXPERTS = "model.layers.0.mlp.experts"
 ATTENTION = dict(target_modules=["q_proj", "v_proj"], apply_lora_to=["q_proj", "v_proj"])

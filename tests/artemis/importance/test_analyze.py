@@ -27,9 +27,18 @@ from artemis.plots import grid
 from artemis.quantized_layers import packed_layers
 from artemis_kernels import bottleneck_adapter
 from artemis_kernels.core.activations import ACTIVATIONS
-
-from .data import Examples, batches, weight_gradients
-from .models import adapted, assert_same_state, bert, fill_bank, gpt2, llama, snapshot, t5, tokens
+from tests.artemis.data import Examples, batches, weight_gradients
+from tests.artemis.models import (
+    adapted,
+    assert_same_state,
+    bert,
+    fill_bank,
+    gpt2,
+    llama,
+    snapshot,
+    t5,
+    tokens,
+)
 
 
 class Stream(IterableDataset):

@@ -1,12 +1,10 @@
 """Saving a quantized base and loading it back: bit for bit, or refused and nothing changed."""
 
 import copy
-import json
 import os
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -21,22 +19,8 @@ from artemis import (
 from artemis.quantization import load
 from artemis.quantized_layers import packed_layers
 from tests.artemis.models import adapted, assert_same_state, bert, gpt2, llama, snapshot, t5, tokens
-from tests.artemis.test_quantization import FORMATS, quantized
-from tests.artemis.test_quantization_interrupted import interrupted_at
-
-FILE = "quantized_base.safetensors"
-
-
-def header(path) -> dict:
-    with safe_open(path / FILE, framework="pt") as file:
-        return json.loads(file.metadata()["quantized_base"])
-
-
-def rewritten(path, change) -> None:
-    """The file at `path` after `change(header, tensors)`."""
-    tensors, values = load_file(path / FILE), header(path)
-    change(values, tensors)
-    save_file(tensors, path / FILE, {"quantized_base": json.dumps(values)})
+from tests.artemis.quantization.files import FILE, rewritten
+from tests.artemis.quantization.kit import FORMATS, interrupted_at, quantized
 
 
 @pytest.mark.parametrize("format", FORMATS)

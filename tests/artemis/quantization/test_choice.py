@@ -7,7 +7,7 @@ from torch import nn
 
 from artemis import load_quantized, save_quantized
 from tests.artemis.models import llama, t5, tokens
-from tests.artemis.test_quantization import quantized, relative
+from tests.artemis.quantization.kit import quantized, relative
 
 
 @torch.no_grad()

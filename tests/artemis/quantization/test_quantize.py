@@ -35,6 +35,7 @@ from tests.artemis.models import (
     t5,
     tokens,
 )
+from tests.artemis.quantization.kit import FORMATS, quantized, relative
 
 GPT2 = dict(
     target_modules=["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"],
@@ -46,12 +47,6 @@ BERT = dict(
 )
 T5 = dict(target_modules=["q", "k", "v", "o", "wi", "wo"], apply_lora_to=["q", "k", "v", "o"])
 MODELS = {"llama": (llama, {}), "gpt2": (gpt2, GPT2), "bert": (bert, BERT), "t5": (t5, T5)}
-FORMATS = {"int8": dict(bits=8), "fp8": dict(bits=8, format="fp8"), "int4": dict(bits=4)}
-
-
-def quantized(model: nn.Module, format: str = "int8", adapter_bits: int = 32, **options):
-    options = FORMATS[format] | dict(adapter_bits=adapter_bits, activation_bits=16) | options
-    return quantize_adapter_model(model, **options)
 
 
 @torch.no_grad()
@@ -69,10 +64,6 @@ def inputs(model: nn.Module) -> dict[str, torch.Tensor]:
     ids = tokens()
     labels = torch.tensor([0, 2]) if "Bert" in type(model).__name__ else ids
     return {"input_ids": ids, "labels": labels}
-
-
-def relative(got: torch.Tensor, truth: torch.Tensor) -> float:
-    return ((got.double() - truth.double()).norm() / truth.double().norm()).item()
 
 
 def test_the_users_own_call():

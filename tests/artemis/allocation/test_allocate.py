@@ -13,8 +13,16 @@ from artemis import (
     set_dynamic_rank_allocation,
 )
 from artemis.allocation.transform import permute, rotate
-
-from .models import adapted, assert_same_state, bert, fill_bank, gpt2, llama, snapshot, tokens
+from tests.artemis.models import (
+    adapted,
+    assert_same_state,
+    bert,
+    fill_bank,
+    gpt2,
+    llama,
+    snapshot,
+    tokens,
+)
 
 BOUNDS = dict(min_rank=2, max_rank=12, verbose=False)
 
