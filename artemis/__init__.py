@@ -1,6 +1,5 @@
 """Hybrid adapters for Hugging Face models: LoRA on some layers, bottlenecks on the others."""
 
-from .adapter_file import AdapterFile, read_adapter
 from .allocation import ModuleAllocation, RankAllocation, set_dynamic_rank_allocation
 from .automatic import RankChoice, choose_ranks
 from .config import HybridAdapterConfig
@@ -18,6 +17,7 @@ from .quantization import (
     quantize_adapter_model,
     save_quantized,
 )
+from .saving.adapter_file import AdapterFile, read_adapter
 from .version import __version__
 
 __all__ = [

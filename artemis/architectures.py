@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
-from .packed import is_packed
-from .quantized_layers import QuantizedConv1D, QuantizedLinear
+from .layers.packed import is_packed
+from .layers.packed_linear import QuantizedConv1D, QuantizedLinear
 
 #: Siblings (same parent) that read the same tensor.
 READ_TOGETHER = (

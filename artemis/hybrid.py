@@ -7,22 +7,22 @@ from functools import partial
 
 from torch import nn
 
-from .adapter_file import read_adapter
-from .bank import find_bank
-from .checkpoint import (
+from .config import HybridAdapterConfig
+from .errors import AdapterError
+from .initialization import start_from_weights
+from .injection import check_free, check_removable, eject, inject
+from .interchange import adopt, holds_lora, read_files
+from .layers.bank import find_bank
+from .merging import check_unmerged, merge_adapter, unmerge_adapter
+from .report import print_trainable_parameters
+from .saving.adapter_file import read_adapter
+from .saving.checkpoint import (
     check_for_base,
     check_tensors,
     copy_tensors,
     load_adapter_parameters,
     save_adapter_parameters,
 )
-from .config import HybridAdapterConfig
-from .errors import AdapterError
-from .initialization import start_from_weights
-from .injection import check_free, check_removable, eject, inject
-from .interchange import adopt, holds_lora, read_files
-from .merging import check_unmerged, merge_adapter, unmerge_adapter
-from .report import print_trainable_parameters
 from .targets import make_plan
 from .wrappers import check_bare
 

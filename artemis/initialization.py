@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from .bank import AdapterBank
-from .layers import weight_of
+from .layers.adapted import weight_of
+from .layers.bank import AdapterBank
 
 
 @torch.no_grad()

@@ -5,18 +5,18 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import architectures
-from .bank import BANK, AdapterBank, find_bank
 from .config import HybridAdapterConfig
 from .errors import AdapterError, listed
-from .groups import InputGroup, Shelf
-from .identity import facts
-from .layers import adapt, has_own_forward, has_own_tensors, restore
-from .norms import hold_statistics, release_statistics
-from .output_head import hang_hooks
-from .packed import packed_modules
+from .layers.adapted import adapt, has_own_forward, has_own_tensors, restore
+from .layers.bank import BANK, AdapterBank, find_bank
+from .layers.groups import InputGroup, Shelf
+from .layers.norms import hold_statistics, release_statistics
+from .layers.output_head import hang_hooks
+from .layers.packed import packed_modules
+from .layers.packed_linear import LayerWeight
+from .layers.sites import SITES, SharedSeed
 from .plan import Plan, SiteSpec
-from .quantized_layers import LayerWeight
-from .sites import SITES, SharedSeed
+from .saving.identity import facts
 
 
 def inject(model: nn.Module, config: HybridAdapterConfig, plan: Plan) -> AdapterBank:

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .bank import find_bank
 from .errors import AdapterError, listed
-from .layers import adapted_module, check_in_place, weight_of
-from .packed import is_packed
-from .sites import Site
-from .sources import is_at_hand
+from .layers.adapted import adapted_module, check_in_place, weight_of
+from .layers.bank import find_bank
+from .layers.packed import is_packed
+from .layers.sites import Site
+from .layers.sources import is_at_hand
 
 
 @dataclass(frozen=True)

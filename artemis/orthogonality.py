@@ -5,8 +5,8 @@ from itertools import chain
 import torch
 from torch import nn
 
-from .bank import find_bank
 from .errors import AdapterError
+from .layers.bank import find_bank
 
 
 def orthogonality_penalty(model: nn.Module) -> torch.Tensor:

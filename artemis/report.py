@@ -2,9 +2,9 @@
 
 from torch import nn
 
-from .bank import BANK, ROLES, find_bank
-from .layers import check_in_place
-from .packed import packed_numbers
+from .layers.adapted import check_in_place
+from .layers.bank import BANK, ROLES, find_bank
+from .layers.packed import packed_numbers
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

@@ -9,7 +9,7 @@ from torch import nn
 from . import architectures
 from .config import AUTO, DEFAULT_LORA, DEFAULT_TARGETS, HybridAdapterConfig, Names
 from .errors import AdapterError, listed, nearest
-from .packed import is_packed
+from .layers.packed import is_packed
 from .plan import Plan, SiteSpec
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..bank import AdapterBank, find_bank
 from ..config import HybridAdapterConfig
 from ..errors import AdapterError, listed
+from ..layers.bank import AdapterBank, find_bank
 from ..merging import check_unmerged
 from ..plan import SiteSpec
 from .apportion import Claim, apportion, apportion_by_kind

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import torch
 
-from ..bank import AdapterBank, check_writable, initial, site_tensors
-from ..sites import Site
+from ..layers.bank import AdapterBank, check_writable, initial, site_tensors
+from ..layers.sites import Site
 from .change import Change
 from .optimizer import check_states, move_states
 from .transform import Transform, permute, rotate

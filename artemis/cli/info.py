@@ -4,8 +4,8 @@ import argparse
 import json
 from dataclasses import asdict
 
-from ..adapter_file import AdapterFile, read_adapter
 from ..quantization.store import StoredBase, holds_base, read_stored
+from ..saving.adapter_file import AdapterFile, read_adapter
 
 NAME = "info"
 SUMMARY = "show what an adapter, or a quantized base, holds, module by module"

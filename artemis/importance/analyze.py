@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..bank import find_bank
 from ..config import HybridAdapterConfig
 from ..errors import AdapterError
-from ..layers import weight_of
+from ..layers.adapted import weight_of
+from ..layers.bank import find_bank
+from ..layers.packed import is_packed
 from ..merging import check_unmerged
-from ..packed import is_packed
 from ..plan import SiteSpec
 from ..targets import make_plan
 from .data import Batch, batches_of, to_device

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from ..config import HybridAdapterConfig
+from ..layers.sites import with_first
 from ..plan import SiteSpec
-from ..sites import with_first
 from .moments import Moments
 from .readers import Reader
 

@@ -6,8 +6,8 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from ..bank import initial
 from ..config import HybridAdapterConfig
+from ..layers.bank import initial
 from ..plan import SiteSpec
 
 #: (x, y) of a call -> u, all [..., features].

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from .. import architectures
-from ..bank import BANK, site_tensors
 from ..config import HybridAdapterConfig
 from ..errors import AdapterError, listed, nearest
+from ..layers.bank import BANK, site_tensors
 from ..plan import Plan
 from ..targets import make_plan, matching
 from .files import SETTINGS_FILE, LoRAFiles

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapter_file import read_adapter
-from ..bank import BANK, check_writable, find_bank, site_tensors
-from ..checkpoint import adapter_state
 from ..config import HybridAdapterConfig
 from ..errors import AdapterError, listed
+from ..layers.bank import BANK, check_writable, find_bank, site_tensors
 from ..plan import Plan, SiteSpec
+from ..saving.adapter_file import read_adapter
+from ..saving.checkpoint import adapter_state
 from ..wrappers import unwrapped
 from .files import write_files
 

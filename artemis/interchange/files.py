@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..adapter_file import PARAMETERS_FILE
-from ..atomic import replace_files
 from ..errors import AdapterError, listed
+from ..saving.adapter_file import PARAMETERS_FILE
+from ..saving.atomic import replace_files
 
 SETTINGS_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"

@@ -7,9 +7,9 @@ from torch import nn
 
 from artemis_kernels import QuantizedWeight
 
-from ..bank import AdapterBank
 from ..errors import AdapterError
-from ..packed import FixedBuffers
+from ..layers.bank import AdapterBank
+from ..layers.packed import FixedBuffers
 
 _MATRICES = ("lora_a", "lora_b", "down", "up")
 

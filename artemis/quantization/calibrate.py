@@ -11,7 +11,7 @@ from torch.nn import functional
 from ..errors import AdapterError
 from ..experts import bias_of, expert_output, is_experts, matrices_of, stack_of
 from ..importance.data import Batch, batches_of, to_device
-from ..routing import Routing
+from ..layers.routing import Routing
 
 BATCHES, BATCH_SIZE = 16, 8
 

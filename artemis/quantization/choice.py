@@ -9,12 +9,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import architectures
-from ..bank import find_bank
 from ..errors import AdapterError, listed
 from ..experts import is_experts, matrices_of, stack_of
-from ..layers import PACKED, weight_of
+from ..layers.adapted import PACKED, weight_of
+from ..layers.bank import find_bank
+from ..layers.packed import is_packed, packed_modules
 from ..merging import check_unmerged
-from ..packed import is_packed, packed_modules
 from ..wrappers import check_bare
 from .options import Options
 from .report import LayerReport

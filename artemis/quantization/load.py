@@ -15,13 +15,13 @@ from transformers import GenerationConfig, PretrainedConfig
 from artemis_kernels import QuantizedWeight
 
 from ..architectures import output_head
-from ..bank import find_bank
 from ..errors import AdapterError, listed
-from ..expert_weights import ExpertWeights
 from ..experts import is_experts
-from ..packed import packed_modules, parts_of, sample_of
-from ..quantized_experts import pack_experts
-from ..quantized_layers import QUANTIZED, pack
+from ..layers.bank import find_bank
+from ..layers.expert_weights import ExpertWeights
+from ..layers.packed import packed_modules, parts_of, sample_of
+from ..layers.packed_experts import pack_experts
+from ..layers.packed_linear import QUANTIZED, pack
 from ..wrappers import check_bare
 from .choice import weights_of
 from .report import LayerReport

@@ -12,13 +12,13 @@ from tqdm import tqdm
 from artemis_kernels import QuantizedWeight
 
 from ..architectures import output_head, stacked_weights
-from ..bank import find_bank
-from ..expert_weights import ExpertWeights
 from ..experts import is_experts, matrices_of, stack_of
-from ..layers import PACKED, weight_of
-from ..packed import packed_modules, sample
-from ..quantized_experts import pack_experts
-from ..quantized_layers import pack
+from ..layers.adapted import PACKED, weight_of
+from ..layers.bank import find_bank
+from ..layers.expert_weights import ExpertWeights
+from ..layers.packed import packed_modules, sample
+from ..layers.packed_experts import pack_experts
+from ..layers.packed_linear import pack
 from . import adapters
 from .calibrate import column_importance, matrix_of
 from .choice import BEGUN, Begun, begun, choose_layers, tied_to, weights_of

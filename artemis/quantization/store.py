@@ -23,11 +23,11 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import GenerationConfig, PretrainedConfig
 
-from ..atomic import replace_files
-from ..bank import BANK
 from ..errors import AdapterError, listed
+from ..layers.bank import BANK
+from ..layers.packed import packed_modules, parts_of, sample_of
 from ..merging import check_unmerged
-from ..packed import packed_modules, parts_of, sample_of
+from ..saving.atomic import replace_files
 from ..version import __version__
 from ..wrappers import unwrapped
 from .report import QuantizationReport

@@ -7,8 +7,8 @@ from typing import Any
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..adapter_file import PARAMETERS_FILE
 from ..errors import AdapterError
+from ..saving.adapter_file import PARAMETERS_FILE
 
 
 def complete_checkpoint(checkpoint: str | bool, output_dir: str, hybrid: bool) -> str:

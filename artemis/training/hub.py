@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 
-from ..adapter_file import CONFIG_FILE, PARAMETERS_FILE
+from ..saving.adapter_file import CONFIG_FILE, PARAMETERS_FILE
 
 
 def lay_out(trainer: Trainer, checkpoint: str) -> None:

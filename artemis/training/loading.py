@@ -14,7 +14,7 @@ from transformers import (
 import artemis_kernels
 
 from ..errors import AdapterError
-from ..packed import packed_modules, sample_of
+from ..layers.packed import packed_modules, sample_of
 from ..quantization import load_quantized
 from ..quantization.store import holds_base, read_stored
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ..bank import find_bank
+from ..layers.bank import find_bank
 from ..orthogonality import orthogonality_penalty
 
 

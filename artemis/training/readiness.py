@@ -3,11 +3,11 @@
 import torch
 from torch import nn
 
-from ..bank import check_writable, find_bank
-from ..checkpoint import trained_and_not_saved
 from ..errors import AdapterError, listed
-from ..layers import check_in_place
+from ..layers.adapted import check_in_place
+from ..layers.bank import check_writable, find_bank
 from ..merging import check_unmerged
+from ..saving.checkpoint import trained_and_not_saved
 
 
 def check_ready(model: nn.Module) -> None:

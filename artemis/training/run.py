@@ -11,15 +11,15 @@ from transformers import (
     set_seed,
 )
 
-from ..adapter_file import read_adapter
 from ..allocation import set_dynamic_rank_allocation
 from ..automatic import choose_ranks
-from ..bank import find_bank
 from ..config import AUTO, HybridAdapterConfig
 from ..errors import AdapterError
 from ..hybrid import add_hybrid_adapter_to_model
-from ..packed import packed_numbers
+from ..layers.bank import find_bank
+from ..layers.packed import packed_numbers
 from ..quantization import quantize_adapter_model
+from ..saving.adapter_file import read_adapter
 from ..targets import find_heads
 from .checkpoints import saved_state
 from .config import DataConfig, RunConfig

@@ -29,12 +29,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 from transformers.training_args import ParallelMode
 
-from ..adapter_file import read_adapter
 from ..allocation.resize import resize
-from ..bank import find_bank
 from ..errors import AdapterError, listed
+from ..layers.bank import find_bank
+from ..layers.packed import packed_modules
 from ..orthogonality import orthogonality_penalty
-from ..packed import packed_modules
+from ..saving.adapter_file import read_adapter
 from .checkpoints import complete_checkpoint, saved_state
 from .config import TrainingConfig
 from .hub import lay_out

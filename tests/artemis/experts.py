@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from artemis.expert_weights import ExpertWeights
 from artemis.experts import matrices_of, stack_of
-from artemis.packed import sample
-from artemis.quantized_experts import pack_experts
+from artemis.layers.expert_weights import ExpertWeights
+from artemis.layers.packed import sample
+from artemis.layers.packed_experts import pack_experts
 
 
 def packed(module: nn.Module, format: str = "int8", bits: int | str = 16) -> nn.Module:

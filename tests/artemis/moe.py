@@ -4,8 +4,8 @@ import torch
 import transformers
 from torch import nn
 
-from artemis.packed import packed_modules
-from artemis.quantized_experts import QuantizedExperts
+from artemis.layers.packed import packed_modules
+from artemis.layers.packed_experts import QuantizedExperts
 from tests.artemis.models import SMALL, TOKENS
 
 #: Computing by the model's own code, which knows fp64.

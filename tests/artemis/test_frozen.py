@@ -10,7 +10,8 @@ import torch
 from torch.autograd import forward_ad
 from torch.nn.utils import prune
 
-from artemis import HybridAdapterConfig, add_hybrid_adapter_to_model, frozen
+from artemis import HybridAdapterConfig, add_hybrid_adapter_to_model
+from artemis.layers import frozen
 from artemis.quantization import quantize_adapter_model
 from artemis.utils.hybrid_adapter import set_dynamic_rank_allocation
 from tests.artemis.models import adapted, bert, gpt2, llama, tokens

@@ -10,7 +10,8 @@ import torch
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
-from artemis import set_dynamic_rank_allocation, sites
+from artemis import set_dynamic_rank_allocation
+from artemis.layers import sites
 from artemis.quantization import quantize_adapter_model
 from tests.artemis.models import (
     adapted,

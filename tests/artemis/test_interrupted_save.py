@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from artemis import load_hybrid_adapter
-from artemis.atomic import replace_files
+from artemis.saving.atomic import replace_files
 from tests.artemis.models import adapted, fill_bank, llama, snapshot
 
 FILE = "hybrid_adapter.safetensors"
@@ -57,7 +57,7 @@ def test_dying_at_any_step_leaves_the_old_adapter_or_the_new_one(first, tmp_path
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", dying(os.fsync))
             patch.setattr(os, "replace", dying(os.replace))
-            patch.setattr("artemis.adapter_file.save_file", dying(save_file, writes_to=1))
+            patch.setattr("artemis.saving.adapter_file.save_file", dying(save_file, writes_to=1))
             patch.setattr(Path, "write_text", dying(Path.write_text, writes_to=0))
             patch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
             try:

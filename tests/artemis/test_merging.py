@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize, prune
 from transformers import TrainingArguments
 
 from artemis import AdapterError
-from artemis.adapter_file import PARAMETERS_FILE
+from artemis.saving.adapter_file import PARAMETERS_FILE
 from artemis.training import Trainer
 from tests.artemis.models import adapted, assert_same_state, bert, gpt2, llama, snapshot, tokens
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from artemis.expert_weights import ExpertWeights
-from artemis.quantized_experts import QuantizedExperts
-from artemis.routing import Routing
+from artemis.layers.expert_weights import ExpertWeights
+from artemis.layers.packed_experts import QuantizedExperts
+from artemis.layers.routing import Routing
 from artemis_kernels import explain, quantized_linear
 from tests.artemis import moe
 from tests.artemis.experts import packed, routed, run

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from artemis.architectures import input_of
-from artemis.bank import AdapterBank
 from artemis.config import HybridAdapterConfig
 from artemis.hybrid import add_hybrid_adapter_to_model
+from artemis.layers.bank import AdapterBank
+from artemis.layers.sites import SharedSeed
 from artemis.plan import Plan, SiteSpec
-from artemis.sites import SharedSeed
 from tests.artemis.models import adapted, bert, fill_bank, gradients, llama, t5, tokens
 
 

@@ -7,7 +7,7 @@ import torch
 
 from artemis.benchmark.records import read
 from artemis.cli.demo.recipe import QUICK, Workspace
-from artemis.quantized_layers import packed_layers
+from artemis.layers.packed_linear import packed_layers
 from bench import logits_rounding
 from bench import quantized_quality as study
 from bench import quantized_tables as tables

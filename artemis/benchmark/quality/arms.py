@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from ...allocation import set_dynamic_rank_allocation
-from ...bank import bank_shapes
 from ...config import HybridAdapterConfig
 from ...errors import AdapterError
 from ...hybrid import add_hybrid_adapter_to_model
 from ...importance import analyze_layer_importance
+from ...layers.bank import bank_shapes
 from ...targets import make_plan, matching
 from .data import Batch
 from .model import Classifier

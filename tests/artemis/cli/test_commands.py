@@ -24,7 +24,7 @@ from artemis import (
 from artemis.cli import main
 from artemis.cli.demo.corpus import byte_pairs
 from artemis.cli.generate import continue_text
-from artemis.quantized_layers import packed_layers
+from artemis.layers.packed_linear import packed_layers
 from artemis.training import load_base
 from tests.artemis.models import adapted
 

@@ -16,15 +16,15 @@ from artemis import (
     plot_importance,
     quantize_adapter_model,
 )
-from artemis.bank import initial
 from artemis.importance import METHODS
 from artemis.importance import moments as moments_module
 from artemis.importance.moments import Moments
 from artemis.importance.readers import adapter_reader
-from artemis.layers import weight_of
+from artemis.layers.adapted import weight_of
+from artemis.layers.bank import initial
+from artemis.layers.packed_linear import packed_layers
 from artemis.plan import SiteSpec
 from artemis.plots import grid
-from artemis.quantized_layers import packed_layers
 from artemis_kernels import bottleneck_adapter
 from artemis_kernels.core.activations import ACTIVATIONS
 from tests.artemis.data import Examples, batches, weight_gradients

@@ -23,9 +23,9 @@ from artemis import (
     save_quantized,
 )
 from artemis.experts import is_experts
-from artemis.packed import packed_modules, packed_numbers
+from artemis.layers.packed import packed_modules, packed_numbers
+from artemis.layers.packed_experts import QuantizedExperts
 from artemis.quantization.calibrate import column_importance, matrix_of
-from artemis.quantized_experts import QuantizedExperts
 from tests.artemis import moe
 from tests.artemis.models import (
     SMALL,

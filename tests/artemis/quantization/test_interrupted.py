@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from artemis import AdapterError, quantize_adapter_model
+from artemis.layers.packed_linear import packed_layers
 from artemis.quantization import adapters
 from artemis.quantization import quantize as quantize_module
-from artemis.quantized_layers import packed_layers
 from tests.artemis.models import adapted, assert_same_state, llama, snapshot, tokens
 from tests.artemis.quantization.kit import interrupted_at
 

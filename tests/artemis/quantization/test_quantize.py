@@ -17,10 +17,10 @@ from transformers.pytorch_utils import Conv1D
 
 import artemis
 from artemis import AdapterError, load_hybrid_adapter, quantize_adapter_model
-from artemis.layers import AdaptedLinear
-from artemis.packed import sample
+from artemis.layers.adapted import AdaptedLinear
+from artemis.layers.packed import sample
+from artemis.layers.packed_linear import QUANTIZED, QuantizedLinear, pack, packed_layers
 from artemis.quantization import quantize as quantize_module
-from artemis.quantized_layers import QUANTIZED, QuantizedLinear, pack, packed_layers
 from artemis_kernels import QuantizedWeight
 from tests.artemis.models import (
     adapted,

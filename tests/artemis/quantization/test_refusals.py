@@ -10,7 +10,7 @@ from artemis import (
     add_hybrid_adapter_to_model,
     quantize_adapter_model,
 )
-from artemis.quantized_layers import packed_layers
+from artemis.layers.packed_linear import packed_layers
 from tests.artemis.models import adapted, assert_same_state, bert, llama, snapshot, tokens
 from tests.artemis.quantization.kit import quantized
 

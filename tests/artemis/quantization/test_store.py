@@ -16,8 +16,8 @@ from artemis import (
     quantize_adapter_model,
     save_quantized,
 )
+from artemis.layers.packed_linear import packed_layers
 from artemis.quantization import load
-from artemis.quantized_layers import packed_layers
 from tests.artemis.models import adapted, assert_same_state, bert, gpt2, llama, snapshot, t5, tokens
 from tests.artemis.quantization.files import FILE, rewritten
 from tests.artemis.quantization.kit import FORMATS, interrupted_at, quantized

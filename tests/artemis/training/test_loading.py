@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from artemis import quantize_adapter_model, save_quantized
 from artemis.cli.demo.corpus import byte_pairs
 from artemis.errors import AdapterError
-from artemis.quantized_layers import packed_layers
+from artemis.layers.packed_linear import packed_layers
 from artemis.training import attention_for, load_base, resolve_precision
 from tests.artemis.models import TOKENS, llama, tokens
 

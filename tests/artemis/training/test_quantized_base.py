@@ -7,7 +7,7 @@ import torch
 from transformers import set_seed
 
 from artemis import AdapterError, load_hybrid_adapter, quantize_adapter_model
-from artemis.quantized_layers import packed_layers
+from artemis.layers.packed_linear import packed_layers
 from artemis.training import BaseConfig, RunConfig, Trainer, run_training
 from artemis.training import run as run_module
 from tests.artemis.models import adapted, llama, snapshot

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..errors import AdapterError, listed
 from . import frozen
-from .errors import AdapterError, listed
 from .frozen import weight_of
 from .packed import is_packed
-from .quantized_layers import QUANTIZED, QuantizedConv1D, QuantizedLinear
+from .packed_linear import QUANTIZED, QuantizedConv1D, QuantizedLinear
 from .sites import Site
 
 

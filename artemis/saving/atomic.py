@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 from safetensors import SafetensorError
 
-from .errors import AdapterError
+from ..errors import AdapterError
 
 _DAY = 24 * 60 * 60  # seconds
 

@@ -8,16 +8,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import architectures
+from .. import architectures
+from ..config import HybridAdapterConfig
+from ..errors import AdapterError, listed
+from ..layers.adapted import replaced
+from ..layers.bank import BANK, MERGED, check_writable, find_bank
+from ..layers.sources import is_at_hand
+from ..merging import check_unmerged
+from ..plan import Plan, SiteSpec
 from .adapter_file import AdapterFile, read_adapter, write_adapter
-from .bank import BANK, MERGED, check_writable, find_bank
-from .config import HybridAdapterConfig
-from .errors import AdapterError, listed
 from .identity import identify
-from .layers import replaced
-from .merging import check_unmerged
-from .plan import Plan, SiteSpec
-from .sources import is_at_hand
 
 #: Settings that change what the parameters mean; the others may differ from the file's.
 _MEANING = ("shared_parameters", "scaling_factor", "adapter_scale", "activation", "adapter_bias")

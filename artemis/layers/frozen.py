@@ -16,7 +16,7 @@ from torch import nn
 from artemis_kernels import FrozenLinear, QuantizedWeight
 
 from .packed import is_packed
-from .quantized_layers import PARTS
+from .packed_linear import PARTS
 from .sources import (
     Place,
     Source,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .layers import has_own_tensors, weight_of
+from .adapted import has_own_tensors, weight_of
 
 
 class _Left(NamedTuple):

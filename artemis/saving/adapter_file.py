@@ -21,13 +21,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..config import HybridAdapterConfig
+from ..errors import AdapterError, listed
+from ..layers.bank import BANK, bank_shapes, site_tensors
+from ..plan import KINDS, Plan, SiteSpec
+from ..version import __version__
 from .atomic import replace_files
-from .bank import BANK, bank_shapes, site_tensors
-from .config import HybridAdapterConfig
-from .errors import AdapterError, listed
 from .identity import BaseIdentity
-from .plan import KINDS, Plan, SiteSpec
-from .version import __version__
 
 PARAMETERS_FILE = "hybrid_adapter.safetensors"
 CONFIG_FILE = "hybrid_adapter_config.json"

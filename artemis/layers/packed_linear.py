@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from artemis_kernels import FrozenAdapter, FrozenLinear, QuantizedWeight, quantized_linear
 
-from .errors import AdapterError
+from ..errors import AdapterError
 from .packed import Packed, Packing, held, hold, packed_modules, parts_of, sample_of
 from .sources import Source, is_captured, sources_of, takes_constants, unchanged
 

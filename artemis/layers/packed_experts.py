@@ -13,8 +13,8 @@ from torch import nn
 
 from artemis_kernels import quantized_linear
 
+from ..experts import bias_of, expert_output, matrices_of
 from .expert_weights import ExpertWeights
-from .experts import bias_of, expert_output, matrices_of
 from .packed import Packed, Packing, held, hold, sample_of
 from .routing import Routing
 

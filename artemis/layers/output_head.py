@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from . import architectures
-from .errors import AdapterError
+from .. import architectures
+from ..errors import AdapterError
 from .sites import Site
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .bank import BANK, AdapterBank, find_bank
-from .errors import AdapterError, listed
-from .packed import packed_modules, sample, sample_of
-from .sources import is_at_hand
+from ..errors import AdapterError, listed
+from ..layers.bank import BANK, AdapterBank, find_bank
+from ..layers.packed import packed_modules, sample, sample_of
+from ..layers.sources import is_at_hand
 
 #: How the samples of a base are marked of which some were held in fp16.
 _FP16 = "float16:"

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .config import HybridAdapterConfig
-from .errors import AdapterError
+from ..config import HybridAdapterConfig
+from ..errors import AdapterError
+from ..plan import Plan, SiteSpec
 from .frozen import Casts
-from .plan import Plan, SiteSpec
 
 #: Name under which the bank is registered on the model, and prefix of its tensors' names.
 BANK = "hybrid_adapter"

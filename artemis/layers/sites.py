@@ -23,10 +23,10 @@ from artemis_kernels import (
     new_seed,
 )
 
+from ..errors import AdapterError
+from ..plan import SiteSpec
 from .bank import AdapterBank, site_tensors
-from .errors import AdapterError
 from .frozen import Frozen
-from .plan import SiteSpec
 
 if TYPE_CHECKING:
     from .groups import InputGroup

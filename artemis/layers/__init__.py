@@ -1,0 +1,1 @@
+"""What stands in an adapted or a packed model, and computes there."""

@@ -1,0 +1,1 @@
+"""An adapter on disk, and whether it fits the model at hand."""
