@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from artemis.benchmark.operations import (  # fmt: skip
+from artemis.benchmark.operations import (
     SEED,
     Operation,
     Sizes,
@@ -18,7 +18,7 @@ from artemis.benchmark.operations import (  # fmt: skip
     Truth,
     Verdict,
     operands,
-)
+)  # fmt: skip
 
 from .failures import FAILURES, failure
 
