@@ -209,4 +209,4 @@ def _beside_base(model: nn.Module) -> tuple[str, ...]:
 def output_head(model: nn.Module) -> nn.Module | None:
     """The layer that turns hidden states into logits, where the model names one."""
     named = getattr(model, "get_output_embeddings", None)
-    return named() if named else None
+    return None if named is None else named()
