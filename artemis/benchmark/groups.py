@@ -16,7 +16,7 @@ import artemis_kernels
 from artemis_kernels import Cost
 
 from .costs import cost_of_pass, rates
-from .inference import AtInference
+from .inference import FROZEN, AtInference
 from .operations import (
     SEED,
     Operation,
@@ -100,7 +100,7 @@ def _ways(
         for name, held in (("", [m["weight"] for m in members]), (f", {_PACKED}", weights)):
             layers = zip(members, held, strict=True)
             frozen = [AtInference(group.operation, m, weight, impl) for m, weight in layers]
-            ways[f"artemis{name}, frozen"] = _each(frozen)
+            ways[f"artemis{name}{FROZEN}"] = _each(frozen)
     for name, peer in (("plain", plain), ("addmm", addmm)):
         ways[name] = _each([peer(group.operation, dropout)] * len(members))
     if can_compile(members[0]["x"].device):

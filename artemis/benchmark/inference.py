@@ -6,7 +6,7 @@ from artemis_kernels import Choice, FrozenAdapter, FrozenLinear, QuantizedWeight
 
 from .operations import Operation, Tensors
 
-_FROZEN = ", frozen"  # the end of a provider's name
+FROZEN = ", frozen"  # the end of a provider's name
 
 
 class AtInference:
@@ -44,9 +44,9 @@ def at_inference(
     if "weight" not in tensors:
         return {}
     held = {"artemis": tensors["weight"], **weights}
-    return {n + _FROZEN: AtInference(operation, tensors, w, impl) for n, w in held.items()}
+    return {n + FROZEN: AtInference(operation, tensors, w, impl) for n, w in held.items()}
 
 
 def weight_of(name: str, weights: dict[str, QuantizedWeight]) -> QuantizedWeight | None:
     """The packed weight of a provider; None where it has a tensor."""
-    return weights.get(name.removesuffix(_FROZEN))
+    return weights.get(name.removesuffix(FROZEN))

@@ -68,11 +68,8 @@ def _seconds(row: Row, gpu: Gpu) -> float | None:
             gpu, Case("", row["rows"], row["k"], tuple(row["outs"]), row["dropout"]), who
         )
     if row["kind"] == "kernel" and row["op"] == "lora_linear" and row["r"] == RANK:
-        sizes, backward, dropout = (
-            (row["m"], row["k"], row["n"]),
-            row["pass"] == "both",
-            row["dropout"],
-        )
+        sizes, dropout = (row["m"], row["k"], row["n"]), row["dropout"]
+        backward = row["pass"] == "both"
     elif row["kind"] == "packed":
         sizes, backward, dropout = (row["rows"], row["k"], row["n"]), row["backward"], 0.0
     else:
