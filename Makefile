@@ -6,7 +6,7 @@
 # make bench   the CPU training-step benchmark, written to OUT
 # make gpu     what a GPU can prove, in under ten minutes; installs nothing
 # make budget  rewrite the golden resource budget of the compiled kernels
-# make docs    regenerate the tables of the documents from bench/results
+# make docs    regenerate the tables and pictures of the documents from bench/results
 # make clean   remove the environments and the demo's folder
 
 VENV := .venv
@@ -47,6 +47,7 @@ budget: $(READY)
 
 docs: $(READY)
 	$(ENV_PYTHON) -m bench.report
+	$(ENV_PYTHON) -m bench.pictures
 
 # The environment: pinned versions, then this project itself, editable.
 $(READY): requirements.txt pyproject.toml

@@ -4,7 +4,7 @@ A row's ratios are to other rows of its own run. So the rows of one setting (a m
 an operation on a layer) are those of the last run that has it, and of no other.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from artemis.benchmark.arms import ARMS
 from artemis.benchmark.machine import KEEPS, identity
@@ -38,7 +38,7 @@ def bench_table(
         machines.setdefault(identity(heads[row["run"]]), []).append(row)
     parts = []
     for own in sorted(machines, key=lambda each: each.allocator != KEEPS):
-        order = sorted(machines[own], key=lambda row: _place(row, machines[own]))
+        order = in_order(machines[own])
         runs = [heads[run] for run in dict.fromkeys(row["run"] for row in order)]
         made = render(order) if render else markdown(table, order)
         each = "\n\n".join(dict.fromkeys(map(origin, runs)))
@@ -86,8 +86,12 @@ def _with_best_allocator(rows: list[Record], heads: dict[str, Record]) -> list[R
     return [row for row in rows if keeps(row) or about(row) not in better]
 
 
-def _place(row: Record, rows: list[Record]) -> tuple[int, ...]:
+def in_order(rows: Sequence[Record]) -> list[Record]:
     """Models and arms in their own order, all rows of one model together."""
     models = [*MODELS, *dict.fromkeys(each.get("model") for each in rows)]
     arms = [*ARMS, *dict.fromkeys(each.get("arm") for each in rows)]
-    return models.index(row.get("model")), row.get("tokens", 0), arms.index(row.get("arm"))
+
+    def place(row: Record) -> tuple[int, ...]:
+        return models.index(row.get("model")), row.get("tokens", 0), arms.index(row.get("arm"))
+
+    return sorted(rows, key=place)

@@ -7,6 +7,7 @@ An extrapolated time multiplies what a layer's errs by. So each speedup of an ex
 its range: where the two times err in opposite directions, each by its own p20–p80.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 from artemis.benchmark.arms import ARMS, BASELINE
@@ -31,7 +32,7 @@ def table(rows: Sequence[Record]) -> str:
             models.setdefault((name_of(row), row["sequence"]), {})[row["arm"]] = row
     whole = [by for by in models.values() if {BASELINE, _BEST} <= by.keys()]
     lines = piped(_COLUMNS, [{**by[_BEST], "by": by} for by in whole])
-    parts = [by[_BEST] for by in whole if _is_extrapolated(by[_BEST])]
+    parts = [by[_BEST] for by in whole if is_extrapolated(by[_BEST])]
     if not parts:
         return lines
     measured = "\n".join(f"- {note}" for note in notes(parts))
@@ -60,7 +61,8 @@ def saved(by: dict[str, Record], baseline: str = BASELINE) -> float | None:
     return 1 - own["memory"]["peak"] / other["memory"]["peak"] if measured else None
 
 
-def _is_extrapolated(row: Record) -> bool:
+def is_extrapolated(row: Record) -> bool:
+    """Whether a row is of some layers, from which the whole was reckoned."""
     return row["how"].startswith("extrapolated")
 
 
@@ -81,18 +83,18 @@ def _times(baseline: str | None = None, arm: str = _BEST) -> Callable[[Record], 
         if other is None or measured is None:
             return ""
         times = f"{measured['speedup'][other['arm']]:.2f}"
-        if _is_extrapolated(row):
-            times += f" ({_range(other['ms'], measured['ms'])})"
+        if is_extrapolated(row):
+            low, high = speedup_range(other["ms"], measured["ms"])
+            times += f" ({low:.1f}–{'∞' if high == math.inf else f'{high:.1f}'})"
         return times
 
     return cell
 
 
-def _range(baseline: Record, arm: Record) -> str:
-    """Of the speedup; a time that may be nothing, since a difference of two, bounds no ratio."""
-    low = max(baseline["p20"], 0.0) / arm["p80"]
-    high = f"{baseline['p80'] / arm['p20']:.1f}" if arm["p20"] > 0 else "∞"
-    return f"{low:.1f}–{high}"
+def speedup_range(baseline: Record, arm: Record) -> tuple[float, float]:
+    """Of their times; one that may be nothing, since a difference of two, bounds no ratio."""
+    high = baseline["p80"] / arm["p20"] if arm["p20"] > 0 else math.inf
+    return max(baseline["p20"], 0.0) / arm["p80"], high
 
 
 def _saved(baseline: str) -> Callable[[Record], str]:

@@ -1,6 +1,6 @@
 """Draw the pictures of the documents from `bench/results`; needs matplotlib.
 
-python -m bench.pictures          # writes docs/pictures/{ranks,sharing,equal_loss}.png
+python -m bench.pictures    # docs/pictures/training.svg and {ranks,sharing,equal_loss}.png
 """
 
 import statistics
@@ -13,8 +13,9 @@ from artemis import ModuleAllocation, RankAllocation
 from artemis.benchmark.arms import ARMS
 from artemis.benchmark.records import read
 
-from . import ROOT, equal_loss_tables
+from . import ROOT, equal_loss_tables, headline
 from .adapters_tables import Record, cells
+from .command_tables import last_rows
 from .equal_loss import BASELINE
 
 RESULTS = ROOT / "bench" / "results"
@@ -28,6 +29,8 @@ def main() -> int:
     draw_ranks(found["ranks by importance within kinds"][0])
     draw_sharing(found)
     draw_equal_loss(read(RESULTS / "equal_loss.jsonl"), PICTURES / "equal_loss.png")
+    trained = last_rows("train", read(RESULTS / "cpu_bench_train.jsonl"))
+    headline.draw(headline.bars(trained), PICTURES / "training.svg")
     return 0
 
 
