@@ -3,14 +3,9 @@
     python -m bench.report            # fill every `<!-- begin: NAME -->` ... `<!-- end: NAME -->`
     python -m bench.report --check    # change nothing; exit status 1 where a document is behind
 
-NAME is `training-step`, `attention`, `training-step-ratios`, `training-step-profile`, `importance`,
-`importance-cases`, `quality`, `quality-trials`, `quantized-quality`, `quantized-rounding`,
-`quantized-sizes`, `predicted-packed`, `predicted-kernels`, `predicted-training` or
-`predicted-decode` (these four are reckoned, not measured), `adapters-PART` of its study,
-`head-adaptation`, `equal-loss`, `tuned` or `demo`, or `bench-TABLE` for what
-`artemis bench TABLE --json` wrote (`bench-models`: training, in short;
-`promises`: what of it was promised). Of several runs of one size
-and precision, or one setting of `artemis bench`, on one machine, the last counts.
+NAME is a key of `SECTIONS`; `bench-TABLE` shows what `artemis bench TABLE --json` wrote (in short:
+`bench-models`, and `promises`), `predicted-...` what is reckoned, not measured. Of several runs of
+one size and precision, or one setting of `artemis bench`, on one machine, the last counts.
 """
 
 import argparse
@@ -90,6 +85,7 @@ def demo(records: list[Record]) -> str:
 
 SECTIONS: dict[str, Callable[[list[Record]], str]] = {
     "attention": step_tables.attention,
+    "attention-token": step_tables.attention_of_a_token,
     "training-step": step_tables.training_step,
     "training-step-ratios": step_tables.training_step_ratios,
     "training-step-profile": step_tables.training_step_profile,

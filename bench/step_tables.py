@@ -92,6 +92,27 @@ def attention(records: list[Record]) -> str:
     return "\n".join([*header, *rows, "", origin(next(iter(last.values()))), ""])
 
 
+def attention_of_a_token(records: list[Record]) -> str:
+    """Either attention for one token; the last measurement of each case counts."""
+    last = {
+        (r["precision"], r["key_value_heads"], r["sequence"]): r
+        for r in records
+        if r.get("kind") == "attention-token"
+    }
+    if not last:
+        return ""
+    rows = [
+        f"| {precision} | {record['heads']} | {shared} | {length:,} |"
+        f" {record['ms']['sdpa']['p50']:.2f} | {record['ms']['eager']['p50']:.2f} |"
+        for (precision, shared, length), record in sorted(last.items())
+    ]
+    header = [
+        "| precision | heads | of keys and values | tokens before | fused, ms | plain, ms |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    return "\n".join([*header, *rows, "", origin(next(iter(last.values()))), ""])
+
+
 def training_step_ratios(records: list[Record]) -> str:
     """The ratios, all runs in one table."""
     rows = [

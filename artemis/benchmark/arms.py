@@ -29,6 +29,11 @@ SCALE = 0.5
 Adapt = Callable[[PreTrainedModel], nn.Module]
 
 
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """The transformers model that adapters were put on."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's
+
+
 class TrainingStep:
     """Forward, loss, backward and fused AdamW on whatever of `model` requires a gradient.
 
@@ -45,8 +50,8 @@ class TrainingStep:
         self.model, self.batch, self.autocast = model, batch, autocast
         self._loss = lean_loss if trainers_loss else contextlib.nullcontext
         computes_in = torch.bfloat16 if autocast else next(model.parameters()).dtype
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's
-        base.set_attn_implementation(attention_for(computes_in, batch.device, batch.shape[1]))
+        attention = attention_for(computes_in, batch.device, batch.shape[1])
+        base_of(model).set_attn_implementation(attention)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, 1e-4, fused=True) if self.trained else None
 

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from . import accuracy
 from .arms import ARMS, TrainingStep
 from .compiling import compile_model
+from .decoding import NEW_TOKENS, Token
 from .memory import forget_peak, peak_memory
 from .models import Cell, build, random_tokens
 
-NEW_TOKENS = 16  # decoded in one run of the workload "decode"
 _GATE_SEQUENCES = 2  # of a part of a large model; small models are checked on their whole batch
 
 
@@ -91,7 +91,7 @@ def prepare(step: Step) -> Prepared:
     training.model.eval()
     if step.workload == "prefill":
         return Prepared(lambda: _prefill(training), 1, training)
-    return Prepared(_decoding(training), NEW_TOKENS, training)
+    return Prepared(Token(training).run, NEW_TOKENS, training)
 
 
 def _training_step(step: Step, reference: bool = False) -> TrainingStep:
@@ -156,25 +156,10 @@ def check(step: Step, prepared: Prepared) -> accuracy.Verdict:
         training.model.train(not infers)
 
 
-def _prefill(training: TrainingStep) -> Any:
-    """Read the prompt; return the cache."""
+def _prefill(training: TrainingStep) -> None:
+    """Read the prompt."""
     with torch.inference_mode():
-        outputs = training.model(input_ids=training.batch, use_cache=True, logits_to_keep=1)
-    return outputs.past_key_values
-
-
-def _decoding(training: TrainingStep) -> Callable[[], None]:
-    """Decode NEW_TOKENS tokens after the prompt, each time from the same cache."""
-    cache = _prefill(training)
-    token = training.batch[:, -1:]
-
-    def run() -> None:
-        with torch.inference_mode():
-            for _ in range(NEW_TOKENS):
-                training.model(input_ids=token, past_key_values=cache, use_cache=True)
-            cache.crop(-NEW_TOKENS)
-
-    return run
+        training.model(input_ids=training.batch, use_cache=True, logits_to_keep=1)
 
 
 def measure_memory(step: Step) -> dict[str, int]:

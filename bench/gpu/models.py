@@ -14,15 +14,15 @@ from typing import Any, NamedTuple
 import torch
 
 from artemis.benchmark.arms import ARMS, TrainingStep
+from artemis.benchmark.decoding import Token
 from artemis.benchmark.models import Cell, build, random_tokens
-from artemis.benchmark.steps import NEW_TOKENS, Prepared, Step, check, prepare
+from artemis.benchmark.steps import Prepared, Step, check, prepare
 from artemis.benchmark.timer import Timer
 from artemis.benchmark.turns import Spread
 
 from ..floors import stop_gradients_before_attention
 from . import decoding
 from .busy import busy_ms
-from .decoding import Token
 from .failures import FAILURES, failure, out_of_memory
 
 TRAINING = ("full-autocast", "full-bf16", "floor", "peft", "hybrid", "hybrid-int8")
@@ -207,7 +207,7 @@ def _prepared(workload: str, arm: str, cell: Cell) -> Prepared:
         return prepare(Step(workload, arm, cell))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with device:
-        model = build(cell.architecture, torch.bfloat16, cell.sequence + NEW_TOKENS)
+        model = build(cell.architecture, torch.bfloat16, cell.sequence)
         batch = random_tokens(cell.vocabulary, cell.batch, cell.sequence).to(device)
     step = TrainingStep(stop_gradients_before_attention(model), batch)
     return Prepared(step, 1, step)

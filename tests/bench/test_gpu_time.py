@@ -3,29 +3,12 @@
 import pytest
 import torch
 
-from artemis.benchmark.models import Cell
-from artemis.benchmark.steps import NEW_TOKENS, Step, prepare
+from artemis.benchmark.decoding import NEW_TOKENS
 from artemis.benchmark.timer import Timer
 from bench.gpu import busy, decoding, models
-from bench.gpu.decoding import Token
 
 CPU = torch.device("cpu")
 NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
-
-
-@pytest.mark.parametrize("arm", ["full-bf16", "peft", "hybrid-int8"])
-def test_a_token_over_a_static_cache_is_the_one_that_follows(arm):
-    """Truth: the whole sequence at once. Every call decodes the next one; `rewind` starts anew."""
-    step = prepare(Step("decode", arm, Cell("64x2", 2, 96, 3, 16, True))).step
-    token, last = Token(step), step.batch[:, -1:]
-    with torch.inference_mode():
-        whole = torch.cat([step.batch, *[last] * NEW_TOKENS], dim=1)
-        truth = step.model(input_ids=whole).logits[:, -NEW_TOKENS:].float()
-    for _ in range(2):
-        token.rewind()
-        found = torch.cat([token().float() for _ in range(NEW_TOKENS)], dim=1)
-        assert (found - truth).norm() < 0.03 * truth.norm()
-        assert (found[:, 0] - truth[:, -1]).norm() > 0.1 * truth[:, -1].norm()
 
 
 class Rewound:

@@ -2069,6 +2069,20 @@ MEASURED = (
         (GPU_TIME, "-k", "timed_as_a_graph"),
     ),
     Fault(
+        "a round of decoding that goes on from where the last one ended",
+        "artemis/benchmark/decoding.py",
+        "        self.rewind()\n        for _ in range(NEW_TOKENS):",
+        "        for _ in range(NEW_TOKENS):",
+        ("tests/artemis/benchmark/test_decoding.py", "-k", "same_place"),
+    ),
+    Fault(
+        "query heads that share keys decoded by plain attention",
+        "artemis/benchmark/decoding.py",
+        "return alone and model.dtype",
+        "return model.dtype",
+        ("tests/artemis/benchmark/test_decoding.py", "-k", "single_rows"),
+    ),
+    Fault(
         "graphs of some arms compared with tokens of others as they are",
         "bench/gpu/decoding.py",
         "return replayed if everybody else eager, rows",

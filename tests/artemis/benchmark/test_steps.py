@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from artemis import AdapterError
-from artemis.benchmark import accuracy, steps
+from artemis.benchmark import accuracy
 from artemis.benchmark.arms import ARMS, TrainingStep, hybrid
 from artemis.benchmark.flops import training_flops
 from artemis.benchmark.models import Cell, architecture, build, random_tokens
@@ -168,20 +168,3 @@ def test_checkpointing_runs_every_layer_once_more_and_changes_no_gradient(arm):
         assert more == pytest.approx(forward, rel=2e-4)
     else:
         assert more > forward  # adapters
-
-
-def test_decoding_starts_from_the_same_cache_each_time():
-    training = prepare(Step("decode", "hybrid", CELL)).step
-    lengths = []
-    forward = training.model.forward
-
-    def watched(**arguments):
-        lengths.append(arguments["past_key_values"].get_seq_length())
-        return forward(**arguments)
-
-    run = steps._decoding(training)
-    training.model.forward = watched
-    run()
-    run()
-    once = list(range(16, 16 + steps.NEW_TOKENS))
-    assert lengths == once * 2
