@@ -52,7 +52,10 @@ def facts(keeps_memory: bool = False) -> dict[str, Any]:
 
 
 def processor() -> dict[str, Any]:
-    """Its name and those of its instruction sets that matrix products use."""
+    """Its name and generation, and its instruction sets that matrix products use.
+
+    Virtual machines on unlike chips may call them all the same.
+    """
     information = Path("/proc/cpuinfo")
     if not information.exists():
         return {"name": platform.processor() or platform.machine(), "flags": []}
@@ -61,8 +64,11 @@ def processor() -> dict[str, Any]:
         key, _, value = line.partition(":")
         fields.setdefault(key.strip(), value.strip())
     present = set(fields.get("flags", "").split())
+    name = fields.get("model name", platform.machine())
+    if {"cpu family", "model"} <= fields.keys():
+        name += f", family {fields['cpu family']} model {fields['model']}"
     return {
-        "name": fields.get("model name", platform.machine()),
+        "name": name,
         "flags": [flag for flag in _DECISIVE_FLAGS if flag in present],
     }
 

@@ -221,9 +221,19 @@ def processor_flags() -> set[str]:
 
 
 @functools.cache
-def _processor_name() -> str:
-    name = _told_of_processor("model name") or platform.machine()
-    words = re.findall(r"[a-z0-9]+", name.lower())
+def processor_name() -> str:
+    """What this processor calls itself, and its generation, which a virtual machine may hide."""
+    name = (_told_of_processor("model name") or platform.machine()).strip()
+    generation = _told_of_processor("cpu family"), _told_of_processor("model\t")
+    if None in generation:
+        return name
+    family, model = (number.strip() for number in generation)
+    return f"{name}, family {family} model {model}"
+
+
+@functools.cache
+def _named_for_tables() -> str:
+    words = re.findall(r"[a-z0-9]+", processor_name().lower())
     extras = [
         name
         for name, present in (("bf16", has_fast_bf16()), ("int8", multiplies_int8()))
@@ -234,4 +244,4 @@ def _processor_name() -> str:
 
 def cpu_name() -> str:
     """This processor, what it multiplies natively, and the threads torch uses: a table's name."""
-    return f"{_processor_name()}-{torch.get_num_threads()}-threads"
+    return f"{_named_for_tables()}-{torch.get_num_threads()}-threads"

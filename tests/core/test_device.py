@@ -1,5 +1,6 @@
 """Facts of a GPU that is not here: asked once, and no part of a traced graph."""
 
+import platform
 import warnings
 from types import SimpleNamespace
 
@@ -118,3 +119,29 @@ def test_a_processors_table_is_of_its_threads(monkeypatch):
         names.append(device.cpu_name())
     alone, many = names
     assert alone.removesuffix("-1-threads") == many.removesuffix("-12-threads") != alone != many
+
+
+X86 = """processor\t: 0
+cpu family\t: {family}
+model\t\t: {model}
+model name\t: Some Server
+flags\t\t: fpu avx2
+"""
+
+
+def test_a_processor_is_named_with_its_generation(monkeypatch, tmp_path):
+    """Virtual machines of two generations may call their processors the same."""
+    information, names = tmp_path / "cpuinfo", []
+    monkeypatch.setattr(device, "Path", lambda path: information)
+    for text in (
+        X86.format(family=25, model=17), X86.format(family=26, model=2),
+        "processor\t: 0\nFeatures\t: asimd bf16\n",
+    ):  # fmt: skip
+        information.write_text(text)
+        device.processor_name.cache_clear()
+        names.append(device.processor_name())
+    device.processor_name.cache_clear()
+    older, newer, other = names
+    assert older == "Some Server, family 25 model 17"
+    assert newer == "Some Server, family 26 model 2"
+    assert other == platform.machine()

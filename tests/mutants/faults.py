@@ -2417,9 +2417,16 @@ TUNING = (
     Fault(
         "a table of a processor read whatever the threads",
         f"{CORE}/device.py",
-        'f"{_processor_name()}-{torch.get_num_threads()}-threads"',
-        "_processor_name()",
+        'f"{_named_for_tables()}-{torch.get_num_threads()}-threads"',
+        "_named_for_tables()",
         ("tests/core/test_device.py", "-k", "threads"),
+    ),
+    Fault(
+        "two generations of processors under one name",
+        f"{CORE}/device.py",
+        'return f"{name}, family {family} model {model}"',
+        "return name",
+        ("tests/core/test_device.py", "-k", "generation"),
     ),
     Fault(
         "a GPU of AMD known with its features",
