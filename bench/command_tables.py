@@ -12,7 +12,7 @@ from artemis.benchmark.models import MODELS
 from artemis.benchmark.records import Record
 from artemis.benchmark.tables import markdown
 
-from .origins import origin, origins
+from .origins import origins, origins_listed
 
 #: What rows of one setting agree in.
 _SETTING = (
@@ -41,8 +41,8 @@ def bench_table(
         order = in_order(machines[own])
         runs = [heads[run] for run in dict.fromkeys(row["run"] for row in order)]
         made = render(order) if render else markdown(table, order)
-        each = "\n\n".join(dict.fromkeys(map(origin, runs)))
-        parts.append(f"{made}\n\n{origins(runs) if short else each}\n")
+        where = origins(runs) if short else origins_listed(runs)
+        parts.append(f"{made}\n\n{where}\n")
     return "\n".join(parts)
 
 

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Sequence
 
 from artemis.benchmark.records import Record
-from artemis.benchmark.tables import Column, piped
+from artemis.benchmark.tables import Column, filled, piped
 
 #: What makes rows of several providers one row.
 _WORK = ("op", "layer", "m", "k", "n", "r", "dropout", "pass", "dtype")
 _OWN, _FROZEN = "artemis", "artemis, frozen"
+_PASSES = {"both": "forward and backward", "forward": "forward", "backward": "backward"}
 _PEERS = {
     "plain": "plain torch",
     "addmm": "addmm",
@@ -34,9 +35,9 @@ _INFERENCE = {
 
 
 def table(rows: Sequence[Record]) -> str:
-    """Milliseconds of everybody, the floor, and Artemis' ratios to it and to the best peer.
+    """Artemis' ratios to the best peer and to the floor, and the milliseconds they are of.
 
-    A table of the operations as training calls them, and one of layers at inference.
+    The operations as training calls them, and layers at inference; a table a pass.
     """
     works: dict[tuple, dict[str, Record]] = {}
     for row in rows:
@@ -45,15 +46,22 @@ def table(rows: Sequence[Record]) -> str:
     merged.sort(key=lambda row: (row["m"], row["op"]))
     inference = [row for row in merged if _FROZEN in row["by"]]
     training = [row for row in merged if _FROZEN not in row["by"]]
-    tables = (
-        ("The operations, called with their parameters:", _OWN, _TRAINING, training),
-        ("Layers at inference, constants made beforehand:", _FROZEN, _INFERENCE, inference),
+    kinds = (
+        ("The operations, called with their parameters", _OWN, _TRAINING, training),
+        ("Layers at inference, constants made beforehand", _FROZEN, _INFERENCE, inference),
     )
     return "\n\n".join(
-        f"{title}\n\n{piped(_columns(own, providers), found)}"
-        for title, own, providers, found in tables
-        if found
+        f"{title}, {_PASSES[which]}:\n\n{piped(filled(_columns(own, providers), found), found)}"
+        for title, own, providers, rows in kinds
+        for which, found in _by_pass(rows).items()
     )
+
+
+def _by_pass(rows: Sequence[Record]) -> dict[str, list[Record]]:
+    passes: dict[str, list[Record]] = {}
+    for row in rows:
+        passes.setdefault(row["pass"], []).append(row)
+    return passes
 
 
 def _ms(provider: str) -> Callable[[Record], str]:
@@ -85,13 +93,11 @@ def _floor(own: str) -> Callable[[Record], str]:
 def _columns(own: str, providers: dict[str, str]) -> tuple[Column, ...]:
     int8 = own.replace(_OWN, f"{_OWN}, int8")
     return (
-        Column("operation", lambda row: f"`{row['op']}`", words=True),
-        Column("layer", lambda row: row["layer"], words=True),
+        Column("operation", lambda row: f"`{row['op']}`, {row['layer']}", words=True),
         Column("tokens × in × out, rank", lambda row: "{m:,} × {k:,} × {n:,}, {r}".format(**row)),
-        Column("pass", lambda row: row["pass"], words=True),
+        Column("× best peer", _ratio(own, "over_best_peer", invert=True)),
+        Column("int8: × best peer", _ratio(int8, "over_best_peer", invert=True)),
+        Column("÷ floor", _ratio(own, "over_floor")),
         Column("floor, ms", _floor(own)),
         *(Column(title, _ms(provider)) for provider, title in providers.items()),
-        Column("× best peer", _ratio(own, "over_best_peer", invert=True)),
-        Column("÷ floor", _ratio(own, "over_floor")),
-        Column("int8: × best peer", _ratio(int8, "over_best_peer", invert=True)),
     )

@@ -1,8 +1,9 @@
-"""The short table of training, a model a row, from the rows of `artemis bench train`.
+"""Training in short, a model a row, from the rows of `artemis bench train`.
 
-*Full* is full fine-tuning under bf16 autocast by whichever loss is faster there, transformers' or
-ours: the loss is not what an adapter is about, and where two arms differ by less than a run does,
-the faster one makes no promise too large.
+Two tables: `models` shows what the hybrid gains, `baselines` its speed against other ways to
+train. *Full* is full fine-tuning under bf16 autocast by whichever loss is faster there,
+transformers' or ours: the loss is not what an adapter is about, and where two arms differ by less
+than a run does, the faster one makes no promise too large.
 An extrapolated time multiplies what a layer's errs by. So each speedup of an extrapolated model has
 its range: where the two times err in opposite directions, each by its own p20–p80.
 """
@@ -12,36 +13,49 @@ from collections.abc import Callable, Sequence
 
 from artemis.benchmark.arms import ARMS, BASELINE
 from artemis.benchmark.records import Record
-from artemis.benchmark.tables import Column, notes, piped
+from artemis.benchmark.tables import Column, filled, notes, piped
 
 TOKENS = 1024
 _FULL = (BASELINE, "full-autocast-lean")
-_HYBRIDS = ("hybrid", "hybrid-int8")
+_SHOWN = ("peft", "hybrid", "hybrid-int8")
 _BEST, _WITH_HEAD = "hybrid-int8", "hybrid-int8-head"
 _RANGES = "In brackets: the speedup if both times err in opposite directions, each by its p20–p80."
 
 
-def table(rows: Sequence[Record]) -> str:
-    """Samples a second of full fine-tuning and of the hybrids, at `TOKENS` tokens a step.
+def models(rows: Sequence[Record]) -> str:
+    """Samples a second of full fine-tuning and of adapters, and what the int8 base gains."""
+    return _table(_MODELS, rows)
 
-    Below it, how each extrapolated model was measured.
-    """
-    models: dict[tuple, dict[str, Record]] = {}
+
+def baselines(rows: Sequence[Record]) -> str:
+    """The speed of the hybrid over int8 against other ways to train, and what a step costs."""
+    return _table(_BASELINES, rows)
+
+
+def _table(columns: Sequence[Column], rows: Sequence[Record]) -> str:
+    """At `TOKENS` tokens a step, without empty columns; below it, how models were extrapolated."""
+    by_model: dict[tuple, dict[str, Record]] = {}
     for row in rows:
         if row["tokens"] == TOKENS and "ms" in row:
-            models.setdefault((name_of(row), row["sequence"]), {})[row["arm"]] = row
-    whole = [by for by in models.values() if {BASELINE, _BEST} <= by.keys()]
-    lines = piped(_COLUMNS, [{**by[_BEST], "by": by} for by in whole])
+            by_model.setdefault((name_of(row), row["sequence"]), {})[row["arm"]] = row
+    whole = [by for by in by_model.values() if {BASELINE, _BEST} <= by.keys()]
+    lines = [{**by[_BEST], "by": by} for by in whole]
+    made = piped(filled(columns, lines), lines)
     parts = [by[_BEST] for by in whole if is_extrapolated(by[_BEST])]
     if not parts:
-        return lines
+        return made
     measured = "\n".join(f"- {note}" for note in notes(parts))
-    return f"{lines}\n\n{measured}\n\n{_RANGES}"
+    return f"{made}\n\n{measured}\n\n{_RANGES}"
 
 
 def name_of(row: Record) -> str:
     """A model, and its mode."""
     return row["model"] + (", compiled" if row.get("compiled") else "")
+
+
+def is_extrapolated(row: Record) -> bool:
+    """Whether a row is of some layers, from which the whole was reckoned."""
+    return row.get("how", "").startswith("extrapolated")
 
 
 def full(by: dict[str, Record]) -> Record:
@@ -61,11 +75,6 @@ def saved(by: dict[str, Record], baseline: str = BASELINE) -> float | None:
     return 1 - own["memory"]["peak"] / other["memory"]["peak"] if measured else None
 
 
-def is_extrapolated(row: Record) -> bool:
-    """Whether a row is of some layers, from which the whole was reckoned."""
-    return row["how"].startswith("extrapolated")
-
-
 def _samples(arm: str) -> Callable[[Record], str]:
     def cell(row: Record) -> str:
         measured = row["by"].get(arm)
@@ -75,18 +84,18 @@ def _samples(arm: str) -> Callable[[Record], str]:
 
 
 def _times(baseline: str | None = None, arm: str = _BEST) -> Callable[[Record], str]:
-    """How many times as fast as the baseline, or `full`, an arm is; the range if extrapolated."""
+    """A speedup, with its range if it is extrapolated."""
 
     def cell(row: Record) -> str:
         by = row["by"]
-        other, measured = by.get(baseline) if baseline else full(by), by.get(arm)
-        if other is None or measured is None:
+        if not {arm, baseline or BASELINE} <= by.keys():
             return ""
-        times = f"{measured['speedup'][other['arm']]:.2f}"
-        if is_extrapolated(row):
-            low, high = speedup_range(other["ms"], measured["ms"])
-            times += f" ({low:.1f}–{'∞' if high == math.inf else f'{high:.1f}'})"
-        return times
+        other, own = by[baseline] if baseline else full(by), by[arm]
+        times = own["speedup"].get(other["arm"], other["ms"]["p50"] / own["ms"]["p50"])
+        if not is_extrapolated(row):
+            return f"{times:.2f}"
+        low, high = speedup_range(other["ms"], own["ms"])
+        return f"{times:.2f} ({low:.1f}–{'∞' if high == math.inf else f'{high:.1f}'})"
 
     return cell
 
@@ -105,17 +114,22 @@ def _saved(baseline: str) -> Callable[[Record], str]:
     return cell
 
 
-_COLUMNS = (
-    Column("model", name_of, words=True),
-    Column("full, samples/s", lambda row: _samples(full(row["by"])["arm"])(row)),
-    *(Column(f"{ARMS[arm].what}, samples/s", _samples(arm)) for arm in _HYBRIDS),
+_MODEL = Column("model", name_of, words=True)
+_MODELS = (
+    _MODEL,
+    Column("full fine-tuning", lambda row: _samples(full(row["by"])["arm"])(row)),
+    *(Column(ARMS[arm].what, _samples(arm)) for arm in _SHOWN),
     Column("int8 base: speedup", _times()),
-    Column("× fp32", _times("full-fp32")),
-    Column("× all bf16", _times("full-bf16")),
-    Column("× torchao's int8", _times("full-int8")),
-    Column("with its head in int8", _times(arm=_WITH_HEAD)),
     Column("less memory", _saved(BASELINE)),
-    Column("than all bf16", _saved("full-bf16")),
+)
+_BASELINES = (
+    _MODEL,
+    Column("× full fp32", _times("full-fp32")),
+    Column("× full, all bf16", _times("full-bf16")),
+    Column("× full, torchao's int8", _times("full-int8")),
+    Column("× PEFT LoRA", _times("peft")),
+    Column("with its head in int8", _times(arm=_WITH_HEAD)),
+    Column("less memory than all bf16", _saved("full-bf16")),
     Column("FLOPs", lambda row: f"{row['flops_relative']:.0%}"),
     Column("device-seconds", lambda row: f"{1 / speedup(row['by'], _BEST):.0%}"),
 )

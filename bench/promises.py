@@ -8,12 +8,14 @@ from artemis.benchmark.records import Record
 from artemis.benchmark.tables import Column, piped
 
 from .command_tables import last_rows
-from .model_tables import TOKENS, name_of, saved, speedup
+from .model_tables import TOKENS, is_extrapolated, name_of, saved, speedup
 
 Figures = list[tuple[str, float]]  # where, how much
 
 SPEED, MEMORY, COMPUTE = 2.7, 0.65, 0.30
 _ARM, _PLAIN = "hybrid-int8", "full-bf16"
+_MARK = "†"
+_NOTE = f"{_MARK} extrapolated; the table of training steps has the range of each such speedup."
 _COLUMNS = tuple(
     Column(title, lambda row, title=title: row[title], words=True)
     for title in ("promised", "measured", "verdict")
@@ -43,7 +45,8 @@ def table(records: list[Record]) -> str:
         lines += [_throughput(trained), _memory(trained), _compute(trained)]
     if found := _quality(records):
         lines.append(found)
-    return piped(_COLUMNS, lines) + "\n" if lines else ""
+    made = piped(_COLUMNS, lines) + "\n" if lines else ""
+    return f"{made}\n{_NOTE}\n" if _MARK in made else made
 
 
 def _steps(rows: Iterable[Record]) -> list[dict[str, Record]]:
@@ -58,14 +61,14 @@ def _steps(rows: Iterable[Record]) -> list[dict[str, Record]]:
 def _inference(rows: list[Record]) -> Record:
     def of(part: str, label: str = "") -> Figures:
         return [
-            (f"{row['model']}, {row['sequence']:,} tokens{label}", row[part]["speedup"][_PLAIN])
+            (f"{_label(row)}, {row['sequence']:,} tokens{label}", row[part]["speedup"][_PLAIN])
             for row in rows
         ]
 
     return {
         "promised": f"{SPEED}× inference",
         "measured": f"decoding {_range(of('decode'), '{:.2f}×')}, prompts"
-        f" {_range(of('prefill'), '{:.2f}×')} the plain model in bf16",
+        f" {_range(of('prefill'), '{:.2f}×')} the speed of the plain bf16 model",
         "verdict": _verdict(
             of("decode", " in decoding") + of("prefill", " in prompts"), at_least=SPEED
         ),
@@ -73,7 +76,7 @@ def _inference(rows: list[Record]) -> Record:
 
 
 def _throughput(models: list[dict[str, Record]]) -> Record:
-    found = [(name_of(by[_ARM]), speedup(by, _ARM)) for by in models]
+    found = [(_label(by[_ARM]), speedup(by, _ARM)) for by in models]
     return {
         "promised": f"{SPEED}× the training throughput",
         "measured": f"{_range(found, '{:.2f}×')} full fine-tuning",
@@ -82,7 +85,7 @@ def _throughput(models: list[dict[str, Record]]) -> Record:
 
 
 def _memory(models: list[dict[str, Record]]) -> Record:
-    shares = [(name_of(by[_ARM]), saved(by)) for by in models]
+    shares = [(_label(by[_ARM]), saved(by)) for by in models]
     found = [(where, share) for where, share in shares if share is not None]
     return {
         "promised": f"{MEMORY:.0%} less memory",
@@ -93,15 +96,20 @@ def _memory(models: list[dict[str, Record]]) -> Record:
 
 def _compute(models: list[dict[str, Record]]) -> Record:
     def of(key: str) -> Figures:
-        return [(name_of(by[_ARM]), by[_ARM][key]) for by in models]
+        return [(_label(by[_ARM]), by[_ARM][key]) for by in models]
 
-    times = [(name_of(by[_ARM]), 1 / speedup(by, _ARM)) for by in models]
+    times = [(_label(by[_ARM]), 1 / speedup(by, _ARM)) for by in models]
     return {
         "promised": f"{COMPUTE:.0%} of the training compute",
         "measured": f"a step: {_range(of('flops_relative'), '{:.0%}')} of the FLOPs,"
         f" {_range(times, '{:.0%}')} of the device-seconds",
         "verdict": _verdict(of("flops_relative"), at_most=COMPUTE),
     }
+
+
+def _label(row: Record) -> str:
+    """The model, marked where no whole one was measured."""
+    return name_of(row) + _MARK * is_extrapolated(row)
 
 
 def _quality(records: list[Record]) -> Record | None:

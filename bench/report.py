@@ -4,8 +4,9 @@
     python -m bench.report --check    # change nothing; exit status 1 where a document is behind
 
 NAME is a key of `SECTIONS`; `bench-TABLE` shows what `artemis bench TABLE --json` wrote (in short:
-`bench-models`, and `promises`), `predicted-...` what is reckoned, not measured. Of several runs of
-one size and precision, or one setting of `artemis bench`, on one machine, the last counts.
+`bench-models`, `bench-baselines` and `promises`), `predicted-...` what is reckoned, not measured.
+Of several runs of one size and precision, or one setting of `artemis bench`, on one machine, the
+last counts.
 """
 
 import argparse
@@ -111,7 +112,8 @@ SECTIONS: dict[str, Callable[[list[Record]], str]] = {
     **{f"bench-{table}": partial(bench_table, table) for table in COLUMNS},
     "bench-kernels": partial(bench_table, "kernels", render=kernel_tables.table),
     "promises": promises.table,
-    "bench-models": partial(bench_table, "train", render=model_tables.table, short=True),
+    "bench-models": partial(bench_table, "train", render=model_tables.models, short=True),
+    "bench-baselines": partial(bench_table, "train", render=model_tables.baselines, short=True),
 }
 
 

@@ -18,8 +18,8 @@ from . import ROOT
 
 RUN, ROW = "tune", "tuned"
 _HEADER = (
-    "| call | rows | strategy | ms | p20–p80 | against the built-in choice | |\n"
-    "| --- | ---: | --- | ---: | ---: | ---: | --- |\n"
+    "| call | rows | built-in choice | ms (p20–p80) | fastest other | ms (p20–p80) | speed | |\n"
+    "| --- | ---: | --- | ---: | --- | ---: | ---: | --- |\n"
 )
 
 
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def table(records: list[Record]) -> str:
-    """Every strategy that was timed, the fastest of a case first, a table a machine."""
+    """The built-in choice of every case beside the fastest of the others, a table a machine."""
     heads = {record["run"]: record for record in records if record.get("kind") == RUN}
     machines: dict[tuple, dict[str, Record]] = {}
     for record in records:
@@ -48,7 +48,7 @@ def table(records: list[Record]) -> str:
             machines.setdefault(identity(heads[record["run"]]), {})[record["key"]] = record
     parts = []
     for rows in machines.values():
-        lines = [line for key in sorted(rows, key=_order) for line in _lines(key, rows[key])]
+        lines = [_line(key, rows[key]) for key in sorted(rows, key=_order)]
         head = heads[next(reversed(rows.values()))["run"]]
         commit = (head["commit"] or "unknown")[:12] + " with changes" * bool(head["dirty"])
         where = f"{head['table']}, torch {head['versions']['torch']}; commit `{commit}`"
@@ -61,20 +61,21 @@ def _order(key: str) -> tuple:
     return op, rest, int(rows)
 
 
-def _lines(key: str, row: Record) -> list[str]:
+def _line(key: str, row: Record) -> str:
     op, rows, k, n, width, dtype, weight, *flags = key.split(" ")
     call = f"`{op}` {k}→{n}" + f", width {width}" * (width != "0")
     call += f", {dtype}, {weight}" + "".join(f", {flag}" for flag in flags)
-    base = row["ms"][row["usual"]][1]
-    lines = []
-    for name, (fast, median, slow) in sorted(row["ms"].items(), key=lambda item: item[1][1]):
-        chosen = row["chosen"] != row["usual"] and name == row["chosen"]
-        mark = "kept" if chosen else "built-in choice" if name == row["usual"] else ""
-        lines.append(
-            f"| {call} | {int(rows):,} | {name} | {median:.3g} | {fast:.3g}–{slow:.3g}"
-            f" | {base / median:.2f} | {mark} |"
-        )
-    return lines
+    usual, kept = row["usual"], row["chosen"] != row["usual"]
+    others = {name: ms for name, ms in row["ms"].items() if name != usual}
+    other = row["chosen"] if kept else min(others, key=lambda name: others[name][1])
+    speed = f"{row['ms'][usual][1] / others[other][1]:.2f}"
+    cells = [usual, _spread(row["ms"][usual]), other, _spread(others[other]), speed, "kept" * kept]
+    return f"| {call} | {int(rows):,} | {' | '.join(cells)} |"
+
+
+def _spread(ms: list[float]) -> str:
+    fast, median, slow = ms
+    return f"{median:.3g} ({fast:.3g}–{slow:.3g})"
 
 
 if __name__ == "__main__":

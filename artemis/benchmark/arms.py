@@ -300,3 +300,6 @@ _CHECKPOINTED = ("full-autocast", "full-bf16", "hybrid", "hybrid-int8")
 ARMS |= {arm.name: arm for arm in map(_checkpointed, map(ARMS.get, _CHECKPOINTED))}
 #: The arm that speeds, FLOPs and device-seconds are relative to.
 BASELINE = "full-autocast"
+#: The arms of `artemis bench train` and `memory`, and those of `decode`.
+TRAINING = tuple(name for name, arm in ARMS.items() if arm.trains)
+DECODING = tuple(name for name, arm in ARMS.items() if arm.infers and not arm.recomputes)

@@ -7,8 +7,6 @@ from .records import Record
 from .session import Session
 from .settings import Setting, checked_among, time_of
 
-#: The others are about training.
-ARM_NAMES = tuple(name for name, arm in ARMS.items() if arm.infers and not arm.recomputes)
 BASELINE = "full-bf16"
 
 

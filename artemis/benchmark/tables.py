@@ -44,6 +44,8 @@ _MODEL = (
     Column("sequence", _at("sequence", form="{:,}")),
     Column("arm", _what, words=True),
 )
+#: How many of the columns of whole models say the model and its batch.
+_SETTING = 3
 _MEMORY = tuple(
     Column(f"{name}, GB", _at("memory", name, unit=GIGA)) for name in ("states", "activations")
 )
@@ -100,18 +102,31 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
 def text(table: str, rows: Sequence[Record]) -> str:
     """Aligned columns under their titles, and how each model was measured; a table a mode."""
     return "\n\n".join(
-        "\n".join([*heading, aligned(_filled(table, group), group), *notes(group)])
+        "\n".join([*heading, aligned(filled(COLUMNS[table], group), group), *notes(group)])
         for heading, group in _by_mode(rows)
     )
 
 
 def markdown(table: str, rows: Sequence[Record]) -> str:
-    """The same as Markdown tables, their notes below."""
+    """The same as Markdown: a table a model and batch, under a line of what its rows agree in."""
     parts = []
     for heading, group in _by_mode(rows):
-        below = "\n".join(f"- {note}" for note in notes(group))
-        parts += [*heading, piped(_filled(table, group), group), below]
+        setting, shown = COLUMNS[table][:_SETTING], filled(COLUMNS[table][_SETTING:], group)
+        settings: dict[tuple[str, ...], list[Record]] = {}
+        for row in group:
+            settings.setdefault(tuple(column.cell(row) for column in setting), []).append(row)
+        parts += heading
+        for own in settings.values():
+            parts += [_title(setting, own), piped(shown, own)]
     return "\n\n".join(parts)
+
+
+def _title(setting: Sequence[Column], rows: Sequence[Record]) -> str:
+    """The model, the sizes of its batch, and how it was measured."""
+    model, *sizes = setting
+    batch = "; ".join(f"{size.title}: {size.cell(rows[0])}" for size in sizes)
+    how = dict.fromkeys(row["how"] for row in rows if "how" in row)
+    return f"**{model.cell(rows[0])}** ({batch})" + "".join(f", {each}" for each in how)
 
 
 def _by_mode(rows: Sequence[Record]) -> list[tuple[list[str], list[Record]]]:
@@ -122,10 +137,9 @@ def _by_mode(rows: Sequence[Record]) -> list[tuple[list[str], list[Record]]]:
     return [(heading, group) for heading, group in modes if group]
 
 
-def _filled(table: str, rows: Sequence[Record]) -> list[Column]:
-    """The columns of a table without those of memory where no row has any."""
-    measured = any("memory" in row for row in rows)
-    return [column for column in COLUMNS[table] if measured or column not in _MEMORY]
+def filled(columns: Sequence[Column], rows: Sequence[Record]) -> list[Column]:
+    """The columns of which any row has a cell."""
+    return [column for column in columns if any(map(column.cell, rows))]
 
 
 def aligned(columns: Sequence[Column], rows: Sequence[Record]) -> str:
@@ -155,5 +169,9 @@ def _cells(columns: Sequence[Column], rows: Sequence[Record]) -> list[list[str]]
 
 
 def notes(rows: Sequence[Record]) -> list[str]:
-    """How each model was measured, `model: how`, each once."""
-    return list(dict.fromkeys(f"{row['model']}: {row['how']}" for row in rows if "how" in row))
+    """How models were measured, `models: how`, a line for each way."""
+    ways: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if "how" in row:
+            ways.setdefault(row["how"], {})[row["model"]] = None
+    return [f"{', '.join(models)}: {how}" for how, models in ways.items()]

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..benchmark.arms import ARMS, DECODING, TRAINING
 from ..errors import AdapterError
 from . import bench_quality
 
@@ -21,6 +22,7 @@ _CHOICES = {
     "memory": "peak memory of a training step, states and activations apart",
     bench_quality.NAME: bench_quality.SUMMARY,
 }
+_INSTALLED = "all whose packages are installed"
 #: What an example of a benchmark cannot do without.
 _NEEDS = {"quality": " --model DIR --data trec.train.jsonl trec.test.jsonl"}
 
@@ -49,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )  # fmt: skip
 
 
-def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_model_arguments(
+    parser: argparse.ArgumentParser, arms: tuple[str, ...], default: str = _INSTALLED
+) -> None:
     parser.add_argument(
         "--models", nargs="+", metavar="NAME",
         help="HIDDENxLAYERS, or llama-3.2-1b, llama-2-7b, llama-2-13b, llama-3-70b"
@@ -57,8 +61,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--arms", nargs="+", metavar="NAME",
-        help="default: all whose packages are installed; those with activation checkpointing in"
-        " `memory` only",
+        help=f"of {', '.join(arms)} (default: {default})",
     )  # fmt: skip
     parser.add_argument(
         "--measure", choices=("auto", "whole", "parts"), default="auto",
@@ -67,8 +70,8 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_model_arguments(parser)
+def _add_training_arguments(parser: argparse.ArgumentParser, default: str = _INSTALLED) -> None:
+    _add_model_arguments(parser, TRAINING, default)
     parser.add_argument(
         "--tokens", nargs="+", type=int, metavar="N",
         help="tokens a step (default: 1024; with --full 2048, 8192 and 32768 too)",
@@ -79,7 +82,7 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    _add_training_arguments(parser)
+    _add_training_arguments(parser, f"{_INSTALLED}, but for the checkpointed ones")
     parser.add_argument(
         "--compile", action="store_true", help="every arm under torch.compile; no memory is shown"
     )
@@ -87,7 +90,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_decode(parser: argparse.ArgumentParser) -> None:
-    _add_model_arguments(parser)
+    _add_model_arguments(parser, DECODING)
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="prompts (default: 1)")
     parser.add_argument(
         "--prompt", nargs="+", type=int, metavar="N",
@@ -108,13 +111,18 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
         "--models", nargs="+", metavar="NAME", help="whose layers (default: llama-3.2-1b)"
     )
     parser.add_argument(
-        "--layers",
-        nargs="+",
-        metavar="NAME",
-        help="q, k, v, o, gate, up, down, block, qkv, gate_up",
-    )
-    parser.add_argument("--tokens", nargs="+", type=int, metavar="N", help="default: 1 and 1024")
-    parser.add_argument("--ranks", nargs="+", type=int, metavar="N", help="default: 8")
+        "--layers", nargs="+", metavar="NAME",
+        help="of q, k, v, o, gate, up, down, block and groups: qkv, gate_up (default: all but k, v,"
+        " o and up; with --full all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tokens", nargs="+", type=int, metavar="N",
+        help="rows of x (default: 1 and 1024; with --full up to 32768)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ranks", nargs="+", type=int, metavar="N",
+        help="of LoRA; bottlenecks are eight times as wide (default: 8; with --full 16 and 64 too)",
+    )  # fmt: skip
     _add_rounds(parser, 10)
 
 
@@ -179,14 +187,10 @@ def _training(args: argparse.Namespace, recomputing: bool, compiled: bool = Fals
 
     Not all of those can be compiled, and `compiled` allows none.
     """
-    from ..benchmark.arms import ARMS
-
     if args.sequence < 2:
         raise AdapterError(f"--sequence: got {args.sequence}, allowed: an integer from 2")
     tokens = args.tokens or ([1024, 2048, 8192, 32768] if args.full else [1024])
-    arms = tuple(
-        name for name, arm in ARMS.items() if arm.trains and not (compiled and arm.recomputes)
-    )
+    arms = tuple(name for name in TRAINING if not (compiled and ARMS[name].recomputes))
     default = tuple(
         name for name in arms if ARMS[name].installed and (recomputing or not ARMS[name].recomputes)
     )
@@ -212,7 +216,6 @@ def _memory(args: argparse.Namespace):
 
 def _decode(args: argparse.Namespace):
     from ..benchmark import decode
-    from ..benchmark.arms import ARMS
 
     prompts = args.prompt or ([128, 1024] if args.full else [128])
     if args.batch < 1:
@@ -220,11 +223,11 @@ def _decode(args: argparse.Namespace):
     for prompt in prompts:
         if prompt < 2:
             raise AdapterError(f"--prompt: got {prompt}, allowed: integers from 2")
-    default = tuple(name for name in decode.ARM_NAMES if ARMS[name].installed)
+    default = tuple(name for name in DECODING if ARMS[name].installed)
     wanted = [
         setting
         for prompt in prompts
-        for setting in _settings(args, [args.batch * prompt], prompt, decode.ARM_NAMES, default)
+        for setting in _settings(args, [args.batch * prompt], prompt, DECODING, default)
     ]
     return lambda session: decode.run(session, wanted, args.rounds)
 

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from ..benchmark.quality.arms import ARMS, CORE
 from ..errors import AdapterError
 
 NAME = "quality"
@@ -18,7 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="NAME.train.jsonl and NAME.test.jsonl of each data set; a line is"
         ' {"text": ..., "label": ...}',
     )  # fmt: skip
-    parser.add_argument("--arms", nargs="+", metavar="NAME", help="default: the core; --full: all")
+    parser.add_argument(
+        "--arms", nargs="+", metavar="NAME",
+        help=f"of {', '.join(ARMS)} (default: {', '.join(CORE)}; with --full all)",
+    )  # fmt: skip
     for name, default, what in (
         ("--seeds", 5, "runs of every arm"),
         ("--epochs", 1, "passes over the training examples"),
@@ -59,7 +63,6 @@ def run(args: argparse.Namespace) -> None:
 
 def _study(args: argparse.Namespace):
     """Everything is read and checked here, before the first run."""
-    from ..benchmark.quality.arms import ARMS, CORE
     from ..benchmark.quality.data import load_task, named_pairs
     from ..benchmark.quality.model import Pretrained
     from ..benchmark.quality.study import Study

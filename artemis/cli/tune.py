@@ -26,7 +26,10 @@ _OPERATIONS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--op", default="adapter_linear", choices=_OPERATIONS)
+    parser.add_argument(
+        "--op", default="adapter_linear", choices=_OPERATIONS,
+        help="the operation (default: adapter_linear)",
+    )  # fmt: skip
     parser.add_argument(
         "--shapes", nargs="+", default=["2048x8192x64", "8192x2048x64"],
         metavar="INxOUTxWIDTH",
@@ -40,7 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--weight", default="tensor", metavar="FORMAT:BITS",
         help="tensor (default), or a packed one as int8:auto, int4:16",
     )  # fmt: skip
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16",
+        help="of x (default: bfloat16)",
+    )  # fmt: skip
     parser.add_argument("--inference", action="store_true", help="the forward without gradients")
     parser.add_argument("--dropout", action="store_true", help="with dropout drawn")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")

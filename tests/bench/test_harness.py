@@ -1,6 +1,7 @@
 """The harness itself: arms train what they say, the gate sees faults, tables follow results."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -140,8 +141,7 @@ def test_decoding_ends_in_a_table():
         row("hybrid-int4", 128, 9.0), row("hybrid-int4", 128, 2.5),
     ]  # fmt: skip
     document = report.filled("<!-- begin: bench-decode -->\n<!-- end: bench-decode -->", records)
-    lines = [line for line in document.splitlines() if line.startswith("| 2048x2")]
-    assert [line.split(" | ")[3].strip() for line in lines] == [
-        "full-bf16", "hybrid-int4", "hybrid-int4"
-    ]  # fmt: skip
+    lines = [line for line in document.splitlines() if re.match(r"\| (full|hybrid)", line)]
+    arms = [line.split(" | ")[0].strip("| ") for line in lines]
+    assert arms == ["full-bf16", "hybrid-int4", "hybrid-int4"]
     assert "2.50" in lines[1] and "3.00" in lines[2] and "9.00" not in document

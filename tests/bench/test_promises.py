@@ -24,6 +24,7 @@ def lines(*records: dict) -> dict[str, tuple[str, str]]:
     found = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in table([HEAD, *records]).splitlines()[2:]
+        if line.startswith("|")
     ]
     return {promised: (measured, verdict) for promised, measured, verdict in found}
 
@@ -48,6 +49,21 @@ def test_training_is_shown_from_worst_to_best_with_who_keeps_the_promise():
     assert "60% (llama-2-7b) to 80% (64x2) of the FLOPs" in measured
     assert "25% (64x2) to 40% (llama-2-7b) of the device-seconds" in measured
     assert verdict == "missed"
+
+
+def test_what_is_extrapolated_is_marked_wherever_it_is_named():
+    how = {"how": "extrapolated from 1 and 2 true-width layers"}
+    rows = (
+        row("1", "64x2", "full-autocast", 2.0, 100.0),
+        row("1", "64x2", "hybrid-int8", 4.0, 40.0),
+        row("1", "llama-2-7b", "full-autocast", 2.0, 100.0, **how),
+        row("1", "llama-2-7b", "hybrid-int8", 6.0, 25.0, **how),
+    )
+    assert lines(*rows)["2.7× the training throughput"] == (
+        "2.00× (64x2) to 3.00× (llama-2-7b†) full fine-tuning", "met by llama-2-7b†"
+    )  # fmt: skip
+    assert table([HEAD, *rows]).splitlines()[-1].startswith("† extrapolated")
+    assert "†" not in table([HEAD, *TRAINED])
 
 
 def test_inference_is_kept_only_where_decoding_or_prompts_reach_it():

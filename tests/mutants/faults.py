@@ -2265,6 +2265,20 @@ MEASURED = (
         ("tests/bench/test_command_tables.py", "-k", "under_the_arm"),
     ),
     Fault(
+        "what was extrapolated promised like what was measured",
+        "bench/promises.py",
+        "name_of(row) + _MARK * is_extrapolated(row)",
+        "name_of(row)",
+        ("tests/bench/test_promises.py", "-k", "is_marked"),
+    ),
+    Fault(
+        "the help of one benchmark names the arms of another",
+        "artemis/cli/bench.py",
+        "_add_model_arguments(parser, DECODING)",
+        "_add_model_arguments(parser, TRAINING)",
+        ("tests/artemis/cli/test_commands.py", "-k", "names_its_arms"),
+    ),
+    Fault(
         "a gate ten times as wide as its rule",
         "artemis/benchmark/accuracy.py",
         "_FACTOR = 1.25",

@@ -21,7 +21,9 @@ from artemis import (
     read_adapter,
     save_quantized,
 )
-from artemis.cli import main
+from artemis.benchmark.arms import DECODING, TRAINING
+from artemis.benchmark.quality.arms import ARMS as QUALITY
+from artemis.cli import COMMANDS, main
 from artemis.cli.demo.corpus import byte_pairs
 from artemis.cli.generate import continue_text
 from artemis.layers.packed_linear import packed_layers
@@ -365,12 +367,22 @@ def test_memory_that_a_cpu_has_not_is_one_line(monkeypatch, capsys):
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "generate", "info", "bench"])
+@pytest.mark.parametrize("command", [command.NAME for command in COMMANDS])
 def test_help_shows_an_example(command, capsys):
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
     assert ended.value.code == 0
     assert f"example:\n  artemis {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "arms"), [("train", TRAINING), ("decode", DECODING), ("quality", QUALITY)]
+)
+def test_help_of_a_benchmark_names_its_arms(benchmark, arms, capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", benchmark, "--help"])
+    shown = "".join(capsys.readouterr().out.split())  # lines may end within a name
+    assert f"of{','.join(arms)}(default" in shown
 
 
 def test_version(capsys):
