@@ -87,6 +87,7 @@ class HybridAdapterConfig:
     adapter_dropout: float = _probability(0.1)
     #: one A, down and up for all layers that agree in target name and shape
     shared_parameters: bool = flag(True)
+    #: the modules to adapt: linear layers, or blocks
     target_modules: Names = rule(
         lambda value: _is_names(value) and len(value) > 0, _NAMES, default=DEFAULT_TARGETS
     )
@@ -98,12 +99,15 @@ class HybridAdapterConfig:
     scaling_factor: float = _factor(0.5)
     #: dropout on LoRA's input
     lora_dropout: float = _probability(0.0)
+    #: of the bottlenecks
     activation: str = choice(*ACTIVATIONS, default="gelu")
     #: a bottleneck's factor
     adapter_scale: float = _factor(1.0)
     #: biases in the bottlenecks, own to each layer
     adapter_bias: bool = flag(True)
+    #: start of A and down; B, up and biases start at zero
     init: str = choice("default", "gaussian", "orthogonal", "svd", default="default")
+    #: weight and form of the penalty on LoRA's directions (`orthogonality_penalty`)
     orthogonality_weight: float = number(lambda value: value >= 0, "a number from 0", 0.0)
     orthogonality_form: str = choice("cosine", "frobenius", default="cosine")
     #: modules that stay as they are although they match

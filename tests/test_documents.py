@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from artemis import HybridAdapterConfig
+from artemis.benchmark.arms import ARMS
 from artemis.cli.demo.corpus import byte_pairs
 from artemis.hybrid import _METHODS
 from artemis.training import BaseConfig, DataConfig, RunConfig, TrainingConfig
@@ -18,6 +19,7 @@ from tests.artemis.models import llama
 
 ROOT = Path(__file__).parents[1]
 API, GUIDE = ROOT / "docs/api.md", ROOT / "docs/user-guide.md"
+BENCHMARKS = ROOT / "docs/benchmarks.md"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 MODULES = (
     "artemis_kernels",
@@ -87,6 +89,11 @@ def test_api_names_the_methods_on_the_model():
     assert {entry.partition("(")[0] for entry in table} == set(_METHODS)
 
 
+def test_benchmarks_say_what_every_arm_is():
+    named = set(rows(section(BENCHMARKS, "Arms")))
+    assert named == {name for name, arm in ARMS.items() if not arm.recomputes} | {"…-checkpointed"}
+
+
 def default_of(entry: dataclasses.Field):
     if entry.default is not MISSING:
         default = entry.default
@@ -153,7 +160,7 @@ def test_every_document_is_linked_from_another():
         targets = LINK.findall(FENCE.sub("", document.read_text(encoding="utf-8")))
         paths = {(document.parent / target.partition("#")[0]).resolve() for target in targets}
         linked |= paths - {document.resolve(), document.parent.resolve()}
-    alone = set(ROOT.glob("docs/*.md")) - linked
+    alone = set(ROOT.glob("docs/**/*.md")) - linked
     assert not alone
 
 
@@ -167,8 +174,17 @@ def test_snippets_parse_and_their_imports_work(document):
         exec(compile(ast.Module(imports, []), str(document), "exec"), {})
 
 
-def test_the_guide_runs_in_order(tmp_path, monkeypatch):
-    """A reader who types its blocks one after another, with a small model, its text and its YAML.
+@pytest.mark.parametrize(
+    ("document", "made"),
+    [
+        (ROOT / "README.md", ("adapter",)),
+        (API, ()),
+        (GUIDE, ("my-adapter", "base-int8", "ranks.png", "out-longer")),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_the_blocks_run_in_order(tmp_path, monkeypatch, document, made):
+    """A reader who types them one after another, with a small model, a text and the guide's YAML.
 
     No block leaves the model in training mode, with dropout on.
     """
@@ -181,8 +197,7 @@ def test_the_guide_runs_in_order(tmp_path, monkeypatch):
     Path("train.txt").write_text(GUIDE.read_text(encoding="utf-8")[:4000], encoding="utf-8")
     Path("config.yaml").write_text(blocks(GUIDE, "yaml")[0])
     names = {}
-    for number, text in enumerate(blocks(GUIDE, "python"), 1):
-        exec(compile(text, f"{GUIDE.name}, python block {number}", "exec"), names)
+    for number, text in enumerate(blocks(document, "python"), 1):
+        exec(compile(text, f"{document.name}, python block {number}", "exec"), names)
         assert "model" not in names or not names["model"].training, text
-    made = ("my-adapter", "base-int8", "ranks.png", "out-longer")
     assert all(Path(name).exists() for name in made)

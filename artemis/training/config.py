@@ -92,7 +92,8 @@ class DataConfig:
 class TrainingConfig:
     """How a model is trained.
 
-    The defaults suit an adapter; a whole model wants a learning rate 5 to 20 times smaller.
+    The default learning rate is a cautious one for an adapter; docs/user-guide.md says when to take
+    a larger one. A whole model wants a smaller one.
 
     Attributes:
         output_dir: where the adapter (or the whole model) and the checkpoints go.

@@ -47,9 +47,10 @@ from .throughput import of_this_call
 
 
 class Trainer(ResumingTrainer):
-    """transformers' Trainer; `model` is optional, and `args` defaults to `TrainingConfig`'s.
+    """transformers' Trainer, whose checkpoints of a hybrid adapter hold the adapter only.
 
-    Everything else is as in the parent, and is passed by keyword.
+    `model` is optional: `train(model)` brings it. `args` defaults to `TrainingConfig`'s. Everything
+    else is as in the parent, and is passed by keyword.
     """
 
     #: The last optimizer that was not given but made; see `_renew_optimizer`.
