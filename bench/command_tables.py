@@ -30,11 +30,11 @@ def bench_table(
     """What `artemis bench` wrote last of each setting, by `render` if it is not as it prints it.
 
     What was measured with an allocator that keeps memory is not shown without it once more;
-    `short`: the runs of a machine in one line.
+    `short`: of the machine that trained last, its runs in one line.
     """
     heads = _heads(records)
     machines: dict[tuple, list[Record]] = {}
-    for row in last_rows(table, records):
+    for row in (rows_here if short else last_rows)(table, records):
         machines.setdefault(identity(heads[row["run"]]), []).append(row)
     parts = []
     for own in sorted(machines, key=lambda each: each.allocator != KEEPS):
@@ -51,6 +51,19 @@ def last_rows(table: str, records: list[Record]) -> list[Record]:
     heads = _heads(records)
     rows = [r for r in records if r.get("kind") == "row" and r.get("table") == table]
     return _of_last_runs(_with_best_allocator(rows, heads), heads)
+
+
+def rows_here(table: str, records: list[Record]) -> list[Record]:
+    """Of them, those of the machine that trained last: what the README is about."""
+    heads = _heads(records)
+
+    def machine(row: Record) -> tuple:
+        where = identity(heads[row["run"]])
+        return where.processor, where.threads, where.gpu
+
+    trained = last_rows("train", records)
+    here = {machine(max(trained, key=lambda row: heads[row["run"]]["time"]))} if trained else ()
+    return [row for row in last_rows(table, records) if machine(row) in here]
 
 
 def _heads(records: list[Record]) -> dict[str, Record]:

@@ -15,7 +15,7 @@ from artemis.benchmark.records import read
 
 from . import ROOT, equal_loss_tables, headline
 from .adapters_tables import Record, cells
-from .command_tables import last_rows
+from .command_tables import rows_here
 from .equal_loss import BASELINE
 
 RESULTS = ROOT / "bench" / "results"
@@ -29,7 +29,7 @@ def main() -> int:
     draw_ranks(found["ranks by importance within kinds"][0])
     draw_sharing(found)
     draw_equal_loss(read(RESULTS / "equal_loss.jsonl"), PICTURES / "equal_loss.png")
-    trained = last_rows("train", read(RESULTS / "cpu_bench_train.jsonl"))
+    trained = rows_here("train", read(RESULTS / "cpu_bench_train.jsonl"))
     headline.draw(headline.bars(trained), PICTURES / "training.svg")
     return 0
 

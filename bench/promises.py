@@ -2,12 +2,11 @@
 
 from collections.abc import Iterable
 
-from artemis.benchmark.machine import identity
 from artemis.benchmark.quality.results import datasets
 from artemis.benchmark.records import Record
 from artemis.benchmark.tables import Column, piped
 
-from .command_tables import last_rows
+from .command_tables import rows_here
 from .model_tables import TOKENS, is_extrapolated, name_of, saved, speedup
 
 Figures = list[tuple[str, float]]  # where, how much
@@ -27,17 +26,8 @@ def table(records: list[Record]) -> str:
 
     What has no measurement is left out.
     """
-    heads = {record["run"]: record for record in records if record.get("kind") == "run"}
-
-    def machine(row: Record) -> tuple:
-        where = identity(heads[row["run"]])
-        return where.processor, where.threads, where.gpu
-
-    rows = {name: last_rows(name, records) for name in ("train", "decode")}
-    here = [machine(row) for row in rows["train"]][-1:]
-    own = {name: [row for row in rows[name] if machine(row) in here] for name in rows}
-    trained = _steps(own["train"])
-    decoded = [row for row in own["decode"] if row["arm"] == _ARM]
+    trained = _steps(rows_here("train", records))
+    decoded = [row for row in rows_here("decode", records) if row["arm"] == _ARM]
     lines = []
     if decoded:
         lines.append(_inference(decoded))

@@ -5,7 +5,7 @@ import xml.etree.ElementTree as xml
 
 from artemis.benchmark.records import read
 from bench import ROOT
-from bench.command_tables import last_rows
+from bench.command_tables import rows_here
 from bench.headline import Bar, bars, description, draw
 
 from .records import row
@@ -52,6 +52,6 @@ def test_what_is_extrapolated_has_a_whisker_unless_it_has_no_end(tmp_path):
 
 
 def test_the_committed_picture_is_not_behind_its_results():
-    rows = last_rows("train", read(ROOT / "bench/results/cpu_bench_train.jsonl"))
+    rows = rows_here("train", read(ROOT / "bench/results/cpu_bench_train.jsonl"))
     picture = ROOT / "docs/pictures/training.svg"
     assert described(picture) == json.loads(description(bars(rows))), "python -m bench.pictures"
