@@ -45,14 +45,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="TOKENS")
     parser.add_argument("--out", type=Path, metavar="FILE", help="append JSON lines to FILE")
     options = parser.parse_args(arguments)
-    keep_freed_memory()
+    kept = keep_freed_memory()
     for precision, length in itertools.product(PRECISIONS, options.lengths):
         records = [trained(precision, length, options.rounds)]
         records += [decoded(precision, length, heads, options.rounds) for heads in KEY_VALUE_HEADS]
         for record in records:
             print(json.dumps(record), flush=True)
             if options.out is not None:
-                append(options.out, [machine.facts() | record])
+                append(options.out, [machine.facts(keeps_memory=kept) | record])
     return 0
 
 

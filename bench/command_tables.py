@@ -7,7 +7,7 @@ an operation on a layer) are those of the last run that has it, and of no other.
 from collections.abc import Callable, Sequence
 
 from artemis.benchmark.arms import ARMS
-from artemis.benchmark.machine import KEEPS, identity
+from artemis.benchmark.machine import KEEPS, Identity, identity
 from artemis.benchmark.models import MODELS
 from artemis.benchmark.records import Record
 from artemis.benchmark.tables import markdown
@@ -33,17 +33,27 @@ def bench_table(
     `short`: of the machine that trained last, its runs in one line.
     """
     heads = _heads(records)
-    machines: dict[tuple, list[Record]] = {}
+    machines: dict[Identity, list[Record]] = {}
     for row in (rows_here if short else last_rows)(table, records):
         machines.setdefault(identity(heads[row["run"]]), []).append(row)
+
+    def newest(own: Identity) -> str:
+        return max(heads[row["run"]]["time"] for row in machines[own])
+
     parts = []
-    for own in sorted(machines, key=lambda each: each.allocator != KEEPS):
+    in_turn = sorted(sorted(machines, key=newest, reverse=True), key=_takes_memory_as_it_comes)
+    for own in in_turn:
         order = in_order(machines[own])
         runs = [heads[run] for run in dict.fromkeys(row["run"] for row in order)]
         made = render(order) if render else markdown(table, order)
         where = origins(runs) if short else origins_listed(runs)
-        parts.append(f"{made}\n\n{where}\n")
+        of = f"On {own.processor}, allocator {own.allocator}:\n\n" if len(machines) > 1 else ""
+        parts.append(f"{of}{made}\n\n{where}\n")
     return "\n".join(parts)
+
+
+def _takes_memory_as_it_comes(machine: Identity) -> bool:
+    return machine.allocator != KEEPS
 
 
 def last_rows(table: str, records: list[Record]) -> list[Record]:
