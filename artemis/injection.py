@@ -7,9 +7,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from . import architectures
 from .config import HybridAdapterConfig
 from .errors import AdapterError, listed
-from .layers.adapted import adapt, has_own_forward, has_own_tensors, restore
+from .layers.adapted import adapt, has_own_forward, restore
 from .layers.bank import BANK, AdapterBank, find_bank
 from .layers.groups import InputGroup, Shelf
+from .layers.linear import has_own_tensors, linear_features
 from .layers.norms import hold_statistics, release_statistics
 from .layers.output_head import hang_hooks
 from .layers.packed import packed_modules
@@ -165,7 +166,7 @@ def _weights(model: nn.Module, spec: SiteSpec) -> list[torch.Tensor | LayerWeigh
     itself is as the last forward left it, wherever the model is.
     """
     module = model.get_submodule(spec.path)
-    layers = [m for m in module.modules() if architectures.linear_features(m)]
+    layers = [m for m in module.modules() if linear_features(m)]
     if not layers:
         return [p for p in module.parameters() if p.is_floating_point()]
     return [

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from .errors import AdapterError, listed
-from .layers.adapted import adapted_module, check_in_place, weight_of
+from .layers.adapted import adapted_module, check_in_place
 from .layers.bank import find_bank
+from .layers.linear import weight_of
 from .layers.packed import is_packed
 from .layers.sites import Site
 from .layers.sources import is_at_hand

@@ -9,6 +9,7 @@ from torch import nn
 from . import architectures
 from .config import AUTO, DEFAULT_LORA, DEFAULT_TARGETS, HybridAdapterConfig, Names
 from .errors import AdapterError, listed, nearest
+from .layers.linear import linear_features, linear_paths
 from .layers.packed import is_packed
 from .plan import Plan, SiteSpec
 
@@ -90,7 +91,7 @@ def find_heads(
 def _site(model: nn.Module, config: HybridAdapterConfig, path: str, target: str) -> SiteSpec:
     module = model.get_submodule(path)
     wants_lora = matching(config.apply_lora_to, path) is not None
-    features = architectures.linear_features(module)
+    features = linear_features(module)
     if features:
         kind = "lora" if wants_lora else "bottleneck"
     elif wants_lora or not architectures.is_block(module):
@@ -115,7 +116,7 @@ def _block_features(model: nn.Module, path: str) -> tuple[int, int]:
             " the size of its output; name its linear layers instead"
         )
     block = model.get_submodule(path)
-    layers = [size for m in block.modules() if (size := architectures.linear_features(m))]
+    layers = [size for m in block.modules() if (size := linear_features(m))]
     if layers and layers[0][0] != hidden and layers[-1][1] != hidden:
         raise AdapterError(
             f"hybrid_adapter.target_modules: {path} is a block whose layers turn {layers[0][0]}"
@@ -197,7 +198,7 @@ def _warn_of_other_layers(
     with_lora = {_layer(site.path) for site in sites if site.kind == "lora"}
     stacks = {stack for stack, _ in with_lora}
     left = {}
-    for path in architectures.linear_paths(model):
+    for path in linear_paths(model):
         stack, number = _layer(path)
         free = path not in adapted and architectures.reader_of(model, path) is None
         if free and stack in stacks and (stack, number) not in with_lora:
@@ -220,7 +221,7 @@ def _layer(path: str) -> tuple[str, int | None]:
 
 
 def _nothing_matches(model: nn.Module, config: HybridAdapterConfig) -> str:
-    suffixes = dict.fromkeys(path.rpartition(".")[2] for path in architectures.linear_paths(model))
+    suffixes = dict.fromkeys(path.rpartition(".")[2] for path in linear_paths(model))
     targets = config.target_modules
     if isinstance(targets, str):
         targets = f"{targets!r}, a regular expression for whole paths (names go in a list),"

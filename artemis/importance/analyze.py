@@ -10,9 +10,8 @@ from tqdm import tqdm
 
 from ..config import HybridAdapterConfig
 from ..errors import AdapterError
-from ..layers.adapted import weight_of
 from ..layers.bank import find_bank
-from ..layers.packed import is_packed
+from ..layers.linear import dense_weight_of, is_linear
 from ..merging import check_unmerged
 from ..plan import SiteSpec
 from ..targets import make_plan
@@ -153,7 +152,4 @@ def _sites(
 def _weight(model: nn.Module, path: str) -> torch.Tensor | None:
     """The base's [out, in] weight of a linear layer, unpacked; None for a block."""
     module = model.get_submodule(path)
-    if not hasattr(module, "weight"):
-        return None
-    weight = weight_of(module)
-    return weight.dequantize() if is_packed(module) else weight.detach()
+    return dense_weight_of(module) if is_linear(module) else None

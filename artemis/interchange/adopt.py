@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import architectures
 from ..config import HybridAdapterConfig
 from ..errors import AdapterError, listed, nearest
 from ..layers.bank import BANK, site_tensors
+from ..layers.linear import linear_features
 from ..plan import Plan
 from ..targets import make_plan, matching
 from .files import SETTINGS_FILE, LoRAFiles
@@ -136,7 +136,7 @@ def _problems(model: nn.Module, files: LoRAFiles) -> Iterator[str]:
         if path not in modules:
             yield f"there is no {path}{nearest(path, modules)}"
             continue
-        have = architectures.linear_features(modules[path])
+        have = linear_features(modules[path])
         if have is None:
             yield f"{path} is a {type(modules[path]).__name__}, and no linear layer"
         elif have != (a.shape[1], b.shape[0]):

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
-from artemis_kernels import FrozenLinear, QuantizedWeight
+from artemis_kernels import FrozenLinear
 
+from .linear import weight_of
 from .packed import is_packed
 from .packed_linear import PARTS
 from .sources import (
@@ -136,10 +137,3 @@ def _adds_nothing(given: dict[str, torch.Tensor]) -> bool:
     """Whether the adapter is as good as fresh; a GPU is not waited for to know it."""
     last = [given[role] for role in ("lora_b", "up", "bias_up") if role in given]
     return all(tensor.device.type == "cpu" and not tensor.any() for tensor in last)
-
-
-def weight_of(module: nn.Module) -> torch.Tensor | QuantizedWeight:
-    """The layer's weight as (out, in): a view of it where it is stored the other way round."""
-    if isinstance(module, nn.Linear) or is_packed(module):
-        return module.weight
-    return module.weight.t()

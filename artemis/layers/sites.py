@@ -14,7 +14,6 @@ from torch.utils.hooks import RemovableHandle
 
 from artemis_kernels import (
     FrozenAdapter,
-    QuantizedWeight,
     adapter_linear,
     adapter_linear_group,
     bottleneck_adapter,
@@ -27,11 +26,10 @@ from ..errors import AdapterError
 from ..plan import SiteSpec
 from .bank import AdapterBank, site_tensors
 from .frozen import Frozen
+from .linear import Weight
 
 if TYPE_CHECKING:
     from .groups import InputGroup
-
-Weight = torch.Tensor | QuantizedWeight
 
 
 @dataclass(eq=False)

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from .. import architectures
 from ..errors import AdapterError, listed
 from ..experts import is_experts, matrices_of, stack_of
-from ..layers.adapted import PACKED, weight_of
+from ..layers.adapted import PACKED
 from ..layers.bank import find_bank
+from ..layers.linear import is_linear, weight_of
 from ..layers.packed import is_packed, packed_modules
 from ..merging import check_unmerged
 from ..wrappers import check_bare
@@ -58,7 +58,7 @@ def choose_layers(
             continue
         if is_experts(module):
             reason = _why_not_experts(model, path, module, options)
-        elif isinstance(module, (nn.Linear, Conv1D)):
+        elif is_linear(module):
             reason = _why_not(model, path, module, options)
         elif names := architectures.stacked_weights(module):
             reason = f"no linear layer: {listed(names)} hold many matrices each, as experts"

@@ -13,9 +13,10 @@ from artemis_kernels import QuantizedWeight
 
 from ..architectures import output_head, stacked_weights
 from ..experts import is_experts, matrices_of, stack_of
-from ..layers.adapted import PACKED, weight_of
+from ..layers.adapted import PACKED
 from ..layers.bank import find_bank
 from ..layers.expert_weights import ExpertWeights
+from ..layers.linear import weight_of
 from ..layers.packed import packed_modules, sample
 from ..layers.packed_experts import pack_experts
 from ..layers.packed_linear import pack

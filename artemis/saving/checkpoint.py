@@ -13,6 +13,7 @@ from ..config import HybridAdapterConfig
 from ..errors import AdapterError, listed
 from ..layers.adapted import replaced
 from ..layers.bank import BANK, MERGED, check_writable, find_bank
+from ..layers.linear import linear_features
 from ..layers.sources import is_at_hand
 from ..merging import check_unmerged
 from ..plan import Plan, SiteSpec
@@ -210,7 +211,7 @@ def _site_problems(model: nn.Module, plan: Plan) -> Iterator[str]:
             hidden = architectures.hidden_size(model, site.path)
             have = (hidden, hidden) if architectures.is_block(module) else None
         else:
-            have = architectures.linear_features(module)
+            have = linear_features(module)
         if have != (site.in_features, site.out_features):
             what = "x".join(map(str, have)) if have else f"a {type(module).__name__}"
             yield f"{site.path} is {what}, in the file {site.in_features}x{site.out_features}"

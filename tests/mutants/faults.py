@@ -671,7 +671,7 @@ MODEL = (
     ),
     Fault(
         "Conv1D's weight not transposed",
-        "artemis/layers/frozen.py",
+        "artemis/layers/linear.py",
         "return module.weight.t()",
         "return module.weight",
         ("tests/artemis/test_frozen.py::test_the_same_results", "-k", "gpt2"),
@@ -1017,8 +1017,8 @@ RANKS = (
     ),
     Fault(
         "a packed weight multiplied as if it were a tensor",
-        "artemis/importance/analyze.py",
-        "return weight.dequantize() if is_packed(module) else weight.detach()",
+        "artemis/layers/linear.py",
+        "return weight.dequantize() if isinstance(weight, QuantizedWeight) else weight.detach()",
         "return weight.detach()",
         ("tests/artemis/importance/test_analyze.py", "-k", "quantized_base"),
     ),
