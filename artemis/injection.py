@@ -9,15 +9,19 @@ from .config import HybridAdapterConfig
 from .errors import AdapterError, listed
 from .layers.adapted import adapt, has_own_forward, restore
 from .layers.bank import BANK, AdapterBank, find_bank
+from .layers.blocks import BlockSite
 from .layers.groups import InputGroup, Shelf
 from .layers.linear import has_own_tensors, linear_features
 from .layers.norms import hold_statistics, release_statistics
 from .layers.output_head import hang_hooks
 from .layers.packed import packed_modules
 from .layers.packed_linear import LayerWeight
-from .layers.sites import SITES, SharedSeed
+from .layers.seeds import SharedSeed
+from .layers.sites import BottleneckSite, LoRASite
 from .plan import Plan, SiteSpec
 from .saving.identity import facts
+
+_SITES = {"lora": LoRASite, "bottleneck": BottleneckSite, "block": BlockSite}
 
 
 def inject(model: nn.Module, config: HybridAdapterConfig, plan: Plan) -> AdapterBank:
@@ -32,7 +36,7 @@ def inject(model: nn.Module, config: HybridAdapterConfig, plan: Plan) -> Adapter
     bank.to(weight.device, weight.dtype if config.adapter_dtype == "model" else torch.float32)
     seeds = _seeds(config, plan)
     for spec in plan.sites:
-        site = SITES[spec.kind](spec, bank, seeds[spec.path])
+        site = _SITES[spec.kind](spec, bank, seeds[spec.path])
         bank.sites[spec.path] = site
         module = model.get_submodule(spec.path)
         if spec.kind == "block":

@@ -153,7 +153,7 @@ def _folded(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight (out, in) and bias that compute, alone, what the site does."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    tensors = {role: t.to(wide) for role, t in site.bank.tensors(site.layout).items()}
+    tensors = {role: t.to(wide) for role, t in site.tensors().items()}
     gain, config = tensors.get("gain", 1.0), site.bank.config
     w = weight.to(wide)
     if site.spec.kind == "lora":

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..config import HybridAdapterConfig
-from ..layers.sites import with_first
+from ..layers.blocks import with_first
 from ..plan import SiteSpec
 from .moments import Moments
 from .readers import Reader

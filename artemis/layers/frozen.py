@@ -87,7 +87,7 @@ def _ready(module: nn.Module, x: torch.Tensor, site: "Site") -> Frozen | None:
     config = site.bank.config
     if not config.cache_constants or config.impl == "reference" or not takes_constants(module, x):
         return None
-    conditions = (x.dtype, config.impl, id(site.layout), *site.constants())
+    conditions = (x.dtype, config.impl, id(site.layout), site.factor, config.activation)
     several = x.dim() > 1 and x.shape[-2] > 1  # positions: no step of decoding
     if several and x.is_cuda:
         site.forget()
@@ -118,7 +118,7 @@ def _places(module: nn.Module, site: "Site") -> list[Place]:
 
 def _linear(module: nn.Module, dtype: torch.dtype, site: "Site") -> FrozenLinear | None:
     bank, layout = site.bank, site.layout
-    given = bank.tensors(layout)
+    given = site.tensors()
     if _adds_nothing(given):
         return None
     for role in ("lora_a", "down", "up"):

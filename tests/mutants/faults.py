@@ -602,8 +602,8 @@ MODEL = (
     Fault(
         "dropout drawn that was switched off with the model's",
         "artemis/layers/sites.py",
-        "**self._group_mask(self.bank.lora_dropout.p, training, x)",
-        "**self._group_mask(config.lora_dropout, training, x)",
+        "return self.bank.lora_dropout.p",
+        "return self.bank.config.lora_dropout",
         ("tests/artemis/test_sharing.py", "-k", "switched_off"),
     ),
     Fault(
@@ -636,7 +636,7 @@ MODEL = (
     ),
     Fault(
         "a shared seed never runs out: one mask for ever",
-        "artemis/layers/sites.py",
+        "artemis/layers/seeds.py",
         "self.pending &= ~member\n",
         "pass\n",
         ("tests/artemis/test_sharing.py", "tests/artemis/test_gradients.py", "-k", "mask or seed"),
@@ -778,7 +778,7 @@ MODEL = (
     ),
     Fault(
         "a block's output of another width left to the kernel",
-        "artemis/layers/sites.py",
+        "artemis/layers/blocks.py",
         "if x.shape[-1] != self.spec.in_features:",
         "if False:",
         ("tests/artemis/test_targets.py", "-k", "another_width"),
@@ -890,7 +890,7 @@ MODEL = (
     ),
     Fault(
         "a block's named tuple made a plain one",
-        "artemis/layers/sites.py",
+        "artemis/layers/blocks.py",
         'if hasattr(output, "_fields"):',
         "if False:",
         (
