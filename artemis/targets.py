@@ -11,6 +11,7 @@ from .config import AUTO, DEFAULT_LORA, DEFAULT_TARGETS, HybridAdapterConfig, Na
 from .errors import AdapterError, listed, nearest
 from .layers.linear import linear_features, linear_paths
 from .layers.packed import is_packed
+from .paths import is_within, layer_number, layer_of, leaf_of, owner_of
 from .plan import Plan, SiteSpec
 
 
@@ -21,13 +22,8 @@ def matching(names: Names, path: str) -> str | None:
     path, and then the module's own name stands for the entry.
     """
     if isinstance(names, str):
-        return path.rpartition(".")[2] if re.fullmatch(names, path) else None
+        return leaf_of(path) if re.fullmatch(names, path) else None
     return next((name for name in names if path == name or path.endswith(f".{name}")), None)
-
-
-def layer_number(path: str) -> int | None:
-    """The first numbered part of `path` (later ones are experts and the like)."""
-    return next((int(part) for part in path.split(".") if part.isdecimal()), None)
 
 
 def make_plan(model: nn.Module, config: HybridAdapterConfig) -> Plan:
@@ -50,7 +46,7 @@ def make_plan(model: nn.Module, config: HybridAdapterConfig) -> Plan:
     chosen = {
         path: entry
         for path, entry in matched.items()
-        if not _within(path, heads)
+        if not is_within(path, heads)
         and matching(config.exclude_modules, path) is None
         and (config.layers is None or layer_number(path) in config.layers)
     }
@@ -85,7 +81,7 @@ def find_heads(
         return architectures.classifier_heads(model)
     _check_entries("modules_to_save", config.modules_to_save, paths)
     heads = tuple(path for path in paths if matching(config.modules_to_save, path))
-    return tuple(path for path in heads if not _within(path, [h for h in heads if h != path]))
+    return tuple(path for path in heads if not is_within(path, [h for h in heads if h != path]))
 
 
 def _site(model: nn.Module, config: HybridAdapterConfig, path: str, target: str) -> SiteSpec:
@@ -124,10 +120,6 @@ def _block_features(model: nn.Module, path: str) -> tuple[int, int]:
             " linear layers instead, or leave it out (exclude_modules, or whole paths)"
         )
     return hidden, hidden
-
-
-def _within(path: str, roots: Iterable[str]) -> bool:
-    return any(path == root or path.startswith(f"{root}.") for root in roots)
 
 
 def _check_entries(
@@ -195,14 +187,14 @@ def _warn_of_other_layers(
     if config.target_modules != DEFAULT_TARGETS or config.exclude_modules or config.layers:
         return
     adapted = {site.path for site in sites}
-    with_lora = {_layer(site.path) for site in sites if site.kind == "lora"}
-    stacks = {stack for stack, _ in with_lora}
+    with_lora = {layer_of(site.path) for site in sites if site.kind == "lora"} - {""}
+    stacks = {owner_of(layer) for layer in with_lora}
     left = {}
     for path in linear_paths(model):
-        stack, number = _layer(path)
+        layer = layer_of(path)
         free = path not in adapted and architectures.reader_of(model, path) is None
-        if free and stack in stacks and (stack, number) not in with_lora:
-            left.setdefault(stack, {})[number, path.rpartition(".")[2]] = None
+        if free and layer and layer not in with_lora and owner_of(layer) in stacks:
+            left.setdefault(owner_of(layer), {})[leaf_of(layer), leaf_of(path)] = None
     for stack, found in left.items():
         numbers, names = (dict.fromkeys(values) for values in zip(*found, strict=True))
         warnings.warn(
@@ -213,15 +205,8 @@ def _warn_of_other_layers(
         )
 
 
-def _layer(path: str) -> tuple[str, int | None]:
-    """The stack that the first numbered part of `path` is in, and its number."""
-    parts = path.split(".")
-    place = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts))
-    return ".".join(parts[:place]), layer_number(path)
-
-
 def _nothing_matches(model: nn.Module, config: HybridAdapterConfig) -> str:
-    suffixes = dict.fromkeys(path.rpartition(".")[2] for path in linear_paths(model))
+    suffixes = dict.fromkeys(map(leaf_of, linear_paths(model)))
     targets = config.target_modules
     if isinstance(targets, str):
         targets = f"{targets!r}, a regular expression for whole paths (names go in a list),"

@@ -16,6 +16,7 @@ from torch import nn
 from ..config import HybridAdapterConfig
 from ..errors import AdapterError, listed
 from ..layers.bank import BANK, check_writable, find_bank, site_tensors
+from ..paths import is_within
 from ..plan import Plan, SiteSpec
 from ..saving.adapter_file import read_adapter
 from ..saving.checkpoint import adapter_state
@@ -125,8 +126,7 @@ def export_adapter(
     if form == "vllm":
         pairs = _of_one_rank(pairs, factor)
         ranks, factor = dict.fromkeys(ranks, max(ranks.values())), 1.0
-    inside = tuple(f"{head}." for head in heads)
-    saved = {name: t for name, t in adapter.tensors.items() if name.startswith(inside)}
+    saved = {name: t for name, t in adapter.tensors.items() if is_within(name, heads)}
     path = Path(directory)
     write_files(path, _settings(adapter, ranks, factor, heads), pairs, saved)
     return ExportReport(path, form, ranks, heads, left_out)

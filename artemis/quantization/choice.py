@@ -1,7 +1,7 @@
 """What to pack: options and model in, checked layers out; nothing is changed."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,7 @@ from ..layers.bank import find_bank
 from ..layers.linear import is_linear, weight_of
 from ..layers.packed import is_packed, packed_modules
 from ..merging import check_unmerged
+from ..paths import is_within, owner_of
 from ..wrappers import check_bare
 from .options import Options
 from .report import LayerReport
@@ -114,9 +115,9 @@ def weights_of(path: str, module: nn.Module) -> Iterator[tuple[str, torch.Tensor
 def _why_left(model: nn.Module, path: str, options: Options) -> str | None:
     bank = find_bank(model)
     heads = architectures.classifier_heads(model) if bank is None else bank.heads
-    if _within(path, heads):
+    if is_within(path, heads):
         return "a head that trains"
-    return "left as it is, as asked" if _within(path, options.leave) else None
+    return "left as it is, as asked" if is_within(path, options.leave) else None
 
 
 def _why_not_experts(
@@ -169,16 +170,11 @@ def _kept_in_fp32(model: nn.Module, path: str, module: nn.Module, name: str = "w
     return any(p.is_floating_point() and p.dtype.itemsize == 2 for p in model.parameters())
 
 
-def _within(path: str, modules: Iterable[str]) -> bool:
-    return any(f"{path}.".startswith(f"{module}.") for module in modules)
-
-
 def tied_to(model: nn.Module, module: nn.Module, name: str = "weight") -> str | None:
     """Another name of the module's parameter `name`, unless the whole module has two."""
     own = module._parameters[name]
     for other, parameter in model.named_parameters(remove_duplicate=False):
-        owner, _, _ = other.rpartition(".")
-        if parameter is own and model.get_submodule(owner) is not module:
+        if parameter is own and model.get_submodule(owner_of(other)) is not module:
             return other
     return None
 

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from ..config import HybridAdapterConfig
 from ..errors import AdapterError, listed
 from ..layers.bank import BANK, bank_shapes, site_tensors
+from ..paths import is_within
 from ..plan import KINDS, Plan, SiteSpec
 from ..version import __version__
 from .atomic import replace_files
@@ -189,9 +190,10 @@ def _check_tensors(adapter: AdapterFile) -> None:
         for role, shapes in bank_shapes(adapter.plan.sites, adapter.config).items()
         for key, shape in shapes.items()
     }
-    heads = tuple(f"{head}." for head in adapter.plan.heads)
     found = {
-        name: shape for name, (_, shape) in adapter.tensors.items() if not name.startswith(heads)
+        name: shape
+        for name, (_, shape) in adapter.tensors.items()
+        if not is_within(name, adapter.plan.heads)
     }
     if found != expected:
         wrong = sorted(

@@ -1603,9 +1603,9 @@ QUANTIZED = (
     ),
     Fault(
         "layers left whose number starts like that of the one named",
-        "artemis/quantization/choice.py",
-        'any(f"{path}.".startswith(f"{module}.") for',
-        "any(path.startswith(module) for",
+        "artemis/paths.py",
+        'any(f"{name}.".startswith(f"{root}.") for',
+        "any(name.startswith(root) for",
         ("tests/artemis/quantization/test_refusals.py", "-k", "start_of_a_name"),
     ),
     Fault(
