@@ -132,6 +132,11 @@ def named_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [(name, tensor) for name, tensor in both if not name.startswith(f"{BANK}.")]
 
 
+def is_meta(model: nn.Module) -> bool:
+    """Whether a tensor of the base is on the meta device, without values."""
+    return any(tensor.is_meta for _, tensor in named_tensors(model))
+
+
 def read_stored(path: str | os.PathLike) -> StoredBase:
     """The header of the file at `path`, or in it; errors as `load_quantized`'s."""
     path = Path(path)
