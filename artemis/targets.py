@@ -2,7 +2,8 @@
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 from torch import nn
 
@@ -40,8 +41,9 @@ def make_plan(model: nn.Module, config: HybridAdapterConfig) -> Plan:
     matched = {path: entry for path in paths if (entry := matching(config.target_modules, path))}
     if not matched:
         raise AdapterError(_nothing_matches(model, config))
-    _check_entries("target_modules", config.target_modules, paths, DEFAULT_TARGETS)
-    _check_entries("exclude_modules", config.exclude_modules, paths)
+    can_be = partial(_can_be_target, model)
+    _check_entries("target_modules", config.target_modules, paths, DEFAULT_TARGETS, can_be)
+    _check_entries("exclude_modules", config.exclude_modules, paths, offered=can_be)
     heads = find_heads(model, config, paths)
     chosen = {
         path: entry
@@ -122,17 +124,30 @@ def _block_features(model: nn.Module, path: str) -> tuple[int, int]:
     return hidden, hidden
 
 
+def _can_be_target(model: nn.Module, path: str) -> bool:
+    module = model.get_submodule(path)
+    adaptable = linear_features(module) is not None or architectures.is_block(module)
+    return adaptable and architectures.reader_of(model, path) is None
+
+
 def _check_entries(
-    field: str, names: Names, paths: Iterable[str], defaults: tuple[str, ...] = ()
+    field: str,
+    names: Names,
+    paths: Iterable[str],
+    defaults: tuple[str, ...] = (),
+    offered: Callable[[str], bool] = lambda path: True,
 ) -> None:
-    """Refuse an entry of `names` that matches no path; those from the default only warn."""
+    """Refuse an entry of `names` that matches no path; those from the default only warn.
+
+    `offered`: of a path, whether its name may be a hint.
+    """
     paths = list(paths)
     entries = [names] if isinstance(names, str) else names
     for entry in entries:
         one = entry if isinstance(names, str) else (entry,)
         if any(matching(one, path) for path in paths):
             continue
-        hint = _closest(entry, paths, entries)
+        hint = _closest(entry, filter(offered, paths), entries)
         message = f"hybrid_adapter.{field}: {entry!r} matches no module{hint}"
         if tuple(entries) != defaults:
             raise AdapterError(message)

@@ -819,6 +819,13 @@ MODEL = (
         ("tests/artemis/test_targets.py", "-k", "lacks_only"),
     ),
     Fault(
+        "a name offered of what can be no target",
+        "artemis/targets.py",
+        "filter(offered, paths)",
+        "paths",
+        ("tests/artemis/test_targets.py", "-k", "lacks_only"),
+    ),
+    Fault(
         "a block of plain parameters taken for none",
         "artemis/architectures.py",
         " or any(p.is_floating_point() for p in own)",
