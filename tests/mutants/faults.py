@@ -910,8 +910,8 @@ MODEL = (
     Fault(
         "matrices in 8 bits left out of all parameters",
         "artemis/report.py",
-        "+ count(*ROLES)",
-        '+ count("gain", "bias_down", "bias_up")',
+        "_numbers(bank, *ROLES)",
+        '_numbers(bank, "gain", "bias_down", "bias_up")',
         ("tests/artemis/test_injection.py", "-k", "parameter_count"),
     ),
     Fault(
