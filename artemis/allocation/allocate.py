@@ -1,9 +1,6 @@
 """`set_dynamic_rank_allocation`: ranks and widths where the scores are."""
 
-import math
 from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -12,6 +9,7 @@ from ..errors import AdapterError, listed
 from ..layers.bank import AdapterBank, find_bank
 from ..merging import check_unmerged
 from ..plan import SiteSpec
+from ..schema import check_integer, is_integer, is_number
 from .apportion import Claim, apportion, apportion_by_kind
 from .report import ModuleAllocation, RankAllocation
 from .resize import resize
@@ -133,11 +131,11 @@ def _bounds(
     per_rank = config.adapter_size / config.lora_rank
     given = {"min_rank": min_rank, "max_rank": max_rank}
     for name, value in given.items():
-        _check_size(name, value)
+        check_integer(name, value)
     given["min_width"] = max(1, round(min_rank * per_rank)) if min_width is None else min_width
     given["max_width"] = max(1, round(max_rank * per_rank)) if max_width is None else max_width
     for name, value in given.items():
-        _check_size(name, value)
+        check_integer(name, value)
     for name in ("rank", "width"):
         least, most = given[f"min_{name}"], given[f"max_{name}"]
         if least > most:
@@ -147,11 +145,6 @@ def _bounds(
     ranks = min_rank, max_rank
     widths = given["min_width"], given["max_width"]
     return {"lora": ranks, "bottleneck": widths, "block": widths}
-
-
-def _check_size(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise AdapterError(f"{name}: got {value!r}, allowed: an integer from 1")
 
 
 def _check_scores(scores: Mapping[str, float], specs: tuple[SiteSpec, ...]) -> None:
@@ -166,8 +159,7 @@ def _check_scores(scores: Mapping[str, float], specs: tuple[SiteSpec, ...]) -> N
             f"scores: got {' and '.join(parts)}; allowed: one for every adapted module"
         )
     for path, score in scores.items():
-        number = isinstance(score, (int, float)) and not isinstance(score, bool)
-        if not number or not math.isfinite(score) or score < 0:
+        if not is_number(score) or score < 0:
             raise AdapterError(f"scores: got {score!r} for {path}, allowed: a finite number from 0")
     if not any(scores.values()):
         raise AdapterError("scores: got 0 for every module, allowed: at least one above 0")
@@ -178,8 +170,7 @@ def _budget(budget: int | None, claims: list[Claim]) -> int:
         return sum(claim.cost * claim.usual for claim in claims)
     least = sum(claim.cost * claim.least for claim in claims)
     most = sum(claim.cost * claim.most for claim in claims)
-    whole = isinstance(budget, int) and not isinstance(budget, bool)
-    if not whole or not least <= budget <= most:
+    if not is_integer(budget) or not least <= budget <= most:
         raise AdapterError(
             f"budget: got {budget!r}, allowed: an integer from {least:,} (every module at its"
             f" minimum) to {most:,} (at its maximum)"

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from ..errors import AdapterError
+from ..schema import check_integer
 from . import bench_quality
 
 NAME = "bench"
@@ -135,8 +136,8 @@ def run(args: argparse.Namespace) -> None:
     from ..benchmark.session import Session
     from ..benchmark.tables import text
 
-    if getattr(args, "rounds", 2) < 2:
-        raise AdapterError(f"--rounds: got {args.rounds}, allowed: an integer from 2")
+    if "rounds" in args:
+        check_integer("--rounds", args.rounds, 2)
     if args.plot is not None:
         plots.require_matplotlib()
     work = _RUN[args.benchmark](args)
@@ -181,8 +182,7 @@ def _training(args: argparse.Namespace, recomputing: bool, compiled: bool = Fals
     """
     from ..benchmark.arms import ARMS
 
-    if args.sequence < 2:
-        raise AdapterError(f"--sequence: got {args.sequence}, allowed: an integer from 2")
+    check_integer("--sequence", args.sequence, 2)
     tokens = args.tokens or ([1024, 2048, 8192, 32768] if args.full else [1024])
     arms = tuple(
         name for name, arm in ARMS.items() if arm.trains and not (compiled and arm.recomputes)
@@ -215,11 +215,9 @@ def _decode(args: argparse.Namespace):
     from ..benchmark.arms import ARMS
 
     prompts = args.prompt or ([128, 1024] if args.full else [128])
-    if args.batch < 1:
-        raise AdapterError(f"--batch: got {args.batch}, allowed: an integer from 1")
+    check_integer("--batch", args.batch)
     for prompt in prompts:
-        if prompt < 2:
-            raise AdapterError(f"--prompt: got {prompt}, allowed: integers from 2")
+        check_integer("--prompt", prompt, 2)
     default = tuple(name for name in decode.ARM_NAMES if ARMS[name].installed)
     wanted = [
         setting

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer,
 from ..errors import AdapterError
 from ..hybrid import load_hybrid_adapter, load_peft_adapter
 from ..interchange import holds_lora
+from ..schema import check_integer
 from ..training import default_device, load_base, resolve_precision
 from ..training.config import MAX_SEED
 from ..training.loading import PRECISIONS
@@ -46,8 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.max_new_tokens < 1:
-        raise AdapterError(f"--max-new-tokens: got {args.max_new_tokens}, allowed: from 1")
+    check_integer("--max-new-tokens", args.max_new_tokens)
     if args.temperature != 0 and not COLDEST <= args.temperature < math.inf:
         raise AdapterError(
             f"--temperature: got {args.temperature}, allowed: 0, or a number from {COLDEST}"

@@ -14,6 +14,7 @@ from ..layers.bank import find_bank
 from ..layers.linear import dense_weight_of, is_linear
 from ..merging import check_unmerged
 from ..plan import SiteSpec
+from ..schema import check_integer
 from ..targets import make_plan
 from .data import Batch, batches_of, to_device
 from .gradients import watched
@@ -94,9 +95,8 @@ def gradient_moments(
     """Return the moments of the gradients that `method` is made of; arguments as above."""
     if method not in METHODS:
         raise AdapterError(f"method: got {method!r}, allowed: {', '.join(METHODS)}")
-    for name, value in (("batches", batches), ("batch_size", batch_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise AdapterError(f"{name}: got {value!r}, allowed: an integer from 1")
+    check_integer("batches", batches)
+    check_integer("batch_size", batch_size)
     sites, config = _sites(model, config)
     device = next(model.parameters()).device
     count = 0
