@@ -32,7 +32,7 @@ def inject(model: nn.Module, config: HybridAdapterConfig, plan: Plan) -> Adapter
     _check_injection(model, plan)
     bank = AdapterBank(config, plan)
     bank.base = facts(model)
-    weight = _first_weight(model, plan)
+    weight = _weights(model, plan.sites[0])[0]
     bank.to(weight.device, weight.dtype if config.adapter_dtype == "model" else torch.float32)
     seeds = _seeds(config, plan)
     for spec in plan.sites:
@@ -176,10 +176,6 @@ def _weights(model: nn.Module, spec: SiteSpec) -> list[torch.Tensor | LayerWeigh
     return [
         layer.weight if has_own_tensors(layer) else next(layer.parameters()) for layer in layers
     ]
-
-
-def _first_weight(model: nn.Module, plan: Plan) -> torch.Tensor:
-    return _weights(model, plan.sites[0])[0]
 
 
 def _seeds(config: HybridAdapterConfig, plan: Plan) -> dict[str, SharedSeed]:

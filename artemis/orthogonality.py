@@ -1,7 +1,5 @@
 """The orthogonality penalty: LoRA's directions should not repeat one another."""
 
-from itertools import chain
-
 import torch
 from torch import nn
 
@@ -24,8 +22,7 @@ def orthogonality_penalty(model: nn.Module) -> torch.Tensor:
     term = _TERMS[bank.config.orthogonality_form]
     sides = (list(bank.lora_a.values()), [b.t() for b in bank.lora_b.values()])
     means = [torch.stack([term(m.float()) for m in side]).mean() for side in sides if side]
-    device = next(chain(bank.parameters(), bank.buffers())).device  # in 8 bits: buffers
-    return sum(means, torch.zeros((), device=device))
+    return sum(means, torch.zeros((), device=bank.device))
 
 
 def _squared_cosines(vectors: torch.Tensor) -> torch.Tensor:

@@ -88,14 +88,15 @@ def continue_text(
     if not inputs["input_ids"].numel():
         raise AdapterError("the prompt holds no token")
     _check_length(model, inputs["input_ids"].shape[1], max_new_tokens)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    sampling = {"temperature": temperature} if temperature else {}
     with torch.inference_mode():
         tokens = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
             streamer=streamer,
-            **({"do_sample": False} | sampling),
+            do_sample=bool(temperature),
+            **sampling,
         )[0]
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     return text, len(tokens) - inputs["input_ids"].shape[1]

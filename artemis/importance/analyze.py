@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..batches import Batch, batches_of, to_device
 from ..config import HybridAdapterConfig
 from ..errors import AdapterError
 from ..layers.bank import find_bank
@@ -16,7 +17,6 @@ from ..merging import check_unmerged
 from ..plan import SiteSpec
 from ..schema import check_integer
 from ..targets import make_plan
-from .data import Batch, batches_of, to_device
 from .gradients import watched
 from .moments import Moments
 from .scores import METHODS

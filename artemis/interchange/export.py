@@ -20,6 +20,7 @@ from ..paths import is_within
 from ..plan import Plan, SiteSpec
 from ..saving.adapter_file import read_adapter
 from ..saving.checkpoint import adapter_state
+from ..saving.identity import name_of
 from ..wrappers import unwrapped
 from .files import write_files
 
@@ -200,8 +201,7 @@ def _of_model(model: nn.Module) -> _Adapter:
     check_writable(bank, "exported")
     plan = bank.plan()
     tensors = {n: t.detach().cpu() for n, t in adapter_state(model, plan.heads).items()}
-    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
-    return _Adapter(bank.config, plan, tensors, type(model).__name__, name)
+    return _Adapter(bank.config, plan, tensors, type(model).__name__, name_of(model))
 
 
 def _of_file(path: str | os.PathLike) -> _Adapter:

@@ -137,6 +137,11 @@ class AdapterBank(nn.Module):
             return [(table._parameters, key)]
         return table.places(key)
 
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are; held in 8 bits without biases and gains, all are buffers."""
+        return next(chain(self.parameters(), self.buffers())).device
+
     def mark_merged(self, merged: bool) -> None:
         """Have `state_dict` say whether the base's weights hold the adapter.
 
@@ -144,8 +149,7 @@ class AdapterBank(nn.Module):
         twice, and the other way round, whatever the state was stored in.
         """
         if merged:
-            device = next(chain(self.parameters(), self.buffers())).device
-            self.register_buffer(MERGED, torch.ones((), dtype=torch.uint8, device=device))
+            self.register_buffer(MERGED, torch.ones((), dtype=torch.uint8, device=self.device))
         else:
             self._buffers.pop(MERGED, None)
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ..batches import Batch, batches_of, to_device
 from ..errors import AdapterError
 from ..experts import bias_of, expert_output, is_experts, matrices_of, stack_of
-from ..importance.data import Batch, batches_of, to_device
 from ..layers.routing import Routing
 from ..modes import evaluating
 

@@ -71,11 +71,16 @@ def identify(model: nn.Module, heads: tuple[str, ...]) -> BaseIdentity:
         )
     return BaseIdentity(
         class_name=type(model).__name__,
-        name=str(getattr(getattr(model, "config", None), "_name_or_path", "") or ""),
+        name=name_of(model),
         parameters=parameters,
         fingerprint=_fingerprint(values),
         samples=_text([numbers for _, numbers in values.values()]),
     )
+
+
+def name_of(model: nn.Module) -> str:
+    """What the base was loaded by, a path or a name on the Hub; "" where nothing says it."""
+    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
 
 
 def facts(model: nn.Module) -> Facts:

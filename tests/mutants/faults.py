@@ -916,9 +916,9 @@ MODEL = (
     ),
     Fault(
         "a bank without parameters has no device",
-        "artemis/orthogonality.py",
-        "chain(bank.parameters(), bank.buffers())",
-        "chain(bank.parameters())",
+        "artemis/layers/bank.py",
+        "chain(self.parameters(), self.buffers())",
+        "chain(self.parameters())",
         ("tests/artemis/test_orthogonality.py", "-k", "no_parameters"),
     ),
     Fault(
