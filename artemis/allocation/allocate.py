@@ -60,20 +60,15 @@ def set_dynamic_rank_allocation(
     bounds = _bounds(bank.config, min_rank, max_rank, min_width, max_width)
     specs = bank.plan().sites
     _check_scores(scores, specs)
-    if within not in ("kind", None):
-        raise AdapterError(f"within: got {within!r}, allowed: 'kind' or None")
     claims = [_claim(spec, bank.config, float(scores[spec.path]), bounds) for spec in specs]
     given = _budget(budget, claims)
     sizes = _given_out(specs, claims, given, within)
     stored_before = _stored(bank)
     errors = resize(bank, sizes, optimizer)
     modules = tuple(
-        ModuleAllocation(
-            spec.path, spec.kind, float(scores[spec.path]), spec.size, sizes[spec.path],
-            claim.cost * sizes[spec.path], errors[spec.path],
-        )
+        _allocation(spec, claim, sizes[spec.path], errors[spec.path])
         for spec, claim in zip(specs, claims, strict=True)
-    )  # fmt: skip
+    )
     cost = sum(module.cost for module in modules)
     report = RankAllocation(
         modules, given, cost, stored_before, _stored(bank), _note(given, cost, claims)
@@ -87,11 +82,20 @@ def _given_out(
     specs: tuple[SiteSpec, ...], claims: list[Claim], budget: int, within: str | None
 ) -> dict[str, int]:
     """Module path -> size."""
+    if within not in ("kind", None):
+        raise AdapterError(f"within: got {within!r}, allowed: 'kind' or None")
     if within is None:
         sizes = apportion(claims, budget)
     else:
         sizes = apportion_by_kind([spec.kind for spec in specs], claims, budget)
     return dict(zip((spec.path for spec in specs), sizes, strict=True))
+
+
+def _allocation(spec: SiteSpec, claim: Claim, size: int, error: float) -> ModuleAllocation:
+    """What is told of a module; `spec` is as it was before."""
+    return ModuleAllocation(
+        spec.path, spec.kind, claim.score, spec.size, size, claim.cost * size, error
+    )
 
 
 def unit_cost(spec: SiteSpec, config: HybridAdapterConfig) -> int:

@@ -84,22 +84,25 @@ def quantize_adapter_model(
         adapters.check_adapter(bank, options.adapter_bits, state.dtype)
     importance = {} if data is None else column_importance(model, layers, data)
     setattr(model, BEGUN, state)
-    if bank is not None:
-        bank.forget()
     _pack_all(model, layers, state, importance, progress)
     if bank is not None:
         adapters.hold(bank, options.adapter_bits, state.dtype)
+    model.quantization_report = _report(model, state, skipped)
+    delattr(model, BEGUN)
+    _warn_of_experts(model)
+    return model
+
+
+def _report(model: nn.Module, state: Begun, skipped: Mapping[str, str]) -> QuantizationReport:
+    """What was done, by calls that were interrupted too, in the model's order."""
     packed = tuple(
         state.reports[f"{path}.{name}"]
         for path, module in packed_modules(model)
         for name in module.packed_shapes()
     )
-    model.quantization_report = QuantizationReport(
-        packed, skipped, options.activation_bits, state.bytes_before, _model_bytes(model)
+    return QuantizationReport(
+        packed, skipped, state.options.activation_bits, state.bytes_before, _model_bytes(model)
     )
-    delattr(model, BEGUN)
-    _warn_of_experts(model)
-    return model
 
 
 def _warn_of_experts(model: nn.Module) -> None:
@@ -129,6 +132,9 @@ def _pack_all(
     importance: Mapping[str, torch.Tensor],
     progress: bool,
 ) -> None:
+    bank = find_bank(model)
+    if bank is not None:
+        bank.forget()  # constants of the weights that go
     bar = tqdm(layers.items(), "quantizing", unit="layer", disable=None if progress else True)
     for path, module in bar:
         if is_experts(module):
