@@ -19,7 +19,7 @@ from artemis_kernels import (
 )
 
 from ..plan import SiteSpec
-from .bank import AdapterBank, site_tensors
+from .bank import AdapterBank, Layout, site_tensors
 from .frozen import Frozen
 from .linear import Weight
 from .seeds import SharedSeed
@@ -49,7 +49,7 @@ class Site:
     frozen: Frozen | None = field(default=None, init=False, repr=False)
     member: int = field(init=False, repr=False)
     #: `site_tensors` of this site: worked out once, not at each forward.
-    layout: dict[str, tuple[str, tuple[int, ...]]] = field(init=False, repr=False)
+    layout: Layout = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.member = self.seeds.join()

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -17,32 +16,11 @@ from ..layers.packed import is_packed, packed_modules
 from ..merging import check_unmerged
 from ..paths import is_within, owner_of
 from ..wrappers import check_bare
+from .begun import begun
 from .options import Options
-from .report import LayerReport
 
 _LEAST_GROUP = 8
 _KEPT = "transformers keeps it in float32, beside 16 bits, for its range"
-#: Name under which `Begun` stands on a model.
-BEGUN = "quantization_begun"
-
-
-@dataclass(frozen=True)
-class Begun:
-    """What a call has done so far; it stands on the model until the call ends.
-
-    A weight is dropped once it is packed, so what a call that was interrupted has done cannot be
-    undone: the next call with the same options goes on.
-    """
-
-    options: Options
-    dtype: torch.dtype
-    bytes_before: int
-    reports: dict[str, LayerReport] = field(default_factory=dict)
-
-
-def begun(model: nn.Module) -> Begun | None:
-    """What a call that was interrupted left, or None."""
-    return getattr(model, BEGUN, None)
 
 
 def choose_layers(

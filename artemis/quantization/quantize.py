@@ -21,8 +21,9 @@ from ..layers.packed import packed_modules, sample
 from ..layers.packed_experts import pack_experts
 from ..layers.packed_linear import pack
 from . import adapters
+from .begun import BEGUN, Begun, begun
 from .calibrate import column_importance, matrix_of
-from .choice import BEGUN, Begun, begun, choose_layers, tied_to, weights_of
+from .choice import choose_layers, tied_to, weights_of
 from .options import Options, checked_options
 from .report import LayerReport, QuantizationReport
 
@@ -120,9 +121,8 @@ def _warn_of_experts(model: nn.Module) -> None:
 
 
 def _begin(model: nn.Module, layers: Mapping[str, nn.Module], options: Options) -> Begun:
-    (_, weight), *_ = weights_of(*next(iter(layers.items())))
-    dtype = weight.dtype
-    return Begun(options, dtype, _model_bytes(model))
+    _, weight = next(weights_of(*next(iter(layers.items()))))
+    return Begun(options, weight.dtype, _model_bytes(model))
 
 
 def _pack_all(
