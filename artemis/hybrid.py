@@ -20,11 +20,11 @@ from .report import print_trainable_parameters
 from .saving.adapter_file import read_adapter
 from .saving.checkpoint import (
     check_for_base,
-    check_tensors,
-    copy_tensors,
     load_adapter_parameters,
     save_adapter_parameters,
 )
+from .saving.fit import check_tensors
+from .saving.state import copy_tensors
 from .targets import make_plan
 from .wrappers import check_bare
 

@@ -19,8 +19,8 @@ from ..layers.bank import BANK, check_writable, find_bank, site_tensors
 from ..paths import is_within
 from ..plan import Plan, SiteSpec
 from ..saving.adapter_file import read_adapter
-from ..saving.checkpoint import adapter_state
 from ..saving.identity import name_of
+from ..saving.state import adapter_state
 from ..wrappers import unwrapped
 from .files import write_files
 

@@ -594,7 +594,7 @@ MODEL = (
     ),
     Fault(
         "a piece of a sharded adapter taken for the whole",
-        "artemis/saving/checkpoint.py",
+        "artemis/saving/state.py",
         "if not is_at_hand(tensor)]",
         "if False]",
         (ELSEWHERE, "-k", "sharded"),
@@ -883,7 +883,7 @@ MODEL = (
     ),
     Fault(
         "a tensor that a head holds twice written twice",
-        "artemis/saving/checkpoint.py",
+        "artemis/saving/state.py",
         " if first[id(t)] == name)",
         ")",
         ("tests/artemis/test_checkpoint.py", "-k", "within_itself"),
