@@ -18,11 +18,7 @@ from .merging import check_unmerged, merge_adapter, unmerge_adapter
 from .plan import Plan
 from .report import print_trainable_parameters
 from .saving.adapter_file import read_adapter
-from .saving.checkpoint import (
-    check_for_base,
-    load_adapter_parameters,
-    save_adapter_parameters,
-)
+from .saving.checkpoint import check_for_base, load_adapter_parameters, save_adapter_parameters
 from .saving.fit import check_tensors
 from .saving.state import copy_tensors
 from .targets import make_plan
