@@ -132,23 +132,23 @@ def _bounds(
     min_width: int | None,
     max_width: int | None,
 ) -> Bounds:
+    ranks = _checked_range("rank", min_rank, max_rank)
     per_rank = config.adapter_size / config.lora_rank
-    given = {"min_rank": min_rank, "max_rank": max_rank}
-    for name, value in given.items():
-        check_integer(name, value)
-    given["min_width"] = max(1, round(min_rank * per_rank)) if min_width is None else min_width
-    given["max_width"] = max(1, round(max_rank * per_rank)) if max_width is None else max_width
-    for name, value in given.items():
-        check_integer(name, value)
-    for name in ("rank", "width"):
-        least, most = given[f"min_{name}"], given[f"max_{name}"]
-        if least > most:
-            raise AdapterError(
-                f"max_{name}: got {most}, allowed: an integer from min_{name}, which is {least}"
-            )
-    ranks = min_rank, max_rank
-    widths = given["min_width"], given["max_width"]
+    usual = [max(1, round(rank * per_rank)) for rank in ranks]
+    least = usual[0] if min_width is None else min_width
+    most = usual[1] if max_width is None else max_width
+    widths = _checked_range("width", least, most)
     return {"lora": ranks, "bottleneck": widths, "block": widths}
+
+
+def _checked_range(name: str, least: int, most: int) -> tuple[int, int]:
+    check_integer(f"min_{name}", least)
+    check_integer(f"max_{name}", most)
+    if least > most:
+        raise AdapterError(
+            f"max_{name}: got {most}, allowed: an integer from min_{name}, which is {least}"
+        )
+    return least, most
 
 
 def _check_scores(scores: Mapping[str, float], specs: tuple[SiteSpec, ...]) -> None:
