@@ -95,19 +95,6 @@ def load_peft_adapter(
     return _with_adapter(base_model, adopted.config, adopted.plan, adopted.tensors)
 
 
-def _with_adapter(
-    model: nn.Module,
-    config: HybridAdapterConfig,
-    plan: Plan,
-    tensors: Mapping[str, torch.Tensor],
-) -> nn.Module:
-    """`model` with an adapter and heads of `tensors`, which were checked."""
-    inject(model, config, plan)
-    copy_tensors(model, plan.heads, tensors)
-    _attach(model)
-    return model
-
-
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Within it, the model computes as its base does (heads keep what they learned)."""
@@ -146,6 +133,19 @@ _METHODS = {
         print_trainable_parameters,
     )
 }
+
+
+def _with_adapter(
+    model: nn.Module,
+    config: HybridAdapterConfig,
+    plan: Plan,
+    tensors: Mapping[str, torch.Tensor],
+) -> nn.Module:
+    """`model` with an adapter and heads of `tensors`, which were checked."""
+    inject(model, config, plan)
+    copy_tensors(model, plan.heads, tensors)
+    _attach(model)
+    return model
 
 
 def _attach(model: nn.Module) -> None:
