@@ -97,7 +97,10 @@ def load_peft_adapter(
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Within it, the model computes as its base does (heads keep what they learned)."""
+    """Within it, the model computes as its base does (heads keep what they learned).
+
+    Raises `AdapterError` where the adapter is merged.
+    """
     bank = find_bank(model)
     check_unmerged(model)
     before, bank.enabled = bank.enabled, False

@@ -15,6 +15,8 @@ def orthogonality_penalty(model: nn.Module) -> torch.Tensor:
     are zero left out (so it neither moves a fresh B nor depends on lengths). "frobenius":
     ‖AAᵀ − I‖² and ‖BᵀB − I‖², as in AdaLoRA (arXiv 2303.10512, eq. 4), which also pulls lengths,
     a zero B's included, towards one. It is not weighted by `orthogonality_weight`.
+
+    Raises `AdapterError` where there is no adapter.
     """
     bank = find_bank(model)
     if bank is None:
