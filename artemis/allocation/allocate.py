@@ -1,6 +1,7 @@
 """`set_dynamic_rank_allocation`: ranks and widths where the scores are."""
 
 from collections.abc import Mapping
+
 import torch
 from torch import nn
 

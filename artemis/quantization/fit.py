@@ -73,9 +73,7 @@ def _differences(
     }
     theirs = {name: shape for name, shape in stored.shapes.items() if name not in parts}
     theirs |= {
-        name: stored.shapes[first]
-        for name, first in stored.aliases.items()
-        if first not in parts
+        name: stored.shapes[first] for name, first in stored.aliases.items() if first not in parts
     }
     if not is_meta(model):
         # Buffers outside the state may differ between versions; a model with values has its own.

@@ -1527,8 +1527,8 @@ QUANTIZED = (
     Fault(
         "dropout in what the calibration looks at",
         "artemis/quantization/calibrate.py",
-        "            model.eval()\n",
-        "            pass\n",
+        "        stack.enter_context(evaluating(model))\n",
+        "",
         ("tests/artemis/quantization/test_calibrate.py", "-k", "in_training"),
     ),
     Fault(
@@ -1660,8 +1660,8 @@ QUANTIZED = (
     Fault(
         "the second name of a packed layer compared as a tensor of its own",
         "artemis/quantization/fit.py",
-        "        if first not in parts\n",
-        "",
+        " for name, first in stored.aliases.items() if first not in parts",
+        " for name, first in stored.aliases.items()",
         ("tests/artemis/quantization/test_store.py", "-k", "two_names"),
     ),
     Fault(
@@ -3154,7 +3154,7 @@ INTERCHANGE = (
     Fault(
         "tensors of no module passed over",
         f"{EXCHANGE}/adopt.py",
-        "foreign = [name for name in files.others if not name.startswith(inside)]",
+        "foreign = [name for name in files.others if not is_within(name, heads)]",
         "foreign = []",
         (EXCHANGED, "-k", "tensors_that_are_refused"),
     ),
