@@ -193,9 +193,9 @@ class Bottleneck(Site):
 
     def arguments(self, tensors: Tensors) -> dict[str, Any]:
         """What every operation with a bottleneck takes: by the names of the tensors' roles."""
-        matrices = {role: tensor for role, tensor in tensors.items() if role != "gain"}
+        parts = {role: tensor for role, tensor in tensors.items() if role != "gain"}
         return {
-            **matrices,
+            **parts,
             "activation": self.bank.config.activation,
             "scale": self.scale(tensors),
         }
