@@ -4,10 +4,9 @@ import re
 
 from torch import nn
 from torch.nn.utils import parametrize
-from transformers.pytorch_utils import Conv1D
 
+from .layers.linear import linear_features
 from .layers.packed import is_packed
-from .layers.packed_linear import QuantizedConv1D, QuantizedLinear
 
 #: Siblings (same parent) that read the same tensor.
 READ_TOGETHER = (
@@ -77,23 +76,6 @@ READ_ONLY_WITH = {
     "BloomMLP": "slow_but_exact",
     "VideoMAESelfAttention": "q_bias",  # of older transformers
 }
-
-
-def linear_features(module: nn.Module) -> tuple[int, int] | None:
-    """Return (in, out) of a linear layer that can be adapted, or None.
-
-    Exact classes only: another subclass has a forward of its own, which adapting would replace.
-    """
-    if type(module) in (nn.Linear, QuantizedLinear):
-        return module.in_features, module.out_features
-    if type(module) in (Conv1D, QuantizedConv1D):
-        return module.nx, module.nf
-    return None
-
-
-def linear_paths(model: nn.Module) -> list[str]:
-    """Paths of all layers of `model` that `linear_features` knows."""
-    return [path for path, module in model.named_modules() if linear_features(module)]
 
 
 def reader_of(model: nn.Module, path: str) -> str | None:

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from .batches import batches_of
 from .config import AUTO, HybridAdapterConfig
 from .errors import AdapterError
 from .importance import analyze_layer_importance
 from .importance.analyze import Loss, gradient_moments
-from .importance.data import batches_of
 from .importance.gradients import own_generators
 from .targets import make_plan
 

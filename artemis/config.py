@@ -7,6 +7,7 @@ from os import PathLike
 from typing import Any, ClassVar
 
 from .errors import AdapterError, listed
+from .paths import leaf_of
 from .schema import (
     check_fields,
     choice,
@@ -169,7 +170,7 @@ class HybridAdapterConfig:
     def _default_lora(self) -> tuple[str, ...]:
         if isinstance(self.target_modules, str):
             return DEFAULT_LORA
-        names = tuple(n for n in self.target_modules if n.rpartition(".")[2] in DEFAULT_LORA)
+        names = tuple(n for n in self.target_modules if leaf_of(n) in DEFAULT_LORA)
         if not names:
             raise AdapterError(
                 f"{SECTION}.apply_lora_to: not given, and the default ({listed(DEFAULT_LORA)})"

@@ -1,10 +1,11 @@
 """The verbs on a model: add the hybrid adapter, load it, switch it off, take it out."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
+import torch
 from torch import nn
 
 from .config import HybridAdapterConfig
@@ -14,15 +15,12 @@ from .injection import check_free, check_removable, eject, inject
 from .interchange import adopt, holds_lora, read_files
 from .layers.bank import find_bank
 from .merging import check_unmerged, merge_adapter, unmerge_adapter
+from .plan import Plan
 from .report import print_trainable_parameters
 from .saving.adapter_file import read_adapter
-from .saving.checkpoint import (
-    check_for_base,
-    check_tensors,
-    copy_tensors,
-    load_adapter_parameters,
-    save_adapter_parameters,
-)
+from .saving.checkpoint import check_for_base, load_adapter_parameters, save_adapter_parameters
+from .saving.fit import check_tensors
+from .saving.state import copy_tensors
 from .targets import make_plan
 from .wrappers import check_bare
 
@@ -71,10 +69,7 @@ def load_hybrid_adapter(
         raise AdapterError(f"{path}: an adapter of PEFT's; load_peft_adapter loads it")
     file = read_adapter(path)
     tensors = check_for_base(base_model, file, strict)
-    inject(base_model, file.config, file.plan)
-    copy_tensors(base_model, file.plan.heads, tensors)
-    _attach(base_model)
-    return base_model
+    return _with_adapter(base_model, file.config, file.plan, tensors)
 
 
 def load_peft_adapter(
@@ -97,15 +92,15 @@ def load_peft_adapter(
     check_free(base_model)
     adopted = adopt(base_model, read_files(path), shared_parameters)
     check_tensors(base_model, adopted.plan.heads, adopted.tensors, path)
-    inject(base_model, adopted.config, adopted.plan)
-    copy_tensors(base_model, adopted.plan.heads, adopted.tensors)
-    _attach(base_model)
-    return base_model
+    return _with_adapter(base_model, adopted.config, adopted.plan, adopted.tensors)
 
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Within it, the model computes as its base does (heads keep what they learned)."""
+    """Within it, the model computes as its base does (heads keep what they learned).
+
+    Raises `AdapterError` where the adapter is merged.
+    """
     bank = find_bank(model)
     check_unmerged(model)
     before, bank.enabled = bank.enabled, False
@@ -141,6 +136,19 @@ _METHODS = {
         print_trainable_parameters,
     )
 }
+
+
+def _with_adapter(
+    model: nn.Module,
+    config: HybridAdapterConfig,
+    plan: Plan,
+    tensors: Mapping[str, torch.Tensor],
+) -> nn.Module:
+    """`model` with an adapter and heads of `tensors`, which were checked."""
+    inject(model, config, plan)
+    copy_tensors(model, plan.heads, tensors)
+    _attach(model)
+    return model
 
 
 def _attach(model: nn.Module) -> None:

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from .layers.adapted import weight_of
 from .layers.bank import AdapterBank
+from .layers.linear import dense_weight_of
 
 
 @torch.no_grad()
@@ -22,7 +22,7 @@ def start_from_weights(model: nn.Module, bank: AdapterBank) -> None:
     for path, site in bank.sites.items():
         if site.spec.kind == "block":
             continue
-        weight = _exact(weight_of(model.get_submodule(path)))
+        weight = dense_weight_of(model.get_submodule(path)).float()
         role = "lora_a" if site.spec.kind == "lora" else "down"
         gram = weight.mT @ weight if role == "lora_a" else weight @ weight.mT
         key = role, site.layout[role][0]
@@ -31,8 +31,3 @@ def start_from_weights(model: nn.Module, bank: AdapterBank) -> None:
         rows = getattr(bank, role)[key]
         leading = torch.linalg.eigh(gram).eigenvectors.flip(1).mT[: len(rows)]
         rows[: len(leading)] = leading.to(rows)
-
-
-def _exact(weight) -> torch.Tensor:
-    """A weight [out, in] in fp32, unpacked where it is held in few bits."""
-    return (weight if isinstance(weight, torch.Tensor) else weight.dequantize()).float()

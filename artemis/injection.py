@@ -7,16 +7,21 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from . import architectures
 from .config import HybridAdapterConfig
 from .errors import AdapterError, listed
-from .layers.adapted import adapt, has_own_forward, has_own_tensors, restore
+from .layers.adapted import adapt, has_own_forward, restore
 from .layers.bank import BANK, AdapterBank, find_bank
+from .layers.blocks import BlockSite
 from .layers.groups import InputGroup, Shelf
+from .layers.linear import has_own_tensors, linear_features
 from .layers.norms import hold_statistics, release_statistics
 from .layers.output_head import hang_hooks
 from .layers.packed import packed_modules
 from .layers.packed_linear import LayerWeight
-from .layers.sites import SITES, SharedSeed
+from .layers.seeds import SharedSeed
+from .layers.sites import BottleneckSite, LoRASite
 from .plan import Plan, SiteSpec
 from .saving.identity import facts
+
+_SITES = {"lora": LoRASite, "bottleneck": BottleneckSite, "block": BlockSite}
 
 
 def inject(model: nn.Module, config: HybridAdapterConfig, plan: Plan) -> AdapterBank:
@@ -27,11 +32,11 @@ def inject(model: nn.Module, config: HybridAdapterConfig, plan: Plan) -> Adapter
     _check_injection(model, plan)
     bank = AdapterBank(config, plan)
     bank.base = facts(model)
-    weight = _first_weight(model, plan)
+    weight = _weights(model, plan.sites[0])[0]
     bank.to(weight.device, weight.dtype if config.adapter_dtype == "model" else torch.float32)
     seeds = _seeds(config, plan)
     for spec in plan.sites:
-        site = SITES[spec.kind](spec, bank, seeds[spec.path])
+        site = _SITES[spec.kind](spec, bank, seeds[spec.path])
         bank.sites[spec.path] = site
         module = model.get_submodule(spec.path)
         if spec.kind == "block":
@@ -165,16 +170,12 @@ def _weights(model: nn.Module, spec: SiteSpec) -> list[torch.Tensor | LayerWeigh
     itself is as the last forward left it, wherever the model is.
     """
     module = model.get_submodule(spec.path)
-    layers = [m for m in module.modules() if architectures.linear_features(m)]
+    layers = [m for m in module.modules() if linear_features(m)]
     if not layers:
         return [p for p in module.parameters() if p.is_floating_point()]
     return [
         layer.weight if has_own_tensors(layer) else next(layer.parameters()) for layer in layers
     ]
-
-
-def _first_weight(model: nn.Module, plan: Plan) -> torch.Tensor:
-    return _weights(model, plan.sites[0])[0]
 
 
 def _seeds(config: HybridAdapterConfig, plan: Plan) -> dict[str, SharedSeed]:

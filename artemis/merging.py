@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from .errors import AdapterError, listed
-from .layers.adapted import adapted_module, check_in_place, weight_of
+from .layers.adapted import adapted_module, check_in_place
 from .layers.bank import find_bank
+from .layers.linear import weight_of
 from .layers.packed import is_packed
 from .layers.sites import Site
 from .layers.sources import is_at_hand
@@ -152,7 +153,7 @@ def _folded(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight (out, in) and bias that compute, alone, what the site does."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    tensors = {role: t.to(wide) for role, t in site.bank.tensors(site.layout).items()}
+    tensors = {role: t.to(wide) for role, t in site.tensors().items()}
     gain, config = tensors.get("gain", 1.0), site.bank.config
     w = weight.to(wide)
     if site.spec.kind == "lora":

@@ -1,7 +1,5 @@
 """The orthogonality penalty: LoRA's directions should not repeat one another."""
 
-from itertools import chain
-
 import torch
 from torch import nn
 
@@ -17,6 +15,8 @@ def orthogonality_penalty(model: nn.Module) -> torch.Tensor:
     are zero left out (so it neither moves a fresh B nor depends on lengths). "frobenius":
     ‖AAᵀ − I‖² and ‖BᵀB − I‖², as in AdaLoRA (arXiv 2303.10512, eq. 4), which also pulls lengths,
     a zero B's included, towards one. It is not weighted by `orthogonality_weight`.
+
+    Raises `AdapterError` where there is no adapter.
     """
     bank = find_bank(model)
     if bank is None:
@@ -24,8 +24,7 @@ def orthogonality_penalty(model: nn.Module) -> torch.Tensor:
     term = _TERMS[bank.config.orthogonality_form]
     sides = (list(bank.lora_a.values()), [b.t() for b in bank.lora_b.values()])
     means = [torch.stack([term(m.float()) for m in side]).mean() for side in sides if side]
-    device = next(chain(bank.parameters(), bank.buffers())).device  # in 8 bits: buffers
-    return sum(means, torch.zeros((), device=device))
+    return sum(means, torch.zeros((), device=bank.device))
 
 
 def _squared_cosines(vectors: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """What is adapted: the modules and how, free of tensors, so that a file can hold it too."""
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 Kind = Literal["lora", "bottleneck", "block"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -32,10 +32,6 @@ class SiteSpec:
     def shared_key(self) -> str:
         """Key of the tensors shared by every module of one target and shape."""
         return f"{self.target.replace('.', '/')}/{self.in_features}x{self.out_features}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values, as an adapter file holds them."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

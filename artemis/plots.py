@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from .errors import AdapterError
-from .targets import layer_number
+from .paths import layer_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,10 +41,8 @@ def grid(
 
 def _place(path: str) -> tuple[str, str]:
     """Row and column: everything up to the layer's number, and the rest of the path."""
-    parts = path.split(".")
-    number = layer_number(path)
-    at = -1 if number is None else next(i for i, p in enumerate(parts) if p == str(number))
-    return ".".join(parts[: at + 1]), ".".join(parts[at + 1 :])
+    layer = layer_of(path)
+    return layer, path.removeprefix(layer).removeprefix(".")
 
 
 def _draw(panels: list[tuple[str, Mapping[str, float], str]], path: str | os.PathLike) -> None:

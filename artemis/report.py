@@ -1,30 +1,37 @@
-"""How many parameters train, in words."""
+"""How many parameters there are and train, counted and in words."""
 
 from torch import nn
 
 from .layers.adapted import check_in_place
-from .layers.bank import BANK, ROLES, find_bank
+from .layers.bank import BANK, ROLES, AdapterBank, find_bank
 from .layers.packed import packed_numbers
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Count parameters: trainable, all (packed ones too), and those of LoRA, bottlenecks, ..."""
-    bank = find_bank(model)
-
-    def count(*tables: str) -> int:
-        return sum(t.numel() for table in tables for t in getattr(bank, table).values())
-
-    heads = (p for head in bank.heads for p in model.get_submodule(head).parameters())
-    parameters = model.named_parameters()
+    """Numbers in `model`, adapted or not, packed ones too, and those of them that are trained."""
+    bank, parameters = find_bank(model), model.named_parameters()
     base = sum(p.numel() for name, p in parameters if not name.startswith(f"{BANK}."))
+    adapter = 0 if bank is None else _numbers(bank, *ROLES)
     return {
-        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "all": base + packed_numbers(model) + count(*ROLES),
-        "lora": count("lora_a", "lora_b"),
-        "bottleneck": count("down", "up", "bias_down", "bias_up"),
-        "gains": count("gain"),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "total_parameters": base + packed_numbers(model) + adapter,
+    }
+
+
+def adapter_parts(model: nn.Module) -> dict[str, int]:
+    """Numbers in each part of the adapter of `model`, and in the heads that train with it."""
+    bank = find_bank(model)
+    heads = (p for head in bank.heads for p in model.get_submodule(head).parameters())
+    return {
+        "lora": _numbers(bank, "lora_a", "lora_b"),
+        "bottleneck": _numbers(bank, "down", "up", "bias_down", "bias_up"),
+        "gains": _numbers(bank, "gain"),
         "heads": sum(p.numel() for p in heads),
     }
+
+
+def _numbers(bank: AdapterBank, *roles: str) -> int:
+    return sum(tensor.numel() for role in roles for tensor in getattr(bank, role).values())
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
@@ -33,12 +40,7 @@ def print_trainable_parameters(model: nn.Module) -> None:
     Raises `AdapterError` where an adapted module was replaced.
     """
     check_in_place(model, find_bank(model).sites.values())
-    counts = count_parameters(model)
-    share = 100 * counts["trainable"] / counts["all"]
-    parts = ", ".join(
-        f"{name} {counts[name]:,}" for name in ("lora", "bottleneck", "gains", "heads")
-    )
-    print(
-        f"trainable parameters: {counts['trainable']:,} of {counts['all']:,} ({share:.4f} %)"
-        f"; {parts}"
-    )
+    trainable, total = count_parameters(model).values()
+    parts = ", ".join(f"{name} {count:,}" for name, count in adapter_parts(model).items())
+    share = 100 * trainable / total
+    print(f"trainable parameters: {trainable:,} of {total:,} ({share:.4f} %); {parts}")

@@ -85,6 +85,12 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def check_integer(name: str, value: Any, least: int = 1) -> None:
+    """Raise AdapterError where the argument `name` is no whole number from `least`."""
+    if not is_integer(value) or value < least:
+        raise AdapterError(f"{name}: got {value!r}, allowed: an integer from {least}")
+
+
 def check_fields(section: Any) -> None:
     """Check every field of a section; for its `__post_init__`.
 

@@ -2,14 +2,17 @@
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 from torch import nn
 
 from . import architectures
 from .config import AUTO, DEFAULT_LORA, DEFAULT_TARGETS, HybridAdapterConfig, Names
 from .errors import AdapterError, listed, nearest
+from .layers.linear import linear_features, linear_paths
 from .layers.packed import is_packed
+from .paths import is_within, layer_number, layer_of, leaf_of, owner_of
 from .plan import Plan, SiteSpec
 
 
@@ -20,13 +23,8 @@ def matching(names: Names, path: str) -> str | None:
     path, and then the module's own name stands for the entry.
     """
     if isinstance(names, str):
-        return path.rpartition(".")[2] if re.fullmatch(names, path) else None
+        return leaf_of(path) if re.fullmatch(names, path) else None
     return next((name for name in names if path == name or path.endswith(f".{name}")), None)
-
-
-def layer_number(path: str) -> int | None:
-    """The first numbered part of `path` (later ones are experts and the like)."""
-    return next((int(part) for part in path.split(".") if part.isdecimal()), None)
 
 
 def make_plan(model: nn.Module, config: HybridAdapterConfig) -> Plan:
@@ -43,13 +41,14 @@ def make_plan(model: nn.Module, config: HybridAdapterConfig) -> Plan:
     matched = {path: entry for path in paths if (entry := matching(config.target_modules, path))}
     if not matched:
         raise AdapterError(_nothing_matches(model, config))
-    _check_entries("target_modules", config.target_modules, paths, DEFAULT_TARGETS)
-    _check_entries("exclude_modules", config.exclude_modules, paths)
+    can_be = partial(_can_be_target, model)
+    _check_entries("target_modules", config.target_modules, paths, DEFAULT_TARGETS, can_be)
+    _check_entries("exclude_modules", config.exclude_modules, paths, offered=can_be)
     heads = find_heads(model, config, paths)
     chosen = {
         path: entry
         for path, entry in matched.items()
-        if not _within(path, heads)
+        if not is_within(path, heads)
         and matching(config.exclude_modules, path) is None
         and (config.layers is None or layer_number(path) in config.layers)
     }
@@ -84,13 +83,13 @@ def find_heads(
         return architectures.classifier_heads(model)
     _check_entries("modules_to_save", config.modules_to_save, paths)
     heads = tuple(path for path in paths if matching(config.modules_to_save, path))
-    return tuple(path for path in heads if not _within(path, [h for h in heads if h != path]))
+    return tuple(path for path in heads if not is_within(path, [h for h in heads if h != path]))
 
 
 def _site(model: nn.Module, config: HybridAdapterConfig, path: str, target: str) -> SiteSpec:
     module = model.get_submodule(path)
     wants_lora = matching(config.apply_lora_to, path) is not None
-    features = architectures.linear_features(module)
+    features = linear_features(module)
     if features:
         kind = "lora" if wants_lora else "bottleneck"
     elif wants_lora or not architectures.is_block(module):
@@ -115,7 +114,7 @@ def _block_features(model: nn.Module, path: str) -> tuple[int, int]:
             " the size of its output; name its linear layers instead"
         )
     block = model.get_submodule(path)
-    layers = [size for m in block.modules() if (size := architectures.linear_features(m))]
+    layers = [size for m in block.modules() if (size := linear_features(m))]
     if layers and layers[0][0] != hidden and layers[-1][1] != hidden:
         raise AdapterError(
             f"hybrid_adapter.target_modules: {path} is a block whose layers turn {layers[0][0]}"
@@ -125,21 +124,30 @@ def _block_features(model: nn.Module, path: str) -> tuple[int, int]:
     return hidden, hidden
 
 
-def _within(path: str, roots: Iterable[str]) -> bool:
-    return any(path == root or path.startswith(f"{root}.") for root in roots)
+def _can_be_target(model: nn.Module, path: str) -> bool:
+    module = model.get_submodule(path)
+    adaptable = linear_features(module) is not None or architectures.is_block(module)
+    return adaptable and architectures.reader_of(model, path) is None
 
 
 def _check_entries(
-    field: str, names: Names, paths: Iterable[str], defaults: tuple[str, ...] = ()
+    field: str,
+    names: Names,
+    paths: Iterable[str],
+    defaults: tuple[str, ...] = (),
+    offered: Callable[[str], bool] = lambda path: True,
 ) -> None:
-    """Refuse an entry of `names` that matches no path; those from the default only warn."""
+    """Refuse an entry of `names` that matches no path; those from the default only warn.
+
+    `offered`: of a path, whether its name may be a hint.
+    """
     paths = list(paths)
     entries = [names] if isinstance(names, str) else names
     for entry in entries:
         one = entry if isinstance(names, str) else (entry,)
         if any(matching(one, path) for path in paths):
             continue
-        hint = _closest(entry, paths, entries)
+        hint = _closest(entry, filter(offered, paths), entries)
         message = f"hybrid_adapter.{field}: {entry!r} matches no module{hint}"
         if tuple(entries) != defaults:
             raise AdapterError(message)
@@ -194,14 +202,14 @@ def _warn_of_other_layers(
     if config.target_modules != DEFAULT_TARGETS or config.exclude_modules or config.layers:
         return
     adapted = {site.path for site in sites}
-    with_lora = {_layer(site.path) for site in sites if site.kind == "lora"}
-    stacks = {stack for stack, _ in with_lora}
+    with_lora = {layer_of(site.path) for site in sites if site.kind == "lora"} - {""}
+    stacks = {owner_of(layer) for layer in with_lora}
     left = {}
-    for path in architectures.linear_paths(model):
-        stack, number = _layer(path)
+    for path in linear_paths(model):
+        layer = layer_of(path)
         free = path not in adapted and architectures.reader_of(model, path) is None
-        if free and stack in stacks and (stack, number) not in with_lora:
-            left.setdefault(stack, {})[number, path.rpartition(".")[2]] = None
+        if free and layer and layer not in with_lora and owner_of(layer) in stacks:
+            left.setdefault(owner_of(layer), {})[leaf_of(layer), leaf_of(path)] = None
     for stack, found in left.items():
         numbers, names = (dict.fromkeys(values) for values in zip(*found, strict=True))
         warnings.warn(
@@ -212,15 +220,8 @@ def _warn_of_other_layers(
         )
 
 
-def _layer(path: str) -> tuple[str, int | None]:
-    """The stack that the first numbered part of `path` is in, and its number."""
-    parts = path.split(".")
-    place = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts))
-    return ".".join(parts[:place]), layer_number(path)
-
-
 def _nothing_matches(model: nn.Module, config: HybridAdapterConfig) -> str:
-    suffixes = dict.fromkeys(path.rpartition(".")[2] for path in architectures.linear_paths(model))
+    suffixes = dict.fromkeys(map(leaf_of, linear_paths(model)))
     targets = config.target_modules
     if isinstance(targets, str):
         targets = f"{targets!r}, a regular expression for whole paths (names go in a list),"

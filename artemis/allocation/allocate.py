@@ -1,8 +1,6 @@
 """`set_dynamic_rank_allocation`: ranks and widths where the scores are."""
 
-import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +10,7 @@ from ..errors import AdapterError, listed
 from ..layers.bank import AdapterBank, find_bank
 from ..merging import check_unmerged
 from ..plan import SiteSpec
+from ..schema import check_integer, is_integer, is_number
 from .apportion import Claim, apportion, apportion_by_kind
 from .report import ModuleAllocation, RankAllocation
 from .resize import resize
@@ -62,20 +61,15 @@ def set_dynamic_rank_allocation(
     bounds = _bounds(bank.config, min_rank, max_rank, min_width, max_width)
     specs = bank.plan().sites
     _check_scores(scores, specs)
-    if within not in ("kind", None):
-        raise AdapterError(f"within: got {within!r}, allowed: 'kind' or None")
     claims = [_claim(spec, bank.config, float(scores[spec.path]), bounds) for spec in specs]
     given = _budget(budget, claims)
     sizes = _given_out(specs, claims, given, within)
     stored_before = _stored(bank)
     errors = resize(bank, sizes, optimizer)
     modules = tuple(
-        ModuleAllocation(
-            spec.path, spec.kind, float(scores[spec.path]), spec.size, sizes[spec.path],
-            claim.cost * sizes[spec.path], errors[spec.path],
-        )
+        _allocation(spec, claim, sizes[spec.path], errors[spec.path])
         for spec, claim in zip(specs, claims, strict=True)
-    )  # fmt: skip
+    )
     cost = sum(module.cost for module in modules)
     report = RankAllocation(
         modules, given, cost, stored_before, _stored(bank), _note(given, cost, claims)
@@ -89,11 +83,20 @@ def _given_out(
     specs: tuple[SiteSpec, ...], claims: list[Claim], budget: int, within: str | None
 ) -> dict[str, int]:
     """Module path -> size."""
+    if within not in ("kind", None):
+        raise AdapterError(f"within: got {within!r}, allowed: 'kind' or None")
     if within is None:
         sizes = apportion(claims, budget)
     else:
         sizes = apportion_by_kind([spec.kind for spec in specs], claims, budget)
     return dict(zip((spec.path for spec in specs), sizes, strict=True))
+
+
+def _allocation(spec: SiteSpec, claim: Claim, size: int, error: float) -> ModuleAllocation:
+    """What is told of a module; `spec` is as it was before."""
+    return ModuleAllocation(
+        spec.path, spec.kind, claim.score, spec.size, size, claim.cost * size, error
+    )
 
 
 def unit_cost(spec: SiteSpec, config: HybridAdapterConfig) -> int:
@@ -130,28 +133,23 @@ def _bounds(
     min_width: int | None,
     max_width: int | None,
 ) -> Bounds:
+    ranks = _checked_range("rank", min_rank, max_rank)
     per_rank = config.adapter_size / config.lora_rank
-    given = {"min_rank": min_rank, "max_rank": max_rank}
-    for name, value in given.items():
-        _check_size(name, value)
-    given["min_width"] = max(1, round(min_rank * per_rank)) if min_width is None else min_width
-    given["max_width"] = max(1, round(max_rank * per_rank)) if max_width is None else max_width
-    for name, value in given.items():
-        _check_size(name, value)
-    for name in ("rank", "width"):
-        least, most = given[f"min_{name}"], given[f"max_{name}"]
-        if least > most:
-            raise AdapterError(
-                f"max_{name}: got {most}, allowed: an integer from min_{name}, which is {least}"
-            )
-    ranks = min_rank, max_rank
-    widths = given["min_width"], given["max_width"]
+    usual = [max(1, round(rank * per_rank)) for rank in ranks]
+    least = usual[0] if min_width is None else min_width
+    most = usual[1] if max_width is None else max_width
+    widths = _checked_range("width", least, most)
     return {"lora": ranks, "bottleneck": widths, "block": widths}
 
 
-def _check_size(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise AdapterError(f"{name}: got {value!r}, allowed: an integer from 1")
+def _checked_range(name: str, least: int, most: int) -> tuple[int, int]:
+    check_integer(f"min_{name}", least)
+    check_integer(f"max_{name}", most)
+    if least > most:
+        raise AdapterError(
+            f"max_{name}: got {most}, allowed: an integer from min_{name}, which is {least}"
+        )
+    return least, most
 
 
 def _check_scores(scores: Mapping[str, float], specs: tuple[SiteSpec, ...]) -> None:
@@ -166,8 +164,7 @@ def _check_scores(scores: Mapping[str, float], specs: tuple[SiteSpec, ...]) -> N
             f"scores: got {' and '.join(parts)}; allowed: one for every adapted module"
         )
     for path, score in scores.items():
-        number = isinstance(score, (int, float)) and not isinstance(score, bool)
-        if not number or not math.isfinite(score) or score < 0:
+        if not is_number(score) or score < 0:
             raise AdapterError(f"scores: got {score!r} for {path}, allowed: a finite number from 0")
     if not any(scores.values()):
         raise AdapterError("scores: got 0 for every module, allowed: at least one above 0")
@@ -178,8 +175,7 @@ def _budget(budget: int | None, claims: list[Claim]) -> int:
         return sum(claim.cost * claim.usual for claim in claims)
     least = sum(claim.cost * claim.least for claim in claims)
     most = sum(claim.cost * claim.most for claim in claims)
-    whole = isinstance(budget, int) and not isinstance(budget, bool)
-    if not whole or not least <= budget <= most:
+    if not is_integer(budget) or not least <= budget <= most:
         raise AdapterError(
             f"budget: got {budget!r}, allowed: an integer from {least:,} (every module at its"
             f" minimum) to {most:,} (at its maximum)"

@@ -4,6 +4,8 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..text_table import aligned
+
 
 @dataclass(frozen=True)
 class ModuleAllocation:
@@ -56,24 +58,11 @@ class RankAllocation:
     def __str__(self) -> str:
         rows = [("module", "kind", "score", "before", "after", "cost", "error")]
         for m in self.modules:
-            error = f"{m.error:.4f}" if m.error else "-"
-            rows.append(
-                (
-                    m.path,
-                    m.kind,
-                    f"{m.score:.4f}",
-                    f"{m.before}",
-                    f"{m.after}",
-                    f"{m.cost:,}",
-                    error,
-                )
-            )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = []
-        for row in rows:
-            cells = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
-            cells += [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
-            lines.append("  ".join(cells))
+            rows.append((
+                m.path, m.kind, f"{m.score:.4f}", f"{m.before}", f"{m.after}", f"{m.cost:,}",
+                f"{m.error:.4f}" if m.error else "-",
+            ))  # fmt: skip
+        lines = aligned(rows, left=2)
         lines.append(
             f"budget {self.budget:,}, spent {self.cost:,} (as if nothing were shared); stored"
             f" {self.stored:,}, before {self.stored_before:,}"

@@ -23,6 +23,8 @@ def resize(
 
     New units start like fresh ones (A and down drawn, B and up zero); what is cut is what matters
     least over all modules that share it. Everything is worked out before anything changes.
+
+    Raises `AdapterError` where the bank is held in 8 bits, or an optimizer's state cannot follow.
     """
     if all(site.spec.size == sizes[path] for path, site in bank.sites.items()):
         return dict.fromkeys(sizes, 0.0)

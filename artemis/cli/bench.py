@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..benchmark.arms import ARMS, DECODING, TRAINING
 from ..errors import AdapterError
+from ..schema import check_integer
 from . import bench_quality
 
 NAME = "bench"
@@ -143,8 +144,8 @@ def run(args: argparse.Namespace) -> None:
     from ..benchmark.session import Session
     from ..benchmark.tables import text
 
-    if getattr(args, "rounds", 2) < 2:
-        raise AdapterError(f"--rounds: got {args.rounds}, allowed: an integer from 2")
+    if "rounds" in args:
+        check_integer("--rounds", args.rounds, 2)
     if args.plot is not None:
         plots.require_matplotlib()
     work = _RUN[args.benchmark](args)
@@ -187,8 +188,7 @@ def _training(args: argparse.Namespace, recomputing: bool, compiled: bool = Fals
 
     Not all of those can be compiled, and `compiled` allows none.
     """
-    if args.sequence < 2:
-        raise AdapterError(f"--sequence: got {args.sequence}, allowed: an integer from 2")
+    check_integer("--sequence", args.sequence, 2)
     tokens = args.tokens or ([1024, 2048, 8192, 32768] if args.full else [1024])
     arms = tuple(name for name in TRAINING if not (compiled and ARMS[name].recomputes))
     default = tuple(
@@ -218,11 +218,9 @@ def _decode(args: argparse.Namespace):
     from ..benchmark import decode
 
     prompts = args.prompt or ([128, 1024] if args.full else [128])
-    if args.batch < 1:
-        raise AdapterError(f"--batch: got {args.batch}, allowed: an integer from 1")
+    check_integer("--batch", args.batch)
     for prompt in prompts:
-        if prompt < 2:
-            raise AdapterError(f"--prompt: got {prompt}, allowed: integers from 2")
+        check_integer("--prompt", prompt, 2)
     default = tuple(name for name in DECODING if ARMS[name].installed)
     wanted = [
         setting

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..benchmark.quality.arms import ARMS, CORE
 from ..errors import AdapterError
+from ..schema import check_integer
 
 NAME = "quality"
 SUMMARY = "quality on labelled text: adapters, full fine-tuning and the frozen base, with intervals"
@@ -71,9 +72,8 @@ def _study(args: argparse.Namespace):
     from ..training import resolve_precision
 
     for name in ("seeds", "epochs", "batch", "length", "examples"):
-        value, least = getattr(args, name), 2 if name == "length" else 1
-        if value is not None and value < least:
-            raise AdapterError(f"--{name}: got {value}, allowed: an integer from {least}")
+        if getattr(args, name) is not None:
+            check_integer(f"--{name}", getattr(args, name), 2 if name == "length" else 1)
     arms = args.arms or (list(ARMS) if args.full else list(CORE))
     for arm in arms:
         if arm not in ARMS:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer,
 from ..errors import AdapterError
 from ..hybrid import load_hybrid_adapter, load_peft_adapter
 from ..interchange import holds_lora
+from ..schema import check_integer
 from ..training import default_device, load_base, resolve_precision
 from ..training.config import MAX_SEED
 from ..training.loading import PRECISIONS
@@ -46,8 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.max_new_tokens < 1:
-        raise AdapterError(f"--max-new-tokens: got {args.max_new_tokens}, allowed: from 1")
+    check_integer("--max-new-tokens", args.max_new_tokens)
     if args.temperature != 0 and not COLDEST <= args.temperature < math.inf:
         raise AdapterError(
             f"--temperature: got {args.temperature}, allowed: 0, or a number from {COLDEST}"
@@ -88,14 +88,15 @@ def continue_text(
     if not inputs["input_ids"].numel():
         raise AdapterError("the prompt holds no token")
     _check_length(model, inputs["input_ids"].shape[1], max_new_tokens)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    sampling = {"temperature": temperature} if temperature else {}
     with torch.inference_mode():
         tokens = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
             streamer=streamer,
-            **({"do_sample": False} | sampling),
+            do_sample=bool(temperature),
+            **sampling,
         )[0]
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     return text, len(tokens) - inputs["input_ids"].shape[1]

@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 from ..quantization.store import StoredBase, holds_base, read_stored
 from ..saving.adapter_file import AdapterFile, read_adapter
+from ..text_table import aligned
 
 NAME = "info"
 SUMMARY = "show what an adapter, or a quantized base, holds, module by module"
@@ -68,19 +69,12 @@ def render(adapter: AdapterFile) -> str:
     for module in modules:
         size = f"{SIZES[module.kind]} {module.size}"
         rows.append((module.path, module.kind, size, f"{module.shared:,}", f"{module.own:,}"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         f"{adapter.path}: hybrid adapter, written by artemis {adapter.library_version}",
         f"base: {base.class_name}{name}, {base.parameters:,} parameters",
         "",
-    ]
-    for path, kind, size, shared, own in rows:
-        cells = [path.ljust(widths[0]), kind.ljust(widths[1]), size.ljust(widths[2])]
-        cells += [shared.rjust(widths[3]), own.rjust(widths[4])]
-        lines.append("  ".join(cells))
-    for head in adapter.plan.heads:
-        lines.append(f"{head}  trained head, saved whole")
-    lines += [
+        *aligned(rows, left=3),
+        *(f"{head}  trained head, saved whole" for head in adapter.plan.heads),
         "",
         f"{len(modules)} modules, {adapter.parameters:,} parameters stored"
         " (shared: used by several modules and stored once)",

@@ -10,6 +10,7 @@ import torch
 import artemis_kernels
 
 from ..errors import AdapterError
+from ..schema import check_integer
 
 NAME = "tune"
 SUMMARY = "measure which strategy is fastest on this machine, and keep what wins"
@@ -66,8 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     shapes = [_shape(text) for text in args.shapes]
     for rows in args.rows:
-        if rows < 1:
-            raise AdapterError(f"--rows: got {rows}, allowed: integers from 1")
+        check_integer("--rows", rows)
     if args.chip and not args.show:
         raise AdapterError("--chip: nothing is measured on a chip that is not here; add --show")
     if args.table and args.show:

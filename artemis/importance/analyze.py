@@ -8,15 +8,15 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..batches import Batch, batches_of, to_device
 from ..config import HybridAdapterConfig
 from ..errors import AdapterError
-from ..layers.adapted import weight_of
 from ..layers.bank import find_bank
-from ..layers.packed import is_packed
+from ..layers.linear import dense_weight_of, is_linear
 from ..merging import check_unmerged
 from ..plan import SiteSpec
+from ..schema import check_integer
 from ..targets import make_plan
-from .data import Batch, batches_of, to_device
 from .gradients import watched
 from .moments import Moments
 from .scores import METHODS
@@ -95,9 +95,8 @@ def gradient_moments(
     """Return the moments of the gradients that `method` is made of; arguments as above."""
     if method not in METHODS:
         raise AdapterError(f"method: got {method!r}, allowed: {', '.join(METHODS)}")
-    for name, value in (("batches", batches), ("batch_size", batch_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise AdapterError(f"{name}: got {value!r}, allowed: an integer from 1")
+    check_integer("batches", batches)
+    check_integer("batch_size", batch_size)
     sites, config = _sites(model, config)
     device = next(model.parameters()).device
     count = 0
@@ -153,7 +152,4 @@ def _sites(
 def _weight(model: nn.Module, path: str) -> torch.Tensor | None:
     """The base's [out, in] weight of a linear layer, unpacked; None for a block."""
     module = model.get_submodule(path)
-    if not hasattr(module, "weight"):
-        return None
-    weight = weight_of(module)
-    return weight.dequantize() if is_packed(module) else weight.detach()
+    return dense_weight_of(module) if is_linear(module) else None

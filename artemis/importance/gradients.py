@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from ..config import HybridAdapterConfig
-from ..layers.sites import with_first
+from ..layers.blocks import with_first
+from ..modes import evaluating
 from ..plan import SiteSpec
 from .moments import Moments
-from .readers import Reader
+from .readers import Reader, Reading
 
 
 class _Watch(torch.autograd.Function):
@@ -37,12 +38,12 @@ class _Watch(torch.autograd.Function):
 
 @contextmanager
 def watched(
-    model: nn.Module, sites: Iterable[SiteSpec], config: HybridAdapterConfig, reading
+    model: nn.Module, sites: Iterable[SiteSpec], config: HybridAdapterConfig, reading: Reading
 ) -> Iterator[dict[str, Moments]]:
     """Within it, each backward adds to the moments of every site; then the model is as before.
 
     Inside, no parameter requires a gradient, the model is in evaluation mode, and all generators
-    start from a fixed seed. `reading` is one of the functions of `readers.py`.
+    start from a fixed seed.
     """
     device = next(model.parameters()).device
     # What makes the watched outputs, and all that follows from them, require a gradient.
@@ -50,6 +51,7 @@ def watched(
     found: dict[str, Moments] = {}
     with ExitStack() as stack:
         stack.enter_context(own_generators(device))
+        stack.enter_context(evaluating(model))
         stack.enter_context(_frozen(model))
         for spec in sites:
             reader, features = reading(spec, config, device)
@@ -74,18 +76,13 @@ def _hook(moments: Moments, reader: Reader, token: torch.Tensor):
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and nothing requires a gradient."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Within it no parameter requires a gradient."""
     parameters = [(p, p.requires_grad) for p in model.parameters()]
     try:
-        for module, _ in modes:
-            module.training = False
         for parameter, _ in parameters:
             parameter.requires_grad_(False)
         yield
     finally:
-        for module, training in modes:
-            module.training = training
         for parameter, required in parameters:
             parameter.requires_grad_(required)
 

@@ -12,6 +12,8 @@ from ..plan import SiteSpec
 
 #: (x, y) of a call -> u, all [..., features].
 Reader = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+#: Of a module, and the adapter that it has or would get: the reader, and how many features u has.
+Reading = Callable[[SiteSpec, HybridAdapterConfig, torch.device], tuple[Reader, int]]
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": F.relu,

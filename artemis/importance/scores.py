@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .moments import Moments
-from .readers import adapter_reader, weight_reader
+from .readers import Reading, adapter_reader, weight_reader
 
 #: Rank of the update whose energy `energy` counts.
 RANK = 8
@@ -50,7 +50,7 @@ class Method:
     """A score, the gradient that it is made of, and what it needs beside that."""
 
     score: Callable[[Moments, torch.Tensor | None], float]
-    reading: Callable
+    reading: Reading
     least: int = 1  # batches
     weight: bool = False
 

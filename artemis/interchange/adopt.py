@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import architectures
 from ..config import HybridAdapterConfig
 from ..errors import AdapterError, listed, nearest
 from ..layers.bank import BANK, site_tensors
+from ..layers.linear import linear_features
+from ..paths import is_within, leaf_of
 from ..plan import Plan
 from ..targets import make_plan, matching
 from .files import SETTINGS_FILE, LoRAFiles
@@ -87,7 +88,7 @@ def _joined(path: str, known: torch.Tensor | None, given: torch.Tensor) -> torch
 def _config(
     model: nn.Module, files: LoRAFiles, factor: float, heads: tuple[str, ...], shared: bool
 ) -> HybridAdapterConfig:
-    names = tuple(dict.fromkeys(path.rpartition(".")[2] for path in files.lora))
+    names = tuple(dict.fromkeys(map(leaf_of, files.lora)))
     others = [path for path, _ in model.named_modules() if matching(names, path)]
     return HybridAdapterConfig.from_dict(
         {
@@ -136,7 +137,7 @@ def _problems(model: nn.Module, files: LoRAFiles) -> Iterator[str]:
         if path not in modules:
             yield f"there is no {path}{nearest(path, modules)}"
             continue
-        have = architectures.linear_features(modules[path])
+        have = linear_features(modules[path])
         if have is None:
             yield f"{path} is a {type(modules[path]).__name__}, and no linear layer"
         elif have != (a.shape[1], b.shape[0]):
@@ -149,10 +150,9 @@ def _heads(model: nn.Module, files: LoRAFiles) -> tuple[str, ...]:
     heads = tuple(
         path
         for path, _ in model.named_modules()
-        if matching(names, path) and any(n.startswith(f"{path}.") for n in files.others)
+        if matching(names, path) and any(is_within(name, (path,)) for name in files.others)
     )
-    inside = tuple(f"{head}." for head in heads)
-    foreign = [name for name in files.others if not name.startswith(inside)]
+    foreign = [name for name in files.others if not is_within(name, heads)]
     if foreign:
         raise AdapterError(
             f"{files.path}: holds {listed(foreign)}, allowed: LoRA of linear layers, and modules"

@@ -16,9 +16,11 @@ from torch import nn
 from ..config import HybridAdapterConfig
 from ..errors import AdapterError, listed
 from ..layers.bank import BANK, check_writable, find_bank, site_tensors
+from ..paths import is_within
 from ..plan import Plan, SiteSpec
 from ..saving.adapter_file import read_adapter
-from ..saving.checkpoint import adapter_state
+from ..saving.identity import name_of
+from ..saving.state import adapter_state
 from ..wrappers import unwrapped
 from .files import write_files
 
@@ -125,8 +127,7 @@ def export_adapter(
     if form == "vllm":
         pairs = _of_one_rank(pairs, factor)
         ranks, factor = dict.fromkeys(ranks, max(ranks.values())), 1.0
-    inside = tuple(f"{head}." for head in heads)
-    saved = {name: t for name, t in adapter.tensors.items() if name.startswith(inside)}
+    saved = {name: t for name, t in adapter.tensors.items() if is_within(name, heads)}
     path = Path(directory)
     write_files(path, _settings(adapter, ranks, factor, heads), pairs, saved)
     return ExportReport(path, form, ranks, heads, left_out)
@@ -200,8 +201,7 @@ def _of_model(model: nn.Module) -> _Adapter:
     check_writable(bank, "exported")
     plan = bank.plan()
     tensors = {n: t.detach().cpu() for n, t in adapter_state(model, plan.heads).items()}
-    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
-    return _Adapter(bank.config, plan, tensors, type(model).__name__, name)
+    return _Adapter(bank.config, plan, tensors, type(model).__name__, name_of(model))
 
 
 def _of_file(path: str | os.PathLike) -> _Adapter:

@@ -12,8 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import AdapterError, listed
 from . import frozen
-from .frozen import weight_of
-from .packed import is_packed
+from .linear import weight_of
 from .packed_linear import QUANTIZED, QuantizedConv1D, QuantizedLinear
 from .sites import Site
 
@@ -126,16 +125,6 @@ def _plain(cls: type[nn.Module]) -> type[nn.Module]:
     bases = tuple(plain.get(base, base) for base in cls.__bases__)
     name = cls.__name__.replace(cls.__bases__[0].__name__, bases[0].__name__)
     return type(name, bases, dict(vars(cls)))
-
-
-def has_own_tensors(module: nn.Module) -> bool:
-    """Whether weight and bias of a linear layer are its parameters, or packed.
-
-    Those that pruning, weight norms and parametrizations work out at each forward are not, and
-    before the layer's own call they may be old.
-    """
-    own = module._parameters
-    return "bias" in own and ("weight" in own or is_packed(module))
 
 
 def adapted_module(model: nn.Module, site: Site) -> nn.Module | None:

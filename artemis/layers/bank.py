@@ -6,6 +6,7 @@ one entry in `state_dict`, and no name of the base changes.
 
 from collections.abc import Callable, Iterable
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,18 +17,21 @@ from ..errors import AdapterError
 from ..plan import Plan, SiteSpec
 from .frozen import Casts
 
+if TYPE_CHECKING:
+    from .sites import Site
+
 #: Name under which the bank is registered on the model, and prefix of its tensors' names.
 BANK = "hybrid_adapter"
 #: Of the bank: stands in `state_dict` while the base's weights hold the adapter.
 MERGED = "merged"
 #: What a tensor is for: one table of the bank each.
 ROLES = ("lora_a", "lora_b", "down", "up", "bias_down", "bias_up", "gain")
+#: Of one module: role -> key in the role's table, and the shape of the part that is used.
+Layout = dict[str, tuple[str, tuple[int, ...]]]
 
 
-def site_tensors(
-    site: SiteSpec, config: HybridAdapterConfig
-) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return role -> (key, shape) of the tensors that `site` uses, as large as it uses them.
+def site_tensors(site: SiteSpec, config: HybridAdapterConfig) -> Layout:
+    """The tensors that `site` uses, as large as it uses them.
 
     Shared: LoRA's A and the bottleneck's down and up. Own to each module: B, biases and a gain.
     """
@@ -90,8 +94,8 @@ class AdapterBank(nn.Module):
         super().__init__()
         self.config = config
         self.heads = plan.heads
-        #: Module path -> its `Site`; filled by injection.
-        self.sites: dict = {}
+        #: By module path; filled by injection.
+        self.sites: dict[str, Site] = {}
         self.enabled = True
         #: What injection hung on the model's output head.
         self.head_hooks: tuple[RemovableHandle, ...] = ()
@@ -124,8 +128,8 @@ class AdapterBank(nn.Module):
             for tensor in getattr(self, role).values():
                 tensor.copy_(initial(role, tuple(tensor.shape), self.config.init))
 
-    def tensors(self, layout: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, torch.Tensor]:
-        """Return role -> tensor for a site's `site_tensors`, cut to the part that it uses."""
+    def tensors(self, layout: Layout) -> dict[str, torch.Tensor]:
+        """Return role -> tensor, cut to the part that is used."""
         return {
             role: _leading(getattr(self, role)[key], shape) for role, (key, shape) in layout.items()
         }
@@ -137,6 +141,11 @@ class AdapterBank(nn.Module):
             return [(table._parameters, key)]
         return table.places(key)
 
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are; held in 8 bits without biases and gains, all are buffers."""
+        return next(chain(self.parameters(), self.buffers())).device
+
     def mark_merged(self, merged: bool) -> None:
         """Have `state_dict` say whether the base's weights hold the adapter.
 
@@ -144,8 +153,7 @@ class AdapterBank(nn.Module):
         twice, and the other way round, whatever the state was stored in.
         """
         if merged:
-            device = next(chain(self.parameters(), self.buffers())).device
-            self.register_buffer(MERGED, torch.ones((), dtype=torch.uint8, device=device))
+            self.register_buffer(MERGED, torch.ones((), dtype=torch.uint8, device=self.device))
         else:
             self._buffers.pop(MERGED, None)
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
-from artemis_kernels import FrozenLinear, QuantizedWeight
+from artemis_kernels import FrozenLinear
 
+from .linear import weight_of
 from .packed import is_packed
 from .packed_linear import PARTS
 from .sources import (
@@ -86,7 +87,7 @@ def _ready(module: nn.Module, x: torch.Tensor, site: "Site") -> Frozen | None:
     config = site.bank.config
     if not config.cache_constants or config.impl == "reference" or not takes_constants(module, x):
         return None
-    conditions = (x.dtype, config.impl, id(site.layout), *site.constants())
+    conditions = (x.dtype, config.impl, id(site.layout), site.factor, config.activation)
     several = x.dim() > 1 and x.shape[-2] > 1  # positions: no step of decoding
     if several and x.is_cuda:
         site.forget()
@@ -117,7 +118,7 @@ def _places(module: nn.Module, site: "Site") -> list[Place]:
 
 def _linear(module: nn.Module, dtype: torch.dtype, site: "Site") -> FrozenLinear | None:
     bank, layout = site.bank, site.layout
-    given = bank.tensors(layout)
+    given = site.tensors()
     if _adds_nothing(given):
         return None
     for role in ("lora_a", "down", "up"):
@@ -136,10 +137,3 @@ def _adds_nothing(given: dict[str, torch.Tensor]) -> bool:
     """Whether the adapter is as good as fresh; a GPU is not waited for to know it."""
     last = [given[role] for role in ("lora_b", "up", "bias_up") if role in given]
     return all(tensor.device.type == "cpu" and not tensor.any() for tensor in last)
-
-
-def weight_of(module: nn.Module) -> torch.Tensor | QuantizedWeight:
-    """The layer's weight as (out, in): a view of it where it is stored the other way round."""
-    if isinstance(module, nn.Linear) or is_packed(module):
-        return module.weight
-    return module.weight.t()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .adapted import has_own_tensors, weight_of
+from .linear import has_own_tensors, weight_of
 
 
 class _Left(NamedTuple):

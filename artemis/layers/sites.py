@@ -6,66 +6,29 @@ and `deepcopy` and pickle follow that reference like any other.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from artemis_kernels import (
     FrozenAdapter,
-    QuantizedWeight,
     adapter_linear,
     adapter_linear_group,
-    bottleneck_adapter,
     lora_linear,
     lora_linear_group,
-    new_seed,
 )
 
-from ..errors import AdapterError
 from ..plan import SiteSpec
-from .bank import AdapterBank, site_tensors
+from .bank import AdapterBank, Layout, site_tensors
 from .frozen import Frozen
+from .linear import Weight
+from .seeds import SharedSeed
 
 if TYPE_CHECKING:
     from .groups import InputGroup
 
-Weight = torch.Tensor | QuantizedWeight
-
-
-@dataclass(eq=False)
-class SharedSeed:
-    """One dropout seed for all modules that read the same tensor.
-
-    A member that still owes a use of the current seed takes it; any other draws a new one, which
-    the rest then owe. So a forward draws once a group; activation checkpointing, which restores the
-    generator, draws the same again; and order, exceptions and skipped members do no harm.
-    """
-
-    size: int = 0
-    #: Bit i is set while member i may still take `seed`.
-    pending: int = 0
-    seed: torch.Tensor | None = None
-
-    def join(self) -> int:
-        """Add a member; return the bit that stands for it."""
-        self.size += 1
-        return 1 << (self.size - 1)
-
-    def take(self, member: int, device: torch.device) -> torch.Tensor:
-        """Return the seed for `member`: one int64 element on `device`."""
-        if self.pending & member:
-            self.pending &= ~member
-        else:
-            self.seed = new_seed(device)
-            self.pending = ((1 << self.size) - 1) & ~member
-        return self.seed
-
-    def take_for_all(self, device: torch.device) -> torch.Tensor:
-        """Return a new seed for every member at once; none is owed afterwards."""
-        self.seed, self.pending = new_seed(device), 0
-        return self.seed
+#: Role -> tensor of one module, as `AdapterBank.tensors` gives them.
+Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(eq=False)
@@ -86,7 +49,7 @@ class Site:
     frozen: Frozen | None = field(default=None, init=False, repr=False)
     member: int = field(init=False, repr=False)
     #: `site_tensors` of this site: worked out once, not at each forward.
-    layout: dict[str, tuple[str, tuple[int, ...]]] = field(init=False, repr=False)
+    layout: Layout = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.member = self.seeds.join()
@@ -96,6 +59,20 @@ class Site:
     def active(self) -> bool:
         """Whether the module must add its adapter to what the base computes."""
         return self.original is None and self.bank.enabled
+
+    @property
+    def factor(self) -> float:
+        """What the adapter's product is multiplied by, the gain apart."""
+        raise NotImplementedError
+
+    @property
+    def dropout_p(self) -> float:
+        """The rate of dropout in training, as it stands now."""
+        raise NotImplementedError
+
+    def tensors(self) -> Tensors:
+        """The bank's tensors of this site."""
+        return self.bank.tensors(self.layout)
 
     def versions(self) -> tuple | None:
         """Equal while this site's tensors are the same in value and size; None while compiling."""
@@ -115,66 +92,71 @@ class Site:
     def __getstate__(self) -> dict:
         return self.__dict__ | {"frozen": None}
 
-    def _factor(self, factor: float, gain: torch.Tensor | None) -> float | torch.Tensor:
+    def scale(self, tensors: Tensors) -> float | torch.Tensor:
+        """The factor, times the gain where there is one."""
+        factor, gain = self.factor, tensors.get("gain")
         if gain is None:
             return factor
         return gain if factor == 1 else factor * gain
 
-    def _mask(self, p: float, training: bool, x: torch.Tensor) -> dict:
-        """Arguments for dropout: none outside training."""
-        if not training or p == 0.0:
+    def own_mask(self, training: bool, x: torch.Tensor) -> dict[str, Any]:
+        """An operation's arguments for dropout; none outside training."""
+        if not self._draws(training):
             return {}
-        return {"dropout_p": p, "seed": self.seeds.take(self.member, x.device)}
+        return {"dropout_p": self.dropout_p, "seed": self.seeds.take(self.member, x.device)}
 
-    def _group_mask(self, p: float, training: bool, x: torch.Tensor) -> dict:
-        """The same for all members of a group."""
-        if not training or p == 0.0:
+    def group_mask(self, training: bool, x: torch.Tensor) -> dict[str, Any]:
+        """`own_mask` for all members of a group at once."""
+        if not self._draws(training):
             return {}
-        return {"dropout_p": p, "seed": self.seeds.take_for_all(x.device)}
+        return {"dropout_p": self.dropout_p, "seed": self.seeds.take_for_all(x.device)}
 
-    def _shares_mask(self, p: float, training: bool) -> bool:
-        return not training or p == 0.0 or self.bank.config.dropout_mask_sharing == "input"
+    def shares_mask(self, training: bool) -> bool:
+        """Whether those that read this module's input have one mask, if any is drawn."""
+        return not self._draws(training) or self.bank.config.dropout_mask_sharing == "input"
+
+    def _draws(self, training: bool) -> bool:
+        return training and self.dropout_p != 0.0
 
 
 class LoRASite(Site):
     """LoRA on a linear layer."""
 
+    @property
+    def factor(self) -> float:
+        return self.bank.config.scaling_factor
+
+    @property
+    def dropout_p(self) -> float:
+        return self.bank.lora_dropout.p
+
     def linear(
         self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, training: bool
     ) -> torch.Tensor:
         """x [..., in] -> [..., out], for weight (out, in): of any strides, or packed."""
-        config, tensors = self.bank.config, self.bank.tensors(self.layout)
+        tensors = self.tensors()
         return lora_linear(
             x,
             weight,
             tensors["lora_a"],
             tensors["lora_b"],
-            self._factor(config.scaling_factor, tensors.get("gain")),
+            self.scale(tensors),
             bias=bias,
-            impl=config.impl,
-            **self._mask(self.bank.lora_dropout.p, training, x),
+            impl=self.bank.config.impl,
+            **self.own_mask(training, x),
         )
 
-    def constants(self) -> tuple:
-        """What the adapter's constants depend on beside tensors."""
-        return (self.bank.config.scaling_factor,)
-
     def frozen_adapter(
-        self,
-        weight: Weight,
-        bias: torch.Tensor | None,
-        tensors: dict[str, torch.Tensor],
-        dtype: torch.dtype,
+        self, weight: Weight, bias: torch.Tensor | None, tensors: Tensors, dtype: torch.dtype
     ) -> FrozenAdapter:
-        """The constants of `linear` for the bank's `tensors`, in `dtype`."""
-        scale = self._factor(self.bank.config.scaling_factor, tensors.get("gain"))
+        """The constants of `linear` for the site's `tensors`, in `dtype`."""
         return FrozenAdapter.lora(
-            tensors["lora_a"], tensors["lora_b"], scale, bias=bias, dtype=dtype
+            tensors["lora_a"], tensors["lora_b"], self.scale(tensors), bias=bias, dtype=dtype
         )
 
     def can_join(self, training: bool) -> bool:
         """Whether one operation may serve all modules that read this one's input."""
-        return self._shares_mask(self.bank.lora_dropout.p, training)
+        return self.shares_mask(training)
 
     def linear_group(
         self,
@@ -185,66 +167,61 @@ class LoRASite(Site):
         training: bool,
     ) -> tuple[torch.Tensor, ...]:
         """`linear` of every site, weight and bias in one operation."""
-        config = self.bank.config
-        tensors = [site.bank.tensors(site.layout) for site in sites]
+        tensors = [site.tensors() for site in sites]
         return lora_linear_group(
             x,
             weights,
             [t["lora_a"] for t in tensors],
             [t["lora_b"] for t in tensors],
-            [self._factor(config.scaling_factor, t.get("gain")) for t in tensors],
+            [self.scale(t) for t in tensors],
             biases=biases,
-            impl=config.impl,
-            **self._group_mask(self.bank.lora_dropout.p, training, x),
+            impl=self.bank.config.impl,
+            **self.group_mask(training, x),
         )
 
 
-class BottleneckSite(Site):
+class Bottleneck(Site):
+    """A bottleneck, on a linear layer's output or on a block's."""
+
+    @property
+    def factor(self) -> float:
+        return self.bank.config.adapter_scale
+
+    @property
+    def dropout_p(self) -> float:
+        return self.bank.adapter_dropout.p
+
+    def arguments(self, tensors: Tensors) -> dict[str, Any]:
+        """What every operation with a bottleneck takes: by the names of the tensors' roles."""
+        parts = {role: tensor for role, tensor in tensors.items() if role != "gain"}
+        return {
+            **parts,
+            "activation": self.bank.config.activation,
+            "scale": self.scale(tensors),
+        }
+
+
+class BottleneckSite(Bottleneck):
     """A bottleneck on the output of a linear layer."""
 
     def linear(
         self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, training: bool
     ) -> torch.Tensor:
         """x [..., in] -> [..., out], for weight (out, in): of any strides, or packed."""
-        config, tensors = self.bank.config, self.bank.tensors(self.layout)
         return adapter_linear(
             x,
             weight,
-            tensors["down"],
-            tensors["up"],
             bias=bias,
-            bias_down=tensors.get("bias_down"),
-            bias_up=tensors.get("bias_up"),
-            activation=config.activation,
-            scale=self._factor(config.adapter_scale, tensors.get("gain")),
-            impl=config.impl,
-            **self._mask(self.bank.adapter_dropout.p, training, x),
+            impl=self.bank.config.impl,
+            **self.arguments(self.tensors()),
+            **self.own_mask(training, x),
         )
-
-    def constants(self) -> tuple:
-        """What the adapter's constants depend on beside tensors."""
-        return self.bank.config.adapter_scale, self.bank.config.activation
 
     def frozen_adapter(
-        self,
-        weight: Weight,
-        bias: torch.Tensor | None,
-        tensors: dict[str, torch.Tensor],
-        dtype: torch.dtype,
+        self, weight: Weight, bias: torch.Tensor | None, tensors: Tensors, dtype: torch.dtype
     ) -> FrozenAdapter:
-        """The constants of `linear` for the bank's `tensors`, in `dtype`."""
-        config = self.bank.config
-        return FrozenAdapter.bottleneck(
-            weight,
-            tensors["down"],
-            tensors["up"],
-            bias=bias,
-            bias_down=tensors.get("bias_down"),
-            bias_up=tensors.get("bias_up"),
-            activation=config.activation,
-            scale=self._factor(config.adapter_scale, tensors.get("gain")),
-            dtype=dtype,
-        )
+        """The constants of `linear` for the site's `tensors`, in `dtype`."""
+        return FrozenAdapter.bottleneck(weight, bias=bias, dtype=dtype, **self.arguments(tensors))
 
     def can_join(self, training: bool) -> bool:
         """Whether one operation may serve all modules that read this one's input.
@@ -252,8 +229,7 @@ class BottleneckSite(Site):
         What is shared shows in the backward; where none will come, modules stay on their own. In
         training one comes even to a pass without gradients: checkpointing's first.
         """
-        shares = self._shares_mask(self.bank.adapter_dropout.p, training)
-        return shares and (training or torch.is_grad_enabled())
+        return self.shares_mask(training) and (training or torch.is_grad_enabled())
 
     def linear_group(
         self,
@@ -264,8 +240,7 @@ class BottleneckSite(Site):
         training: bool,
     ) -> tuple[torch.Tensor, ...]:
         """`linear` of every site, weight and bias in one operation."""
-        config = self.bank.config
-        tensors = [site.bank.tensors(site.layout) for site in sites]
+        tensors = [site.tensors() for site in sites]
         return adapter_linear_group(
             x,
             weights,
@@ -274,58 +249,8 @@ class BottleneckSite(Site):
             biases=biases,
             biases_down=[t.get("bias_down") for t in tensors],
             biases_up=[t.get("bias_up") for t in tensors],
-            activation=config.activation,
-            scales=[self._factor(config.adapter_scale, t.get("gain")) for t in tensors],
-            impl=config.impl,
-            **self._group_mask(self.bank.adapter_dropout.p, training, x),
+            activation=self.bank.config.activation,
+            scales=[self.scale(t) for t in tensors],
+            impl=self.bank.config.impl,
+            **self.group_mask(training, x),
         )
-
-
-def with_first(output: tuple, first: torch.Tensor) -> tuple:
-    """`output` with another first member; a named tuple keeps its class."""
-    if hasattr(output, "_fields"):
-        return type(output)(first, *output[1:])
-    return (first, *output[1:])
-
-
-class BlockSite(Site):
-    """A bottleneck on the output of a block, as the block's forward hook."""
-
-    #: Takes the hook out again.
-    hook: RemovableHandle | None = None
-
-    def __call__(self, module: nn.Module, args: tuple, output):
-        """Adapt `output`: a tensor [..., hidden], or a tuple that starts with one."""
-        if not self.active:
-            return output
-        if isinstance(output, tuple) and output and isinstance(output[0], torch.Tensor):
-            return with_first(output, self._adapt(output[0], module.training))
-        if isinstance(output, torch.Tensor):
-            return self._adapt(output, module.training)
-        raise TypeError(
-            f"{self.spec.path} returned a {type(output).__name__}; a bottleneck on a block needs a"
-            " tensor or a tuple that starts with one"
-        )
-
-    def _adapt(self, x: torch.Tensor, training: bool) -> torch.Tensor:
-        if x.shape[-1] != self.spec.in_features:
-            raise AdapterError(
-                f"{self.spec.path} returned {x.shape[-1]} features, and its bottleneck is for"
-                f" {self.spec.in_features}, the hidden_size of its configuration; leave it out, or"
-                " name its linear layers instead"
-            )
-        config, tensors = self.bank.config, self.bank.tensors(self.layout)
-        return bottleneck_adapter(
-            x,
-            tensors["down"],
-            tensors["up"],
-            bias_down=tensors.get("bias_down"),
-            bias_up=tensors.get("bias_up"),
-            activation=config.activation,
-            scale=self._factor(config.adapter_scale, tensors.get("gain")),
-            impl=config.impl,
-            **self._mask(self.bank.adapter_dropout.p, training, x),
-        )
-
-
-SITES = {"lora": LoRASite, "bottleneck": BottleneckSite, "block": BlockSite}

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ..batches import Batch, batches_of, to_device
 from ..errors import AdapterError
 from ..experts import bias_of, expert_output, is_experts, matrices_of, stack_of
-from ..importance.data import Batch, batches_of, to_device
 from ..layers.routing import Routing
+from ..modes import evaluating
 
 BATCHES, BATCH_SIZE = 16, 8
 
@@ -31,25 +32,20 @@ def column_importance(
     padding = _Padding(model)
     squares = _Squares(padding)
     device = next(model.parameters()).device
-    modes = [(module, module.training) for module in model.modules()]
     batches = 0
     with ExitStack() as stack:
-        hooks = [padding.encoder.register_forward_hook(padding.keep)] if padding.encoder else []
+        stack.enter_context(evaluating(model))
+        if padding.encoder is not None:
+            stack.callback(padding.encoder.register_forward_hook(padding.keep).remove)
         for path, module in layers.items():
             adder = squares.of_experts if is_experts(module) else squares.of_layer
-            hooks.append(module.register_forward_pre_hook(adder(path), with_kwargs=True))
-        for handle in hooks:
-            stack.callback(handle.remove)
-        try:
-            model.eval()
-            for batch in batches_of(data, BATCHES, BATCH_SIZE, None, "data"):
-                batch = to_device(batch, device)
-                padding.begin(batch)
-                model(**batch)
-                batches += 1
-        finally:
-            for module, training in modes:
-                module.training = training
+            hook = module.register_forward_pre_hook(adder(path), with_kwargs=True)
+            stack.callback(hook.remove)
+        for batch in batches_of(data, BATCHES, BATCH_SIZE, None, "data"):
+            batch = to_device(batch, device)
+            padding.begin(batch)
+            model(**batch)
+            batches += 1
     if not batches:
         raise AdapterError("data: got no batch, allowed: at least one")
     for path, total in squares.sums.items():
@@ -74,7 +70,7 @@ class _Padding:
         both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         #: Of a model that has a decoder too; else None.
         self.encoder = model.get_encoder() if both and hasattr(model, "get_encoder") else None
-        self._inside = set(self.encoder.modules()) if self.encoder else set()
+        self._inside = set() if self.encoder is None else set(self.encoder.modules())
 
     def begin(self, batch: Batch) -> None:
         self._batch, self._output = batch, None

@@ -1,47 +1,26 @@
 """What to pack: options and model in, checked layers out; nothing is changed."""
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from .. import architectures
 from ..errors import AdapterError, listed
 from ..experts import is_experts, matrices_of, stack_of
-from ..layers.adapted import PACKED, weight_of
+from ..layers.adapted import PACKED
 from ..layers.bank import find_bank
+from ..layers.linear import is_linear, weight_of
 from ..layers.packed import is_packed, packed_modules
 from ..merging import check_unmerged
+from ..paths import is_within, owner_of
 from ..wrappers import check_bare
+from .begun import begun
 from .options import Options
-from .report import LayerReport
 
 _LEAST_GROUP = 8
 _KEPT = "transformers keeps it in float32, beside 16 bits, for its range"
-#: Name under which `Begun` stands on a model.
-BEGUN = "quantization_begun"
-
-
-@dataclass(frozen=True)
-class Begun:
-    """What a call has done so far; it stands on the model until the call ends.
-
-    A weight is dropped once it is packed, so what a call that was interrupted has done cannot be
-    undone: the next call with the same options goes on.
-    """
-
-    options: Options
-    dtype: torch.dtype
-    bytes_before: int
-    reports: dict[str, LayerReport] = field(default_factory=dict)
-
-
-def begun(model: nn.Module) -> Begun | None:
-    """What a call that was interrupted left, or None."""
-    return getattr(model, BEGUN, None)
 
 
 def choose_layers(
@@ -58,7 +37,7 @@ def choose_layers(
             continue
         if is_experts(module):
             reason = _why_not_experts(model, path, module, options)
-        elif isinstance(module, (nn.Linear, Conv1D)):
+        elif is_linear(module):
             reason = _why_not(model, path, module, options)
         elif names := architectures.stacked_weights(module):
             reason = f"no linear layer: {listed(names)} hold many matrices each, as experts"
@@ -114,9 +93,9 @@ def weights_of(path: str, module: nn.Module) -> Iterator[tuple[str, torch.Tensor
 def _why_left(model: nn.Module, path: str, options: Options) -> str | None:
     bank = find_bank(model)
     heads = architectures.classifier_heads(model) if bank is None else bank.heads
-    if _within(path, heads):
+    if is_within(path, heads):
         return "a head that trains"
-    return "left as it is, as asked" if _within(path, options.leave) else None
+    return "left as it is, as asked" if is_within(path, options.leave) else None
 
 
 def _why_not_experts(
@@ -169,16 +148,11 @@ def _kept_in_fp32(model: nn.Module, path: str, module: nn.Module, name: str = "w
     return any(p.is_floating_point() and p.dtype.itemsize == 2 for p in model.parameters())
 
 
-def _within(path: str, modules: Iterable[str]) -> bool:
-    return any(f"{path}.".startswith(f"{module}.") for module in modules)
-
-
 def tied_to(model: nn.Module, module: nn.Module, name: str = "weight") -> str | None:
     """Another name of the module's parameter `name`, unless the whole module has two."""
     own = module._parameters[name]
     for other, parameter in model.named_parameters(remove_duplicate=False):
-        owner, _, _ = other.rpartition(".")
-        if parameter is own and model.get_submodule(owner) is not module:
+        if parameter is own and model.get_submodule(owner_of(other)) is not module:
             return other
     return None
 

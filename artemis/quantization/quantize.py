@@ -13,15 +13,17 @@ from artemis_kernels import QuantizedWeight
 
 from ..architectures import output_head, stacked_weights
 from ..experts import is_experts, matrices_of, stack_of
-from ..layers.adapted import PACKED, weight_of
+from ..layers.adapted import PACKED
 from ..layers.bank import find_bank
 from ..layers.expert_weights import ExpertWeights
+from ..layers.linear import weight_of
 from ..layers.packed import packed_modules, sample
 from ..layers.packed_experts import pack_experts
 from ..layers.packed_linear import pack
 from . import adapters
+from .begun import BEGUN, Begun, begun
 from .calibrate import column_importance, matrix_of
-from .choice import BEGUN, Begun, begun, choose_layers, tied_to, weights_of
+from .choice import choose_layers, tied_to, weights_of
 from .options import Options, checked_options
 from .report import LayerReport, QuantizationReport
 
@@ -83,22 +85,25 @@ def quantize_adapter_model(
         adapters.check_adapter(bank, options.adapter_bits, state.dtype)
     importance = {} if data is None else column_importance(model, layers, data)
     setattr(model, BEGUN, state)
-    if bank is not None:
-        bank.forget()
     _pack_all(model, layers, state, importance, progress)
     if bank is not None:
         adapters.hold(bank, options.adapter_bits, state.dtype)
+    model.quantization_report = _report(model, state, skipped)
+    delattr(model, BEGUN)
+    _warn_of_experts(model)
+    return model
+
+
+def _report(model: nn.Module, state: Begun, skipped: Mapping[str, str]) -> QuantizationReport:
+    """What was done, by calls that were interrupted too, in the model's order."""
     packed = tuple(
         state.reports[f"{path}.{name}"]
         for path, module in packed_modules(model)
         for name in module.packed_shapes()
     )
-    model.quantization_report = QuantizationReport(
-        packed, skipped, options.activation_bits, state.bytes_before, _model_bytes(model)
+    return QuantizationReport(
+        packed, skipped, state.options.activation_bits, state.bytes_before, _model_bytes(model)
     )
-    delattr(model, BEGUN)
-    _warn_of_experts(model)
-    return model
 
 
 def _warn_of_experts(model: nn.Module) -> None:
@@ -116,9 +121,8 @@ def _warn_of_experts(model: nn.Module) -> None:
 
 
 def _begin(model: nn.Module, layers: Mapping[str, nn.Module], options: Options) -> Begun:
-    (_, weight), *_ = weights_of(*next(iter(layers.items())))
-    dtype = weight.dtype
-    return Begun(options, dtype, _model_bytes(model))
+    _, weight = next(weights_of(*next(iter(layers.items()))))
+    return Begun(options, weight.dtype, _model_bytes(model))
 
 
 def _pack_all(
@@ -128,6 +132,9 @@ def _pack_all(
     importance: Mapping[str, torch.Tensor],
     progress: bool,
 ) -> None:
+    bank = find_bank(model)
+    if bank is not None:
+        bank.forget()  # constants of the weights that go
     bar = tqdm(layers.items(), "quantizing", unit="layer", disable=None if progress else True)
     for path, module in bar:
         if is_experts(module):

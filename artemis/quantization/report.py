@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, fields
 from math import log10, prod
 from typing import Any
 
+from ..text_table import aligned
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -102,14 +104,7 @@ class QuantizationReport:
                 f"{layer.relative_error:.2%}",
                 "exact" if layer.snr_db is None else f"{layer.snr_db:.1f}",
             ))  # fmt: skip
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if column > 2 else cell.ljust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        ]
+        lines = aligned(rows, left=3)
         lines += [f"{path}  as it was: {reason}" for path, reason in self.skipped.items()]
         lines.append(
             f"{len(self.layers)} layers: {_megabytes(self.bytes_before)} MB, now"

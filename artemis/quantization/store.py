@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import GenerationConfig, PretrainedConfig
@@ -28,6 +27,7 @@ from ..layers.bank import BANK
 from ..layers.packed import packed_modules, parts_of, sample_of
 from ..merging import check_unmerged
 from ..saving.atomic import replace_files
+from ..saving.header import damage_named, read_header
 from ..version import __version__
 from ..wrappers import unwrapped
 from .report import QuantizationReport
@@ -132,35 +132,26 @@ def named_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [(name, tensor) for name, tensor in both if not name.startswith(f"{BANK}.")]
 
 
+def is_meta(model: nn.Module) -> bool:
+    """Whether a tensor of the base is on the meta device, without values."""
+    return any(tensor.is_meta for _, tensor in named_tensors(model))
+
+
 def read_stored(path: str | os.PathLike) -> StoredBase:
     """The header of the file at `path`, or in it; errors as `load_quantized`'s."""
     path = Path(path)
     path = path / FILE if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"no quantized base at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            shapes = {n: tuple(file.get_slice(n).get_shape()) for n in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise AdapterError(f"{path}: damaged, or no safetensors file ({error})") from None
-    if _METADATA_KEY not in metadata:
-        raise AdapterError(f"{path}: a safetensors file, but not a quantized base's")
-    try:
-        header = json.loads(metadata[_METADATA_KEY])
-        version = header["format_version"]
-        if version != FORMAT_VERSION:
-            raise AdapterError(f"{path}: got format version {version!r}, allowed: {FORMAT_VERSION}")
+    header, tensors = read_header(path, _METADATA_KEY, FORMAT_VERSION, "a quantized base's")
+    shapes = {name: shape for name, (_, shape) in tensors.items()}
+    with damage_named(path):
         report = QuantizationReport.from_dict(header["report"])
         stored = StoredBase(
             path, header["library_version"], header["class_name"], header.get("config"),
             header.get("generation_config"), report, header["aliases"],
             tuple(header.get("untied", ())), shapes,
         )  # fmt: skip
-    except AdapterError:
-        raise
-    except (KeyError, TypeError, ValueError) as error:
-        raise AdapterError(f"{path}: its header is damaged ({error!r})") from None
     needed = {part for entry in report.layers for part in _always(entry.parameter)}
     missing = sorted((needed | set(stored.aliases.values())) - shapes.keys())
     if missing:

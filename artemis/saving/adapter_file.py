@@ -12,21 +12,23 @@ Only the first is read. No pickle.
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..config import HybridAdapterConfig
 from ..errors import AdapterError, listed
 from ..layers.bank import BANK, bank_shapes, site_tensors
+from ..paths import is_within
 from ..plan import KINDS, Plan, SiteSpec
 from ..version import __version__
 from .atomic import replace_files
+from .header import Shapes, damage_named, read_header
 from .identity import BaseIdentity
 
 PARAMETERS_FILE = "hybrid_adapter.safetensors"
@@ -58,8 +60,7 @@ class AdapterFile:
     config: HybridAdapterConfig
     plan: Plan
     base: BaseIdentity
-    #: Tensor name -> (safetensors dtype, shape).
-    tensors: dict[str, tuple[str, tuple[int, ...]]]
+    tensors: Shapes
 
     @property
     def parameters(self) -> int:
@@ -95,7 +96,7 @@ def write_adapter(
         "library_version": __version__,
         # Which path computes is the machine's choice, not the adapter's.
         "config": {key: v for key, v in config.to_dict().items() if key != "impl"},
-        "sites": [site.to_dict() for site in plan.sites],
+        "sites": [asdict(site) for site in plan.sites],
         "heads": list(plan.heads),
         "base": base.to_dict(),
     }
@@ -122,29 +123,14 @@ def read_adapter(path: str | os.PathLike) -> AdapterFile:
         file_path = file_path / PARAMETERS_FILE
     if not file_path.is_file():
         raise FileNotFoundError(f"no hybrid adapter at {path} (looked for {file_path})")
-    try:
-        with safe_open(file_path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            tensors = {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
-    except SafetensorError as error:
-        raise AdapterError(f"{file_path}: damaged, or no safetensors file ({error})") from None
-    if _METADATA_KEY not in metadata:
-        raise AdapterError(f"{file_path}: a safetensors file, but not a hybrid adapter's")
-    adapter = _parse(file_path, metadata[_METADATA_KEY], tensors)
+    header, tensors = read_header(file_path, _METADATA_KEY, FORMAT_VERSION, "a hybrid adapter's")
+    adapter = _parse(file_path, header, tensors)
     _check_tensors(adapter)
     return adapter
 
 
-def _parse(path: Path, text: str, tensors: dict) -> AdapterFile:
-    try:
-        header = json.loads(text)
-        version = header["format_version"]
-        if version != FORMAT_VERSION:
-            raise AdapterError(
-                f"{path}: got format version {version!r}, allowed: {FORMAT_VERSION}; a newer"
-                " artemis wrote it"
-            )
+def _parse(path: Path, header: dict[str, Any], tensors: Shapes) -> AdapterFile:
+    with damage_named(path):
         samples = header.get(_SAMPLES_KEY, "")
         return AdapterFile(
             path=path,
@@ -157,10 +143,6 @@ def _parse(path: Path, text: str, tensors: dict) -> AdapterFile:
             base=BaseIdentity(**_typed(BaseIdentity, header["base"] | {"samples": samples})),
             tensors=tensors,
         )
-    except AdapterError:
-        raise
-    except (KeyError, TypeError, ValueError) as error:
-        raise AdapterError(f"{path}: its header is damaged ({error!r})") from None
 
 
 def _typed(cls: type, values: dict[str, Any]) -> dict[str, Any]:
@@ -189,9 +171,10 @@ def _check_tensors(adapter: AdapterFile) -> None:
         for role, shapes in bank_shapes(adapter.plan.sites, adapter.config).items()
         for key, shape in shapes.items()
     }
-    heads = tuple(f"{head}." for head in adapter.plan.heads)
     found = {
-        name: shape for name, (_, shape) in adapter.tensors.items() if not name.startswith(heads)
+        name: shape
+        for name, (_, shape) in adapter.tensors.items()
+        if not is_within(name, adapter.plan.heads)
     }
     if found != expected:
         wrong = sorted(

@@ -17,6 +17,7 @@ from ..errors import AdapterError, listed
 from ..layers.bank import BANK, AdapterBank, find_bank
 from ..layers.packed import packed_modules, sample, sample_of
 from ..layers.sources import is_at_hand
+from ..paths import is_within
 
 #: How the samples of a base are marked of which some were held in fp16.
 _FP16 = "float16:"
@@ -62,8 +63,7 @@ def identify(model: nn.Module, heads: tuple[str, ...]) -> BaseIdentity:
     """Describe the base of `model`; `heads`, which train, count towards its size only."""
     values = _as_injected(facts(model), find_bank(model))
     parameters = sum(prod(shape) for shape, _ in values.values())
-    trained = tuple(f"{head}." for head in heads)
-    values = {n: v for n, v in sorted(values.items()) if not n.startswith(trained)}
+    values = {n: v for n, v in sorted(values.items()) if not is_within(n, heads)}
     if away := [name for name, (_, numbers) in values.items() if numbers is None]:
         raise AdapterError(
             f"{listed(away)}: the numbers, by which an adapter knows its base, are not here (on the"
@@ -71,11 +71,16 @@ def identify(model: nn.Module, heads: tuple[str, ...]) -> BaseIdentity:
         )
     return BaseIdentity(
         class_name=type(model).__name__,
-        name=str(getattr(getattr(model, "config", None), "_name_or_path", "") or ""),
+        name=name_of(model),
         parameters=parameters,
         fingerprint=_fingerprint(values),
         samples=_text([numbers for _, numbers in values.values()]),
     )
+
+
+def name_of(model: nn.Module) -> str:
+    """What the base was loaded by, a path or a name on the Hub; "" where nothing says it."""
+    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
 
 
 def facts(model: nn.Module) -> Facts:

@@ -1,5 +1,6 @@
 """Training on transformers' Trainer: `Trainer`, the training file, text data."""
 
+from ..report import count_parameters
 from .config import BaseConfig, DataConfig, RunConfig, TrainingConfig
 from .data import TokenBlocks, cut_blocks, load_blocks
 from .loading import attention_for, default_device, load_base, resolve_precision
@@ -7,7 +8,7 @@ from .loss import causal_loss, lean_loss
 from .memory import keep_freed_memory
 from .progress import show_progress
 from .reallocation import RankAllocationCallback
-from .run import count_parameters, run_training
+from .run import run_training
 from .throughput import tokens_per_second
 from .trainer import Trainer
 

@@ -19,6 +19,7 @@ from ..hybrid import add_hybrid_adapter_to_model
 from ..layers.bank import find_bank
 from ..layers.packed import packed_numbers
 from ..quantization import quantize_adapter_model
+from ..report import count_parameters
 from ..saving.adapter_file import read_adapter
 from ..targets import find_heads
 from .checkpoints import saved_state
@@ -184,12 +185,3 @@ def _load_data(
     train_data = load_blocks(config.train, tokenizer, length, column)
     eval_data = load_blocks(config.eval, tokenizer, length, column) if config.eval else None
     return train_data, eval_data
-
-
-def count_parameters(model: PreTrainedModel) -> dict[str, int]:
-    """Numbers in the model, and those of them that are trained."""
-    parameters = list(model.parameters())
-    return {
-        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-        "total_parameters": sum(p.numel() for p in parameters) + packed_numbers(model),
-    }

@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from artemis import HybridAdapterConfig, add_hybrid_adapter_to_model, quantize_adapter_model
-from artemis.report import count_parameters
+from artemis.report import adapter_parts, count_parameters
 from tests.artemis.models import (
     TOKENS,
     adapted,
@@ -323,10 +323,10 @@ def test_the_parameter_count_is_that_of_the_numbers(bits):
     total = sum(p.numel() for p in model.parameters())
     if bits is not None:
         quantize_adapter_model(model, adapter_bits=bits, progress=False)
-    counts = count_parameters(model)
-    assert counts["all"] == total
-    assert counts["lora"] + counts["bottleneck"] + counts["gains"] == adapter
-    assert counts["trainable"] == (0 if bits == 8 else adapter)
+    counts, parts = count_parameters(model), adapter_parts(model)
+    assert counts["total_parameters"] == total
+    assert parts["lora"] + parts["bottleneck"] + parts["gains"] == adapter
+    assert counts["trainable_parameters"] == (0 if bits == 8 else adapter)
 
 
 def test_the_parameter_count_is_printed(capsys):

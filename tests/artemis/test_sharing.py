@@ -12,7 +12,7 @@ from artemis.architectures import input_of
 from artemis.config import HybridAdapterConfig
 from artemis.hybrid import add_hybrid_adapter_to_model
 from artemis.layers.bank import AdapterBank
-from artemis.layers.sites import SharedSeed
+from artemis.layers.seeds import SharedSeed
 from artemis.plan import Plan, SiteSpec
 from tests.artemis.models import adapted, bert, fill_bank, gradients, llama, t5, tokens
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from artemis.text_table import aligned
+
 ARMS = {
     "frozen": "frozen base",
     "full": "full fine-tuning",
@@ -42,7 +44,8 @@ def render(results: Measures) -> str:
         _row("loss on the old text", results, "old_loss", "{:.4f}"),
         _row("  change (above 0: forgotten)", change, "old_loss", "{:+.4f}"),
     ]
-    return _align(rows)
+    head, *lines = aligned(rows, left=1)
+    return "\n".join([head, "-" * len(head), *lines])
 
 
 def _row(label: str, results: Measures, key: str, form: str, unit: int | None = None) -> list[str]:
@@ -67,13 +70,3 @@ def _changes_from_frozen(results: Measures) -> Measures:
 def _share(results: Measures, arm: str) -> str:
     share = None if arm == "frozen" else share_of_improvement(results, arm)
     return NONE if share is None else f"{share:.1%}"
-
-
-def _align(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for label, *cells in rows:
-        numbers = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([label.ljust(widths[0]), *numbers]))
-    lines.insert(1, "-" * len(lines[0]))
-    return "\n".join(lines)

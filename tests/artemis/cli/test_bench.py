@@ -377,7 +377,7 @@ def test_kernels_and_their_roofline(tmp_path, capsys):
         (["train", "--compile", "--arms", "hybrid-checkpointed"], "got 'hybrid-checkpointed', all"),
         (["decode", "--arms", "full-autocast"], "--arms: got 'full-autocast', allowed:"),
         (["decode", "--arms", "full-int8"], "--arms: got 'full-int8', allowed:"),
-        (["decode", "--prompt", "1"], "--prompt: got 1, allowed: integers from 2"),
+        (["decode", "--prompt", "1"], "--prompt: got 1, allowed: an integer from 2"),
         (["memory", "--models", "64x1", "--measure", "parts"], "allowed: from 2 layers"),
         (["kernels", "--layers", "w"], "--layers: got 'w', allowed: q, k, v"),
         (["kernels", "--ranks", "0"], "--ranks: got 0, allowed: integers from 1"),

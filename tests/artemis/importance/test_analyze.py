@@ -20,8 +20,8 @@ from artemis.importance import METHODS
 from artemis.importance import moments as moments_module
 from artemis.importance.moments import Moments
 from artemis.importance.readers import adapter_reader
-from artemis.layers.adapted import weight_of
 from artemis.layers.bank import initial
+from artemis.layers.linear import weight_of
 from artemis.layers.packed_linear import packed_layers
 from artemis.plan import SiteSpec
 from artemis.plots import grid

@@ -1,4 +1,4 @@
-"""Batches to measure importance on, from whatever holds the data; the same ones every time."""
+"""A few batches of whatever holds the data; the same ones every time."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import default_data_collator
 
-from ..errors import AdapterError
+from .errors import AdapterError
 
 Batch = Mapping[str, Any]
 #: One thing, although some of them can be indexed or iterated over.
