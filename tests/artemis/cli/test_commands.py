@@ -376,11 +376,11 @@ def test_help_shows_an_example(command, capsys):
 
 
 @pytest.mark.parametrize(
-    ("benchmark", "arms"), [("train", TRAINING), ("decode", DECODING), ("quality", QUALITY)]
+    ("table", "arms"), [("train", TRAINING), ("decode", DECODING), ("quality", QUALITY)]
 )
-def test_help_of_a_benchmark_names_its_arms(benchmark, arms, capsys):
+def test_help_of_a_benchmark_names_its_arms(table, arms, capsys):
     with pytest.raises(SystemExit):
-        main(["bench", benchmark, "--help"])
+        main(["bench", table, "--help"])
     shown = "".join(capsys.readouterr().out.split())  # lines may end within a name
     assert f"of{','.join(arms)}(default" in shown
 
