@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.export import Dim, export
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -163,12 +164,28 @@ def test_a_copy_computes_the_same_and_is_independent(clone, settings, tmp_path):
     assert torch.equal(outputs(model, ids), changed)
 
 
+@pytest.mark.parametrize("bits", [None, 8])
+def test_an_exported_model_computes_the_same(bits):
+    """For any number of tokens, read back from its file."""
+    model = adapted(llama(num_hidden_layers=1))
+    if bits:
+        quantize_adapter_model(model, bits=bits, progress=False, adapter_bits=32)
+    sizes = {"input_ids": {0: Dim.AUTO, 1: Dim.AUTO}, "use_cache": None}
+    arguments = {"input_ids": tokens(), "use_cache": False}
+    torch.export.save(export(model, (), arguments, dynamic_shapes=sizes), file := io.BytesIO())
+    file.seek(0)
+    program = torch.export.load(file).module()
+    ids = tokens(3, 17)
+    logits = program(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("grouping", [True, False])
 def test_a_model_that_was_exported_in_training_is_copied_and_pickled(grouping):
     """Tracing draws dropout seeds that have no value."""
     model, ids = adapted(llama(), grouping=grouping, lora_dropout=0.2).train(), tokens()
     layer = model.model.layers[0].self_attn
-    torch.export.export(layer.q_proj, (torch.randn(2, 5, 32),))
+    export(layer.q_proj, (torch.randn(2, 5, 32),))
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         other(ids).logits.sum().backward()
 
