@@ -69,7 +69,7 @@ def bank_shapes(
 
 def initial(role: str, shape: tuple[int, ...], init: str) -> torch.Tensor:
     """Return the first value of a tensor: fp32 on the CPU, so the same for a seed on any device."""
-    tensor = torch.zeros(shape)
+    tensor = torch.zeros(shape, dtype=torch.float32, device="cpu")  # whatever torch's defaults
     if role == "gain":
         return tensor.fill_(1.0)
     if role not in ("lora_a", "down"):

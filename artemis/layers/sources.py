@@ -106,8 +106,8 @@ def takes_constants(module: nn.Module, x: torch.Tensor) -> bool:
         return False
     if forward_ad._current_level >= 0:  # a tensor may have a tangent, which constants would lose
         return False
-    if torch.jit.is_tracing() or torch._C._functorch.is_functorch_wrapped_tensor(x):
-        return False  # sizes are tensors there, or there is no address
+    if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return False  # sizes are tensors there, or x or an adapter's tensor has no address
     if "forward" in vars(module):  # accelerate sets it, and brings the weights for each call
         return False
     return "bias" in module._parameters  # a pruned one is made anew by each call

@@ -96,12 +96,17 @@ def define_group(op: GroupOperation) -> torch._ops.OpOverload:
         + ", bool[] needs) -> Tensor[]",
         backward, backward_fake,
     )  # fmt: skip
-    differentiate(op.name, _function(op, forward_operator, backward_operator))
+    function = _function(op, forward_operator, backward_operator)
+
+    def spread(x, operands, *common):
+        return list(function.apply(Common(*common), x, *operands))
+
+    differentiate(op.name, function, spread)
     return operator
 
 
 def _function(op: GroupOperation, forward_operator, backward_operator):
-    """What stands at the Autograd key: the lists spread out before an autograd Function."""
+    """The autograd Function of `op`, which takes the tensors of the list one by one."""
 
     class Function(Operation):
         @staticmethod
@@ -131,9 +136,4 @@ def _function(op: GroupOperation, forward_operator, backward_operator):
                 gradients = backward_operator(dys, x, operands, kept, scales, *rest, needs)
             return None, *wanted(gradients, needs)
 
-    class Spread:
-        @staticmethod
-        def apply(x, operands, *common):
-            return list(Function.apply(Common(*common), x, *operands))
-
-    return Spread
+    return Function

@@ -29,9 +29,27 @@ def define(schema: str, kernel: Callable, fake: Callable) -> torch._ops.OpOverlo
     return getattr(torch.ops.artemis, name).default
 
 
-def differentiate(name: str, function: type[torch.autograd.Function]) -> None:
-    """Put `function.apply` at the Autograd key of `artemis::<name>`."""
-    _LIBRARY.impl(name, function.apply, "Autograd")
+def differentiate(
+    name: str, function: type[torch.autograd.Function], call: Callable | None = None
+) -> None:
+    """Put `function` at the Autograd key of `artemis::<name>`, called by `call` or as it is.
+
+    It has a backward and no more: forward mode and torch.func's derivatives are refused in the
+    operation's name, where torch's own errors tell how to write an autograd.Function.
+    """
+    call = call or function.apply
+
+    def refused(*_):
+        raise Unavailable(
+            f"{name}: there is no derivative in forward mode or by torch.func;"
+            " impl='reference' has them"
+        )
+
+    def apply(*arguments):
+        return (refused if torch._C._are_functorch_transforms_active() else call)(*arguments)
+
+    function.jvp = staticmethod(refused)
+    _LIBRARY.impl(name, apply, "Autograd")
 
 
 class Operation(torch.autograd.Function):

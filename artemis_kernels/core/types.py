@@ -34,7 +34,7 @@ class Choice:
 
 
 class Unavailable(RuntimeError):
-    """This call, a path asked for by name, or a second derivative of any but the reference's.
+    """This call, a path asked for by name, or a derivative that only the reference has.
 
     The message says why in one sentence.
     """

@@ -42,6 +42,18 @@ def paths(op: str, plan: Callable[..., call.Path], calls: Iterable[tuple]) -> li
     return found
 
 
+def why_apart(each: list[call.Path]) -> str | None:
+    """Why members on these paths are computed one after the other, or None where they may join."""
+    impls = {path.impl for path in each}
+    if len(impls) > 1:
+        return "the members take different paths"
+    if impls == {"reference"}:
+        return each[0].reason
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms no operator over lists of tensors"
+    return None
+
+
 def choice(
     op: str,
     each: list[call.Path],

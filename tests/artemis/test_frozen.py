@@ -7,7 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch.autograd import forward_ad
+from torch.func import functional_call
 from torch.nn.utils import prune
 
 from artemis import HybridAdapterConfig, add_hybrid_adapter_to_model
@@ -330,6 +332,34 @@ def test_not_in_the_way(ready, monkeypatch):
         logits(model, ids)
         setattr(config, name, before)
     assert kept(model) == 0
+
+
+class Ensemble(nn.Module):
+    """One layer of a model, and the adapter that it looks its tensors up in."""
+
+    def __init__(self, layer, bank):
+        super().__init__()
+        self.layer, self.bank = layer, bank
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "mlp.gate_proj"])
+@torch.no_grad()
+def test_adapters_mapped_over_one_base(name, ready):
+    """By torch.vmap: x is a plain tensor, and the adapter's tensors have no address."""
+    model, _ = ready
+    both = Ensemble(model.model.layers[0].get_submodule(name), model.hybrid_adapter)
+    x = torch.randn(3, 5, 32)
+    bank = {f"bank.{name}": tensor for name, tensor in model.hybrid_adapter.named_parameters()}
+    stacked = {name: torch.stack((tensor, 0.5 * tensor)) for name, tensor in bank.items()}
+    wanted = []
+    for place in range(2):
+        one = {name: tensor[place] for name, tensor in stacked.items()}
+        wanted.append(functional_call(both, one, x))
+    mapped = torch.vmap(lambda tensors: functional_call(both, tensors, x))(stacked)
+    torch.testing.assert_close(mapped, torch.stack(wanted))
 
 
 def test_generates_the_same_tokens(ready):

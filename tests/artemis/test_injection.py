@@ -9,10 +9,12 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.export import Dim, export
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from artemis import HybridAdapterConfig, add_hybrid_adapter_to_model, quantize_adapter_model
+from artemis.layers.bank import initial
 from artemis.report import adapter_parts, count_parameters
 from tests.artemis.models import (
     TOKENS,
@@ -162,6 +164,32 @@ def test_a_copy_computes_the_same_and_is_independent(clone, settings, tmp_path):
     assert torch.equal(outputs(model, ids), changed)
 
 
+@pytest.mark.parametrize("bits", [None, 8])
+def test_an_exported_model_computes_the_same(bits):
+    """For any number of tokens, read back from its file."""
+    model = adapted(llama(num_hidden_layers=1))
+    if bits:
+        quantize_adapter_model(model, bits=bits, progress=False, adapter_bits=32)
+    sizes = {"input_ids": {0: Dim.AUTO, 1: Dim.AUTO}, "use_cache": None}
+    arguments = {"input_ids": tokens(), "use_cache": False}
+    torch.export.save(export(model, (), arguments, dynamic_shapes=sizes), file := io.BytesIO())
+    file.seek(0)
+    program = torch.export.load(file).module()
+    ids = tokens(3, 17)
+    logits = program(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("grouping", [True, False])
+def test_a_model_that_was_exported_in_training_is_copied_and_pickled(grouping):
+    """Tracing draws dropout seeds that have no value."""
+    model, ids = adapted(llama(), grouping=grouping, lora_dropout=0.2).train(), tokens()
+    layer = model.model.layers[0].self_attn
+    export(layer.q_proj, (torch.randn(2, 5, 32),))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        other(ids).logits.sum().backward()
+
+
 def test_the_model_moves_to_another_dtype_as_a_whole():
     model, ids = adapted(llama()).to(torch.float64), tokens()
     assert {p.dtype for p in model.parameters()} == {torch.float64}
@@ -304,6 +332,21 @@ def test_a_seed_gives_the_same_adapter():
         torch.manual_seed(3)
         models.append(adapted(llama(), fill=False))
     assert_same_state(models[0], snapshot(models[1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_seed_gives_the_same_adapter_whatever_torchs_defaults(dtype):
+    base, models = llama(), []
+    for default in (torch.float32, dtype):
+        torch.manual_seed(3)
+        torch.set_default_dtype(default)
+        try:
+            models.append(adapted(copy.deepcopy(base), fill=False))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert_same_state(models[0], snapshot(models[1]))
+    with torch.device("meta"):
+        assert initial("lora_a", (4, 6), "default").device.type == "cpu"
 
 
 def test_an_unfrozen_base_still_trains_right():

@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
+from torch import func
 from torch._subclasses import FakeTensorMode
-from torch.autograd import functional
+from torch.autograd import forward_ad, functional
 from torch.utils.checkpoint import checkpoint
 
 import artemis_kernels
-from artemis_kernels import Unavailable
+from artemis_kernels import QuantizedWeight, Unavailable
 from tests import kit
 from tests.kit import SIZES, Sizes
 from tests.ops.operations import (
@@ -181,17 +182,51 @@ def test_what_torch_makes_of_second_derivatives(operation):
     torch.testing.assert_close(functional.jacobian(summed, x), functional.jacobian(by_reference, x))
 
 
-@pytest.mark.parametrize("group", ["lora_linear_group", "quantized_linear"])
-def test_the_other_operations_refuse_it_as_well(group):
+@EVERY_OPERATION
+def test_derivatives_that_only_the_reference_has(operation):
+    """By torch.func, and in forward mode of any tensor: refused in the operation's name."""
+    tensors = operation.operands(Sizes(2, 4, 3, 2), DOUBLE)
+    x = tensors["x"]
+
+    def summed(x, impl=None):
+        return operation.public(**tensors | {"x": x}, impl=impl).square().sum()
+
+    def along_x(function):
+        return lambda x: func.jvp(function, (x,), (x,))[1]
+
+    wanted = functional.jacobian(summed, x)
+    for transform in (func.grad, func.jacrev, func.jacfwd, along_x):
+        with pytest.raises(Unavailable, match=f"^{operation.name}: .*impl='reference'"):
+            transform(summed)(x)
+        found = transform(lambda x: summed(x, "reference"))(x)
+        torch.testing.assert_close(found, (wanted * x).sum() if transform is along_x else wanted)
+    for name in operation.trained:
+        with forward_ad.dual_level(), torch.no_grad():
+            dual = forward_ad.make_dual(tensors[name], torch.ones_like(tensors[name]))
+            with pytest.raises(Unavailable, match=f"^{operation.name}: .*impl='reference'"):
+                operation.public(**tensors | {name: dual})
+
+
+@pytest.mark.parametrize("name", ["lora_linear_group", "quantized_linear"])
+def test_the_other_operations_refuse_them_as_well(name):
     tensors = LORA.operands(SIZES, SINGLE)
     x, weight = tensors["x"].requires_grad_(), tensors["weight"]
-    if group == "quantized_linear":
-        y = artemis_kernels.quantized_linear(x, artemis_kernels.QuantizedWeight.quantize(weight))
-    else:
+
+    def run(x):
+        if name == "quantized_linear":
+            return artemis_kernels.quantized_linear(x, QuantizedWeight.quantize(weight))
         parts = ([tensors[name]] * 2 for name in ("weight", "lora_a", "lora_b", "scale"))
-        y = artemis_kernels.lora_linear_group(x, *parts)[1]
-    with pytest.raises(Unavailable, match=f"^{group}: .*second derivative"):
-        torch.autograd.grad(y.sum(), x, create_graph=True)
+        return artemis_kernels.lora_linear_group(x, *parts)[1]
+
+    with pytest.raises(Unavailable, match=f"^{name}: .*second derivative"):
+        torch.autograd.grad(run(x).sum(), x, create_graph=True)
+    member = name.removesuffix("_group")  # torch.func meets a group's members one by one
+    with pytest.raises(Unavailable, match=f"^{member}: .*forward mode or by torch.func"):
+        func.grad(lambda x: run(x).sum())(x)
+    with forward_ad.dual_level():
+        x = forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(Unavailable, match=f"^{name}: .*forward mode or by torch.func"):
+            run(x)
 
 
 @EVERY_OPERATION

@@ -308,6 +308,9 @@ def test_refusals():
         frozen_linear(x.clone().requires_grad_(), held, adapter)
     with pytest.raises(ValueError, match="weight requires a gradient"):
         frozen_linear(x, held.clone().requires_grad_(), adapter)
+    learning = FrozenAdapter(adapter.down, adapter.up.clone().requires_grad_())
+    with pytest.raises(ValueError, match=r"adapter\.up requires a gradient"):
+        frozen_linear(x, held, learning)
     narrow = FrozenAdapter.lora(tensors["lora_a"], tensors["lora_b"], dtype=BF16)
     with pytest.raises(TypeError, match="weight is torch.float32, but x is torch.bfloat16"):
         FrozenLinear(held, narrow)
@@ -344,6 +347,23 @@ def test_as_an_object(rows, format):
         linear(tensors["x"][:, :10])
     with pytest.raises(ValueError, match="requires a gradient"):
         linear(tensors["x"].clone().requires_grad_())
+
+
+@pytest.mark.parametrize("asking", ["weight", "down", "up", "bias", "bias_down", "scale"])
+@pytest.mark.parametrize("rows", [1, 30])
+def test_an_object_refuses_what_asks_for_a_gradient(rows, asking):
+    """At few rows too, where one pass serves the call; without gradients it computes."""
+    tensors, held, _ = layer(64, 136, None, BF16, rows)
+    constants = {"bias": tensors["bias"], "bias_down": tensors["lora_a"][:, 0].clone()}
+    constants["scale"] = torch.tensor(0.5)
+    adapter = FrozenAdapter(tensors["lora_a"], tensors["lora_b"], **constants)
+    linear = FrozenLinear(held, adapter)
+    wanted = linear(tensors["x"])
+    (held if asking == "weight" else getattr(adapter, asking)).requires_grad_()
+    with pytest.raises(ValueError, match=f"{asking} requires a gradient"):
+        linear(tensors["x"])
+    with torch.no_grad():
+        kit.assert_same_bits(linear(tensors["x"]), wanted)
 
 
 def saved(made: FrozenLinear) -> FrozenLinear:

@@ -157,6 +157,25 @@ def test_opcheck(operation):
 
 
 @BOTH
+def test_vmap(operation):
+    """Over x, and over a member's matrix: what a loop gives."""
+    x, members = members_of(operation, SINGLE)
+    pairs = torch.vmap(lambda x: grouped(operation, x, members))(torch.stack((x, -x)))
+    for pair, one, other in zip(
+        pairs, grouped(operation, x, members), grouped(operation, -x, members), strict=True
+    ):
+        torch.testing.assert_close(pair, torch.stack((one, other)))
+    name, members = KEYS[operation][0], [dict(member) for member in members]
+
+    def second(matrix):
+        members[1][name] = matrix
+        return grouped(operation, x, members)[1]
+
+    matrices = torch.randn(2, *members[1][name].shape)
+    torch.testing.assert_close(torch.vmap(second)(matrices), torch.stack([*map(second, matrices)]))
+
+
+@BOTH
 def test_leading_dimensions_autocast_and_the_meta_device(operation):
     x, members = members_of(operation, SINGLE)
     flat = grouped(operation, x, members)

@@ -12,6 +12,7 @@ from ...core.quantized import QuantizedWeight
 from ...core.tiling import Shape
 from ...core.types import Choice
 from .. import members
+from ..members import why_apart
 from . import group_eager, op
 
 NAME = "adapter_linear_group"
@@ -90,13 +91,6 @@ def _operands(calls: list[tuple], dtype: torch.dtype) -> tuple[list, list[float]
         parts += list(member)  # torch 2.11 compiles no `+=` of a named tuple
         numbers.append(scale.number)
     return parts, numbers
-
-
-def why_apart(each: list[call.Path]) -> str | None:
-    """Why members on these paths are computed one after the other, or None where they join."""
-    if len({path.impl for path in each}) > 1:
-        return "the members take different paths"
-    return each[0].reason if each[0].impl == "reference" else None
 
 
 def explain(

@@ -70,7 +70,7 @@ def _plain_backward(d, logits, target, kept, ignored):
     counts = (target != ignored)[:, None]
     p = (_wide(logits) - kept[:, :1] - kept[:, 1:]).exp_()
     p.scatter_add_(1, torch.where(counts, target[:, None], 0), -counts.to(p.dtype))
-    return torch.where(counts, p * d[:, None], 0).to(logits.dtype)
+    return torch.where(counts, p * d[:, None], 0).to(logits.dtype).contiguous()
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

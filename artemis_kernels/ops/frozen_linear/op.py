@@ -11,7 +11,7 @@ from ...core.registration import define
 from ...core.types import Choice, Cost
 from ..bases import held
 from . import eager, reference
-from .plan import NAME, constants, in_forward_mode, plan
+from .plan import NAME, asks_for_gradient, constants, in_forward_mode, plan
 from .plan import usual as usual  # the tuner asks an operation for it
 
 
@@ -51,7 +51,7 @@ def frozen_linear(
                 adapter.activation, adapter.reads_output,
             ).to(dtype)  # fmt: skip
         rows = x.reshape(-1, x.shape[-1])
-        if type(x) is torch.Tensor and not _is_watched(x):
+        if type(x) is torch.Tensor and not _is_watched():
             weight = weight.to(dtype) if isinstance(weight, torch.Tensor) else weight
             y = computed(rows, weight, adapter, path.impl, path.strategy)
         else:
@@ -103,9 +103,11 @@ class FrozenLinear:
         rows = x.numel() // x.shape[-1]
         if rows <= self._most_rows:
             return self._few_rows(x)
-        if rows != self._planned[0]:
-            self._planned = rows, plan(x, self.weight, self.adapter, impl=self.impl)
-        path = self._planned[1]
+        planned = self._planned  # once: another thread may be here
+        if rows != planned[0]:
+            planned = rows, plan(x, self.weight, self.adapter, impl=self.impl)
+            self._planned = planned
+        path = planned[1]
         if path.impl == "reference":
             return frozen_linear(x, self.weight, self.adapter, impl=self.impl)
         x_rows = x.reshape(rows, x.shape[-1])
@@ -121,21 +123,18 @@ class FrozenLinear:
             and x.dim() > 0
             and x.numel() > 0
             and x.shape[-1] == self.weight.shape[1]
-            and not _is_special(x)
+            and not in_forward_mode()
+            and not torch.is_autocast_enabled(x.device.type)
+            and not _is_watched()
+            and asks_for_gradient(x, self.weight, self.adapter) is None
         )
 
 
-def _is_special(x: torch.Tensor) -> bool:
-    """Whether there is more to see to than the numbers."""
-    asks = x.requires_grad and torch.is_grad_enabled() or in_forward_mode()
-    return asks or torch.is_autocast_enabled(x.device.type) or _is_watched(x)
-
-
-def _is_watched(x: torch.Tensor) -> bool:
+def _is_watched() -> bool:
     """Whether a compiler, tracer, transform or mode must see an operator: it costs 15 µs a call."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
-    if torch._C._functorch.is_functorch_wrapped_tensor(x):  # it has no address
+    if torch._C._are_functorch_transforms_active():  # x, or what it meets, may have no address
         return True
     return torch._C._len_torch_dispatch_stack() > 0
 

@@ -38,20 +38,34 @@ def plan(x, weight, adapter, *, impl=None) -> call.Path:
 
 
 def _check_no_derivative(x, weight, adapter) -> None:
-    if call.trains(weight) or x.requires_grad and torch.is_grad_enabled():
-        name = "x" if x.requires_grad else "weight"
+    asking = asks_for_gradient(x, weight, adapter)
+    if asking is not None:
         raise ValueError(
-            f"{NAME}: {name} requires a gradient, and there is none here; call it under"
+            f"{NAME}: {asking} requires a gradient, and there is none here; call it under"
             " torch.no_grad(), or take lora_linear or adapter_linear"
         )
     if in_forward_mode():
-        tensors = (x, weight, *constants(adapter), adapter.scale)
-        given = (t for t in tensors if isinstance(t, torch.Tensor))
-        if any(forward_ad.unpack_dual(t).tangent is not None for t in given):
+        tensors = _tensors(x, weight, adapter).values()
+        if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
             raise ValueError(
                 f"{NAME}: x, weight or a constant has a tangent, and there is no derivative here;"
                 " take lora_linear or adapter_linear with impl='reference'"
             )
+
+
+def asks_for_gradient(x, weight, adapter) -> str | None:
+    """The name of an argument that a gradient is asked for, if there is one."""
+    if not torch.is_grad_enabled():
+        return None
+    tensors = _tensors(x, weight, adapter).items()
+    return next((name for name, tensor in tensors if tensor.requires_grad), None)
+
+
+def _tensors(x, weight, adapter) -> dict[str, torch.Tensor]:
+    """Every tensor that a derivative could be of, by the name of its argument."""
+    names = ("down", "up", "bias", "bias_down", "scale")
+    given = {"x": x, "weight": weight} | {f"adapter.{n}": getattr(adapter, n) for n in names}
+    return {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
 
 
 def in_forward_mode() -> bool:

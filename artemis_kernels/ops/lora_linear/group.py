@@ -78,14 +78,10 @@ def lora_linear_group(
 
 def why_apart(each: list[call.Path]) -> str | None:
     """Why members on these paths are computed one after the other, or None where they join."""
-    impls = {path.impl for path in each}
-    if len(impls) > 1:
-        return "the members take different paths"
-    if impls == {"reference"}:
-        return each[0].reason
-    if any(path.strategy == "one_pass" for path in each):
+    why = members.why_apart(each)
+    if why is None and any(path.strategy == "one_pass" for path in each):
         return "one pass over x and W is all that a member takes"
-    return None
+    return why
 
 
 def explain(
