@@ -39,3 +39,7 @@ class SharedSeed:
         """Return a new seed for every member at once; none is owed afterwards."""
         self.seed, self.pending = new_seed(device), 0
         return self.seed
+
+    def __getstate__(self) -> dict:
+        """A copy owes nothing; and torch.export in training mode leaves a seed without a value."""
+        return self.__dict__ | {"pending": 0, "seed": None}

@@ -30,10 +30,6 @@ if TYPE_CHECKING:
 #: Role -> tensor of one module, as `AdapterBank.tensors` gives them.
 Tensors = dict[str, torch.Tensor]
 
-    def __getstate__(self) -> dict:
-        """A copy owes nothing; and torch.export in training mode leaves a seed without a value."""
-        return self.__dict__ | {"pending": 0, "seed": None}
-
 
 @dataclass(eq=False)
 class Site:
