@@ -4,6 +4,7 @@ Sites are plain objects, not modules: they refer to the bank without registering
 and `deepcopy` and pickle follow that reference like any other.
 """
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -38,34 +39,46 @@ Weight = torch.Tensor | QuantizedWeight
 class SharedSeed:
     """One dropout seed for all modules that read the same tensor.
 
-    A member that still owes a use of the current seed takes it; any other draws a new one, which
-    the rest then owe. So a forward draws once a group; activation checkpointing, which restores the
-    generator, draws the same again; and order, exceptions and skipped members do no harm.
+    A member that still owes a use of the current seed takes it for the tensor that it was drawn
+    for; any other draws a new one, which the rest then owe. So a forward draws once a group;
+    activation checkpointing, which restores the generator, draws the same again, since nothing of
+    an earlier forward has a part in it; and order, exceptions and skipped members do no harm.
     """
 
     size: int = 0
     #: Bit i is set while member i may still take `seed`.
     pending: int = 0
     seed: torch.Tensor | None = None
+    #: The tensor that `seed` was drawn for; a compiled graph, which makes no weak references, keeps
+    #: none.
+    source: weakref.ref | None = field(default=None, repr=False)
 
     def join(self) -> int:
         """Add a member; return the bit that stands for it."""
         self.size += 1
         return 1 << (self.size - 1)
 
-    def take(self, member: int, device: torch.device) -> torch.Tensor:
-        """Return the seed for `member`: one int64 element on `device`."""
-        if self.pending & member:
+    def take(self, member: int, x: torch.Tensor) -> torch.Tensor:
+        """Return the seed for `member`, which reads x: one int64 element on its device."""
+        compiling = torch.compiler.is_compiling()
+        if self.pending & member and (compiling or self._is_for(x)):
             self.pending &= ~member
         else:
-            self.seed = new_seed(device)
+            self.seed = new_seed(x.device)
             self.pending = ((1 << self.size) - 1) & ~member
+            self.source = None if compiling else weakref.ref(x)
         return self.seed
+
+    def _is_for(self, x: torch.Tensor) -> bool:
+        return self.source is not None and self.source() is x
 
     def take_for_all(self, device: torch.device) -> torch.Tensor:
         """Return a new seed for every member at once; none is owed afterwards."""
         self.seed, self.pending = new_seed(device), 0
         return self.seed
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"source": None}  # no tensor of a forward is part of a copy
 
 
 @dataclass(eq=False)
@@ -118,13 +131,15 @@ class Site:
     def _factor(self, factor: float, gain: torch.Tensor | None) -> float | torch.Tensor:
         if gain is None:
             return factor
+        # In 16 bits their product would be another factor: 0.3 in bf16 is 0.3008.
+        gain = gain.to(torch.promote_types(gain.dtype, torch.float32))
         return gain if factor == 1 else factor * gain
 
     def _mask(self, p: float, training: bool, x: torch.Tensor) -> dict:
         """Arguments for dropout: none outside training."""
         if not training or p == 0.0:
             return {}
-        return {"dropout_p": p, "seed": self.seeds.take(self.member, x.device)}
+        return {"dropout_p": p, "seed": self.seeds.take(self.member, x)}
 
     def _group_mask(self, p: float, training: bool, x: torch.Tensor) -> dict:
         """The same for all members of a group."""
