@@ -103,9 +103,11 @@ class FrozenLinear:
         rows = x.numel() // x.shape[-1]
         if rows <= self._most_rows:
             return self._few_rows(x)
-        if rows != self._planned[0]:
-            self._planned = rows, plan(x, self.weight, self.adapter, impl=self.impl)
-        path = self._planned[1]
+        planned = self._planned  # once: other threads may set it in between
+        if rows != planned[0]:
+            planned = rows, plan(x, self.weight, self.adapter, impl=self.impl)
+            self._planned = planned
+        path = planned[1]
         if path.impl == "reference":
             return frozen_linear(x, self.weight, self.adapter, impl=self.impl)
         x_rows = x.reshape(rows, x.shape[-1])
