@@ -1261,8 +1261,8 @@ QUANTIZED = (
     Fault(
         "the weight's 128 left in the sums of an int8 product",
         f"{CORE}/native/int8_product.c",
-        "128 * sums[rows[i]]",
-        "127 * sums[rows[i]]",
+        "128u * (uint32_t)sums[rows[i]]",
+        "127u * (uint32_t)sums[rows[i]]",
         ("tests/core/test_eight_bit.py",),
     ),
     Fault(
