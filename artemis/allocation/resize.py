@@ -41,6 +41,7 @@ def resize(
     if optimizer is not None:
         check_states(optimizer, changes)
     values = [change.applied() for change in changes]
+    bank.forget()  # what was worked out for inference holds the old tensors
     if optimizer is not None:
         move_states(optimizer, changes)
     for change, value in zip(changes, values, strict=True):

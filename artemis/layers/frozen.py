@@ -100,8 +100,9 @@ def _ready(module: nn.Module, x: torch.Tensor, site: "Site") -> Frozen | None:
     sources = sources_of(_places(module, site))
     if sources is None or is_captured(x):
         return None
-    site.frozen = Frozen(sources, conditions, _linear(module, x.dtype, site))
-    return site.frozen
+    made = Frozen(sources, conditions, _linear(module, x.dtype, site))
+    site.frozen = made  # another thread's may take its place at once
+    return made
 
 
 def _places(module: nn.Module, site: "Site") -> list[Place]:

@@ -97,13 +97,15 @@ class Site:
         factor, gain = self.factor, tensors.get("gain")
         if gain is None:
             return factor
+        # In 16 bits their product would be another factor: 0.3 in bf16 is 0.3008.
+        gain = gain.to(torch.promote_types(gain.dtype, torch.float32))
         return gain if factor == 1 else factor * gain
 
     def own_mask(self, training: bool, x: torch.Tensor) -> dict[str, Any]:
         """An operation's arguments for dropout; none outside training."""
         if not self._draws(training):
             return {}
-        return {"dropout_p": self.dropout_p, "seed": self.seeds.take(self.member, x.device)}
+        return {"dropout_p": self.dropout_p, "seed": self.seeds.take(self.member, x)}
 
     def group_mask(self, training: bool, x: torch.Tensor) -> dict[str, Any]:
         """`own_mask` for all members of a group at once."""

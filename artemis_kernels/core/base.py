@@ -13,7 +13,7 @@ from torch.nn import functional
 from . import eight_bit, packed_passes, quantized, thin_products
 from .device import multiplies_int8
 from .eight_bit_rows import Rounded
-from .products import LowRank
+from .products import LowRank, through_weight
 from .quantized import QuantizedWeight
 from .types import Cost
 
@@ -62,7 +62,7 @@ class PlainBase(NamedTuple):
     def unfolded(self, gradient: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """`dF Wᵀ` [width, out], what the gradient of `F = D W` [width, in] is of D.
 
-        In fp32 from a pass of our own over bf16, else in `dtype`, the weight's.
+        In fp32 from a pass of our own over bf16 and in fp16, else in `dtype`, the weight's.
         """
         weight, out = self.weight, None
         if dtype == torch.bfloat16:
@@ -72,7 +72,7 @@ class PlainBase(NamedTuple):
             else:
                 out = thin_products.multiply(weight, gradient.t(), by_columns=True, **wide)
                 out = None if out is None else out.t()
-        return torch.mm(gradient.to(dtype), weight.t()) if out is None else out
+        return through_weight(gradient, weight) if out is None else out
 
 
 class PackedBase:

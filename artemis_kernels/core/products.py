@@ -98,6 +98,22 @@ def outer_gradient(left: torch.Tensor, right: torch.Tensor, alpha: float = 1.0) 
     return out if alpha == 1 else out.mul_(alpha)
 
 
+def sums_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums over rows of `dtype` are handed on in: they leave fp16's range."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def through_weight(sums: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`sums weightᵀ` [R, N] for sums over rows [R, K] and weight [N, K], in the weight's dtype.
+
+    Those of fp16 go in divided by the largest of their row, and come out multiplied by it, in fp32.
+    """
+    if weight.dtype != torch.float16:
+        return torch.mm(sums.to(weight.dtype), weight.t())
+    largest = sums.abs().amax(1, keepdim=True).clamp_min(torch.finfo(sums.dtype).tiny)
+    return torch.mm((sums / largest).to(weight.dtype), weight.t()).to(sums.dtype) * largest
+
+
 def _with_lines(x: torch.Tensor) -> torch.Tensor:
     """x, or a copy of it, whose rows or columns lie in one piece."""
     return x if 1 in x.stride() else x.contiguous()

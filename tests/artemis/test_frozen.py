@@ -295,6 +295,13 @@ def test_training_drops_them(ready):
     assert kept(model) == 0 and not model.hybrid_adapter.casts._made
 
 
+def test_other_sizes_drop_them(ready):
+    """They hold tensors of the old sizes, whose memory is to be free."""
+    model, ids = ready
+    allocates(model, ids)
+    assert kept(model) == 0 and not model.hybrid_adapter.casts._made
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_gradients_after_inference(mode, ready):
     """What inference made is never part of a graph."""

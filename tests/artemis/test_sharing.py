@@ -108,8 +108,8 @@ def drawn_seeds(model, inputs: dict) -> dict[str, int]:
     model.hybrid_adapter.config.grouping = False  # each asks for itself
     for path, site in model.hybrid_adapter.sites.items():
 
-        def take(member, device, path=path, original=site.seeds.take):
-            seed = original(member, device)
+        def take(member, x, path=path, original=site.seeds.take):
+            seed = original(member, x)
             taken[path] = seed.item()
             return seed
 
@@ -202,15 +202,26 @@ def test_every_training_forward_draws_new_masks():
 @pytest.mark.parametrize("order", ["abc", "cab", "abccab", "aabbcc", "abab"])
 def test_a_shared_seed_in_any_order(order):
     """Each member takes a seed once; one that comes again draws the next."""
-    seeds = SharedSeed()
+    seeds, x = SharedSeed(), torch.zeros(1)
     members = {name: seeds.join() for name in "abc"}
     drawn: dict[int, set[str]] = {}
     for name in order:
-        used = drawn.setdefault(seeds.take(members[name], torch.device("cpu")).item(), set())
+        used = drawn.setdefault(seeds.take(members[name], x).item(), set())
         assert name not in used
         used.add(name)
     if sorted(order[:3]) == list("abc"):  # whole rounds: one seed each
         assert len(drawn) == len(order) // 3
+
+
+def test_a_seed_is_for_one_tensor():
+    """What a member left untaken is not for the next forward, nor for readers of another tensor."""
+    seeds, x, other = SharedSeed(), torch.zeros(1), torch.zeros(1)
+    a, b, _ = (seeds.join() for _ in range(3))
+    first = seeds.take(a, x)
+    assert seeds.take(b, other) is not first
+    seeds = copy.deepcopy(seeds)
+    drawn_for_other = seeds.seed
+    assert seeds.take(a, x) is not drawn_for_other
 
 
 def test_dropout_is_that_of_the_public_mask():
@@ -228,6 +239,23 @@ def test_dropout_is_that_of_the_public_mask():
         (x * keep * 2) @ t["lora_a"].T @ t["lora_b"].T
     )
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_factor_is_not_rounded_to_the_gains_16_bits(shared):
+    """In bf16, 0.3 would be 0.3008: too little to see in one number, and it shows in many."""
+    model = llama().bfloat16()
+    settings = dict(scaling_factor=0.3, adapter_dtype="model", shared_parameters=shared)
+    adapted(model, **settings, cache_constants=False)
+    layer, x = model.model.layers[0].self_attn.q_proj, torch.randn(512, 32, dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer.weight.zero_()
+        if shared:
+            model.hybrid_adapter.gain["model/layers/0/self_attn/q_proj"].fill_(1)
+    t = {role: v.double() for role, v in layer.adapter.bank.tensors(layer.adapter.layout).items()}
+    wanted = 0.3 * (x.double() @ t["lora_a"].T @ t["lora_b"].T)
+    factor = (layer(x).double() * wanted).sum() / wanted.square().sum()
+    assert factor.item() == pytest.approx(1, abs=5e-4)
 
 
 def test_the_gain_scales_its_layer_alone():

@@ -5,7 +5,7 @@ import torch
 
 from tests import kit
 from tests.kit import SIZES, Sizes
-from tests.ops.operations import ADAPTER, DOUBLE, Path, away_from_the_bend, follow_reference
+from tests.ops.operations import ADAPTER, DOUBLE, HALF, Path, away_from_the_bend, follow_reference
 
 
 @pytest.mark.parametrize("sizes", kit.HARD_SHAPES)
@@ -71,6 +71,14 @@ def test_any_layout(path, layout):
     tensors = ADAPTER.operands(Sizes(33, 34, 36, 5), path.dtype)
     hostile = {name: layout(tensors[name]) for name in ("x", "weight", "down", "up")}
     follow_reference(ADAPTER, path, tensors | hostile)
+
+
+@pytest.mark.parametrize("path", ADAPTER.paths(HALF))
+def test_sums_that_leave_fp16(path):
+    """Folded, dD goes by way of dzᵀ x, a sum over rows: larger than dD where weights are small."""
+    tensors = ADAPTER.operands(SIZES, HALF)
+    large = {"x": tensors["x"] * 2000, "weight": tensors["weight"] / 1000}
+    follow_reference(ADAPTER, path, tensors | large, activation="identity")
 
 
 def test_folded_equals_plain_in_fp64():

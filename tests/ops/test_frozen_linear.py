@@ -366,6 +366,27 @@ def test_an_object_refuses_what_asks_for_a_gradient(rows, asking):
         kit.assert_same_bits(linear(tensors["x"]), wanted)
 
 
+def test_a_call_of_another_thread_in_between(monkeypatch):
+    """It sets what was planned, for 3 rows, which read the weight as it is: 20 are rounded."""
+    tensors, held, _ = layer(64, 136, "int8", SINGLE, 20)
+    held = replace(held, activation_bits="auto")
+    adapter, others, planned = FrozenAdapter.none(held, dtype=SINGLE), [], []
+
+    def read(linear):
+        found = planned[-1]
+        if others:
+            linear(others.pop())
+        return found
+
+    kept = property(read, lambda linear, value: planned.append(value))
+    monkeypatch.setattr(FrozenLinear, "_planned", kept, raising=False)
+    made, x = FrozenLinear(held, adapter), tensors["x"]
+    wanted = made(x)
+    others.append(x[:3])
+    kit.assert_same_bits(made(x), wanted)
+    assert planned[-1][0] == 3
+
+
 def saved(made: FrozenLinear) -> FrozenLinear:
     """By torch's pickles: plain ones hold no e4m3."""
     torch.save(made, file := io.BytesIO())

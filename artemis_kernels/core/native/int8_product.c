@@ -212,7 +212,8 @@ static inline void finish(const Epilogue *with, const int64_t *rows, const int32
             int32_t shifts[TILE_ROWS];                                                            \
             for (int64_t i = 0; i < TILE_ROWS; ++i) { /* beyond the last row, that one again */   \
                 rows[i] = top + i < m ? top + i : m - 1;                                          \
-                rows_of_q[i] = q + rows[i] * w->k, shifts[i] = 128 * sums[rows[i]];               \
+                rows_of_q[i] = q + rows[i] * w->k;                                                \
+                shifts[i] = (int32_t)(128u * (uint32_t)sums[rows[i]]); /* wraps, as sums do */    \
             }                                                                                     \
             for (int64_t c = first; c < last; c += PANEL) {                                       \
                 Tile tile;                                                                        \

@@ -21,6 +21,7 @@ from collections.abc import Mapping
 import torch
 
 from ...core import device, tuning
+from ...core.products import sums_dtype, through_weight
 from ..bottleneck_adapter import fused as bottleneck
 from ..low_rank.arguments import Dropout, Scale
 from ..low_rank.steps import (
@@ -167,9 +168,9 @@ def _down_gradient(
     chip: device.Chip,
 ) -> torch.Tensor:
     """`s·((dzᵀ x) Wᵀ + (Σ dz) biasᵀ)` [width, out] in fp32."""
-    through = x.new_empty(dz.shape[1], x.shape[1])
+    through = x.new_empty(dz.shape[1], x.shape[1], dtype=sums_dtype(x.dtype))
     sum_over_rows(x, dz, through, chip)
-    ddown = torch.mm(through, dense(weight, x.dtype, chip).t()).float()
+    ddown = through_weight(through, dense(weight, x.dtype, chip)).float()
     if bias is not None:
         ddown.addr_(dz.sum(0), bias.float())
     return scale.of(ddown)

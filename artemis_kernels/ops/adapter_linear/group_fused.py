@@ -16,6 +16,7 @@ import torch
 
 from ...core import device
 from ...core.groups import Common
+from ...core.products import sums_dtype, through_weight
 from ..bases import held_member
 from ..low_rank.arguments import Dropout, Scale
 from ..low_rank.steps import (
@@ -173,8 +174,8 @@ def _folded_gradients(
 
 
 def _through_x(x: torch.Tensor, dz: torch.Tensor, chip: device.Chip) -> torch.Tensor:
-    """`dzᵀ x` [Σ widths, in] in x's dtype."""
-    through = x.new_empty(dz.shape[1], x.shape[1])
+    """`dzᵀ x` [Σ widths, in], as sums over x are handed on."""
+    through = x.new_empty(dz.shape[1], x.shape[1], dtype=sums_dtype(x.dtype))
     sum_over_rows(x, dz, through, chip)
     return through
 
@@ -183,7 +184,7 @@ def _down_gradients(member, need, through, total, columns, base) -> dict[str, to
     """dD, dbias and dbias_down from the scaled `through` = dzᵀ x and `total` = Σ dz."""
     down = bias = None
     if need.down:
-        down = torch.mm(through, base.t()).float()
+        down = through_weight(through, base).float()
         if member.bias is not None:
             down.addr_(total, member.bias.float())
     if need.bias:
