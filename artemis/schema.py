@@ -5,8 +5,9 @@ the words for what passes.
 """
 
 import dataclasses
-import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
+from os.path import expanduser
 from typing import Any, TypeVar
 
 from .errors import AdapterError, nearest
@@ -81,8 +82,9 @@ def is_integer(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """A finite one; True is none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """One that a float holds and that is finite; True is none."""
+    known = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return known and abs(value) <= sys.float_info.max
 
 
 def check_integer(name: str, value: Any, least: int = 1) -> None:
@@ -103,6 +105,14 @@ def check_fields(section: Any) -> None:
             raise AdapterError(
                 f"{section.SECTION}.{item.name}: got {value!r}, allowed: {item.metadata['allowed']}"
             )
+
+
+def expand_home(section: Any, *names: str) -> None:
+    """Have a `~` at the start of paths, fields of a frozen section, stand for the home folder."""
+    for name in names:
+        given = getattr(section, name)
+        path = expanduser(given) if isinstance(given, str) else list(map(expanduser, given))
+        object.__setattr__(section, name, path)
 
 
 def from_mapping(cls: type[Section], values: Any) -> Section:

@@ -43,3 +43,11 @@ class _UniqueKeys(yaml.SafeLoader):
                 )
             lines[name] = line
         return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """PyYAML takes `2024-02-30` for a date, and is surprised that there is none."""
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:
+            line = node.start_mark.line + 1
+            raise yaml.YAMLError(f"line {line}: {node.value!r}: {error}") from None

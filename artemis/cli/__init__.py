@@ -6,6 +6,7 @@ keeps its traceback.
 """
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from . import bench, demo, export, generate, info, train, tune
 
 COMMANDS = (demo, train, generate, info, export, bench, tune)
 INTERRUPTED = 130  # as shells report a process ended by Ctrl-C
+UNREAD = 141  # and one whose reader went away, as `head` does
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,10 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = partial(_show_warning, args.command)
-            args.run(args)
+            try:
+                args.run(args)
+            finally:
+                _flush_output()
     except KeyboardInterrupt:
         print("artemis: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        return UNREAD
     except (AdapterError, Unavailable, OSError) as error:
         return _failed(args.command, error)
     except RuntimeError as error:
@@ -52,6 +59,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _failed(args.command, error)
     return 0
+
+
+def _flush_output() -> None:
+    """Have what cannot be written fail now; what is left goes nowhere, for Python tries again."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def _failed(command: str, error: Exception) -> int:

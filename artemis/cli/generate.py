@@ -54,6 +54,10 @@ def run(args: argparse.Namespace) -> None:
         )
     if not 0 <= args.seed <= MAX_SEED:
         raise AdapterError(f"--seed: got {args.seed}, allowed: an integer from 0 to {MAX_SEED}")
+    try:
+        args.prompt.encode()
+    except UnicodeEncodeError:
+        raise AdapterError(f"--prompt: got {args.prompt!r}, allowed: UTF-8 text") from None
     model, tokenizer = load_base(args.model, resolve_precision(args.precision))
     if args.adapter is not None:
         load = load_peft_adapter if holds_lora(args.adapter) else load_hybrid_adapter

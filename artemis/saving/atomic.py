@@ -2,8 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from stat import S_IMODE
 from tempfile import TemporaryDirectory
@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from ..errors import AdapterError
 
 _DAY = 24 * 60 * 60  # seconds
+#: In what torch.save raises, a plain RuntimeError: a file of torch's source, and C++'s own words.
+_TORCH_SAVE = ("inline_container", "iostream error")
 
 
 def replace_files(directory: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
@@ -37,6 +39,23 @@ def replace_files(directory: Path, writers: Mapping[str, Callable[[Path], object
             os.replace(staged / name, directory / name)
         if hasattr(os, "O_DIRECTORY"):  # elsewhere a directory cannot be opened
             _sync(directory, os.O_RDONLY)
+
+
+@contextmanager
+def naming(place: str | os.PathLike) -> Iterator[None]:
+    """Turn what is raised where a file cannot be written, and names none, into an `OSError`."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not _names_no_file(error):
+            raise
+        raise OSError(f"{place}: not written ({error})") from error
+
+
+def _names_no_file(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno is not None and error.filename is None
+    return isinstance(error, SafetensorError) or any(words in str(error) for words in _TORCH_SAVE)
 
 
 def _write(write: Callable[[Path], object], path: Path, place: Path) -> None:

@@ -86,6 +86,7 @@ class DataConfig:
 
     def __post_init__(self):
         schema.check_fields(self)
+        schema.expand_home(self, "train", "eval")
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ class TrainingConfig:
 
     def __post_init__(self):
         schema.check_fields(self)
+        schema.expand_home(self, "output_dir")  # which TrainingArguments does, too
 
     def arguments(self, autocast: bool = False) -> TrainingArguments:
         """The same settings for transformers' Trainer.
@@ -197,6 +199,9 @@ class RunConfig:
     base: BaseConfig
     hybrid_adapter: HybridAdapterConfig | None
     training: TrainingConfig
+
+    def __post_init__(self):
+        schema.expand_home(self, "model")
 
     @property
     def trains_adapter(self) -> bool:

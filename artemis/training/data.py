@@ -95,7 +95,7 @@ def read_text(path: Path) -> str:
 def _document(line: str, text_column: str, place: str) -> str:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits; 1,000 brackets
         raise AdapterError(f"{place}: not JSON: {error}") from None
     if not isinstance(record, dict):
         raise AdapterError(f"{place}: expected a JSON object, got {type(record).__name__}")

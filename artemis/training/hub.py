@@ -15,9 +15,10 @@ def lay_out(trainer: Trainer, checkpoint: str) -> None:
     transformers pushes `output_dir`, and copies into it, by name, files that no adapter has. Where
     it waits for an earlier push the files stay as they are, since that one reads them.
     """
-    arguments, running = trainer.args, trainer.push_in_progress
+    arguments = trainer.args
     if not trainer.is_world_process_zero() or arguments.hub_strategy == HubStrategy.END:
         return
+    running = trainer.push_in_progress  # which the first process alone has
     if running is not None and not running.is_done() and not arguments.hub_always_push:
         return
     for name in (PARAMETERS_FILE, CONFIG_FILE):

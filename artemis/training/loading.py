@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -61,12 +62,13 @@ def load_base(
     choice to transformers: sdpa in a model that has it, else eager.
 
     Raises:
-        AdapterError: there is no such model, or it is not a causal language model.
+        AdapterError: there is no such model, it is damaged, or it is not a causal language model.
     """
     if attention == "sdpa":
         attention = None  # by its name transformers raises where the model has none
-    # from_pretrained reports a missing model as OSError, an unsuitable one as ValueError, and both
-    # in several lines, of which the first says what is wrong.
+    # from_pretrained reports a missing model as OSError, an unsuitable one as ValueError, one whose
+    # format needs another package as ImportError, in several lines, of which the first says what
+    # is wrong; weights that were cut short are safetensors' matter.
     try:
         if holds_base(name):
             return _load_quantized_base(Path(name), dtype, attention)
@@ -74,7 +76,7 @@ def load_base(
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, attn_implementation=attention
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = str(error).strip().split("\n", 1)[0]
         raise AdapterError(f"cannot load the model {name!r}: {reason}") from error
     return model, tokenizer

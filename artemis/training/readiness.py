@@ -27,6 +27,26 @@ def check_ready(model: nn.Module) -> None:
         )
 
 
+def check_checkpointing(model: nn.Module) -> None:
+    """Raise `AdapterError` where layers checkpoint so that their adapters would get no gradient.
+
+    Reentrant checkpointing hands gradients on only where an input requires one. transformers sees
+    to that for the embeddings of tokens; those of pictures and sound come from a frozen base.
+    """
+    if hasattr(model, "_require_grads_hook"):  # set by enable_input_require_grads
+        return
+    for module in model.modules():
+        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        if checkpoint is None or not module.gradient_checkpointing:
+            continue
+        given = getattr(checkpoint, "keywords", {}).get("use_reentrant")
+        if given is not False:  # torch takes None for True
+            raise AdapterError(
+                f"activation checkpointing: got use_reentrant={given}, allowed: False, since no"
+                f" input of {type(model).__name__} requires a gradient, and adapters would get none"
+            )
+
+
 def narrow_parts(model: nn.Module, scaled: bool) -> list[str]:
     """Sentences on what trains in 16 bits, of the adapter and each head.
 

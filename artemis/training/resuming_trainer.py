@@ -2,6 +2,7 @@
 
 - it warns of arguments that the checkpoint outweighs, and of what that lacks (`resuming`);
 - in data without a length it finds its place in a later pass, too;
+- each pass has an order of its own, which the run that it goes on with had, too (`order`);
 - where all steps are done it trains nothing.
 """
 
@@ -10,9 +11,12 @@ import warnings
 from typing import Any
 
 import transformers
+from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import has_length
 
 from .checkpoints import saved_state
+from .order import GroupedByLength, begin_pass
 from .resuming import (
     begun_anew,
     kept_intervals,
@@ -25,6 +29,13 @@ from .resuming import (
 
 class ResumingTrainer(transformers.Trainer):
     """What of `artemis.training.Trainer` matters to a resumed run only."""
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler | None:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if not isinstance(sampler, LengthGroupedSampler):
+            return sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return GroupedByLength(sampler, seed)
 
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
@@ -58,12 +69,13 @@ class ResumingTrainer(transformers.Trainer):
             _warn(begun_anew(self.args, checkpoint))
         _warn(kept_rates(given, rates(self.optimizer)))
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, model, epoch: int, train_dataloader, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:
             # Resumed in an epoch, after the last step; the parent looks after a step only.
             self.control.should_training_stop = True
         else:
-            super()._run_epoch(*args, **kwargs)
+            begin_pass(train_dataloader, epoch)
+            super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
 
 
 def _warn(sentences: list[str]) -> None:

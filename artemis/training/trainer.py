@@ -12,7 +12,8 @@ What differs from the parent:
 - an adapter or a head in 16 bits is trained, with a warning; what would be trained and not saved is
   an error; a packed base is not sent round by DDP;
 - each call of `train` trains what the model has by then, a second adapter too;
-- what is pushed to the Hub during a run holds the adapter.
+- what is pushed to the Hub during a run holds the adapter;
+- a checkpoint that cannot be written is an error that names it.
 
 A model without an adapter is trained and saved as transformers does it, so that full fine-tuning
 and the hybrid can be compared under the same trainer.
@@ -35,13 +36,14 @@ from ..layers.bank import find_bank
 from ..layers.packed import packed_modules
 from ..orthogonality import orthogonality_penalty
 from ..saving.adapter_file import read_adapter
+from ..saving.atomic import naming
 from .checkpoints import complete_checkpoint, saved_state
 from .config import TrainingConfig
 from .hub import lay_out
 from .loss import lean_loss
 from .optimizers import holds_others, resized, untrained
 from .penalty import add_penalty_gradient, penalty_weight
-from .readiness import check_ready, narrow_parts
+from .readiness import check_checkpointing, check_ready, narrow_parts
 from .resuming_trainer import ResumingTrainer
 from .throughput import of_this_call
 
@@ -91,8 +93,10 @@ class Trainer(ResumingTrainer):
         Raises:
             AdapterError: there is no model; the checkpoint is missing or incomplete; an adapter
                 would be sharded (FSDP, DeepSpeed), is merged, is held in 8 bits, or acted on a
-                module that was replaced; something beside it and its heads trains; the optimizer
-                given is one for other parameters.
+                module that was replaced, or would get no gradient through reentrant checkpointing;
+                something beside it and its heads trains; the optimizer given is one for other
+                parameters.
+            OSError: a checkpoint cannot be written; names it.
         """
         checkpoint = kwargs.pop("resume_from_checkpoint", None)
         if isinstance(model_or_checkpoint, nn.Module):
@@ -123,21 +127,26 @@ class Trainer(ResumingTrainer):
         more = {}
         if self.optimizer_cls_and_kwargs is not None:  # which Seq2SeqTrainer does not take
             more["optimizer_cls_and_kwargs"] = self.optimizer_cls_and_kwargs
-        # The parent reads signature, labels, loss and device from the model in its constructor, and
-        # offers no other way to set one.
-        super().__init__(
-            model,
-            self.args,
-            data_collator=self.data_collator,
-            train_dataset=self.train_dataset,
-            eval_dataset=self.eval_dataset,
-            processing_class=self.processing_class,
-            compute_loss_func=self.compute_loss_func,
-            compute_metrics=self.compute_metrics,
-            optimizers=(given, scheduler),
-            preprocess_logits_for_metrics=self.preprocess_logits_for_metrics,
-            **more,
-        )
+        # A new callback would take the signal over from the one that is kept, and be dropped.
+        on_signal, self.args.enable_jit_checkpoint = self.args.enable_jit_checkpoint, False
+        try:
+            # The parent reads signature, labels, loss and device from the model in its constructor,
+            # and offers no other way to set one.
+            super().__init__(
+                model,
+                self.args,
+                data_collator=self.data_collator,
+                train_dataset=self.train_dataset,
+                eval_dataset=self.eval_dataset,
+                processing_class=self.processing_class,
+                compute_loss_func=self.compute_loss_func,
+                compute_metrics=self.compute_metrics,
+                optimizers=(given, scheduler),
+                preprocess_logits_for_metrics=self.preprocess_logits_for_metrics,
+                **more,
+            )
+        finally:
+            self.args.enable_jit_checkpoint = on_signal
         self.callback_handler.callbacks = callbacks
 
     def _require_model(self) -> None:
@@ -202,19 +211,23 @@ class Trainer(ResumingTrainer):
         return [name for name in names if model.get_parameter(name).ndim > 1]
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        self._require_model()
+        place = output_dir or self.args.output_dir
         if not _hybrid(self.model):
-            super()._save(output_dir, state_dict)
+            with naming(place):
+                super()._save(output_dir, state_dict)
         elif self.args.should_save:
-            self.model.save_adapter_parameters(output_dir or self.args.output_dir)
+            self.model.save_adapter_parameters(place)
 
     def _save_checkpoint(self, model, trial) -> None:
         # The state is written last and marks a checkpoint complete. One left from an earlier run in
         # the same place must not vouch for this save if it is cut short.
+        step = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder = Path(self._get_output_dir(trial), step)
         if self.args.should_save:
-            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            state = Path(self._get_output_dir(trial), folder, TRAINER_STATE_NAME)
-            state.unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        with naming(folder):
+            super()._save_checkpoint(model, trial)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if _hybrid(self.model):
@@ -229,6 +242,8 @@ class Trainer(ResumingTrainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any):
+        if _hybrid(self.model):
+            check_checkpointing(self.model)  # which the parent has set up by now
         own = self.optimizer is None
         prepared = super()._prepare_for_training(*args, **kwargs)
         if own:

@@ -2659,8 +2659,8 @@ INFERENCE = (
     ),
     Fault(
         "a seed without a value copied",
-        "artemis/layers/sites.py",
-        'return self.__dict__ | {"pending": 0, "seed": None}',
+        "artemis/layers/seeds.py",
+        'return self.__dict__ | {"pending": 0, "seed": None, "source": None}',
         "return self.__dict__",
         ("tests/artemis/test_injection.py", "-k", "exported_in_training"),
     ),
@@ -2983,6 +2983,34 @@ COMMANDS = (
         "",
         ("tests/artemis/training/test_data.py", "-k", "begins_with"),
     ),
+    Fault(
+        "a home folder known to one of two that read a path",
+        "artemis/training/config.py",
+        '        schema.expand_home(self, "output_dir")',
+        "        pass",
+        ("tests/artemis/training/test_config.py", "-k", "home_folder"),
+    ),
+    Fault(
+        "a value that YAML cannot read left to Python",
+        "artemis/yaml_file.py",
+        "        except ValueError as error:\n            line",
+        "        except ZeroDivisionError as error:\n            line",
+        ("tests/artemis/training/test_config.py", "-k", "looks_like"),
+    ),
+    Fault(
+        "output that nobody takes tried once more",
+        "artemis/cli/__init__.py",
+        "        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())\n",
+        "",
+        ("tests/artemis/cli/test_commands.py", "-k", "nobody_takes"),
+    ),
+    Fault(
+        "output that nobody takes noticed when Python ends",
+        "artemis/cli/__init__.py",
+        "                _flush_output()\n",
+        "                pass\n",
+        ("tests/artemis/cli/test_commands.py", "-k", "nobody_takes"),
+    ),
 )
 
 OPTIMIZERS = "tests/artemis/training/test_optimizers.py"
@@ -3172,6 +3200,62 @@ TRAINING = (
         "if args.world_size > 1:",
         "if False:",
         ("tests/artemis/training/test_reallocation.py", "-k", "several"),
+    ),
+    Fault(
+        "a pass resumed in one of several processes taken for the first",
+        "artemis/training/resuming_trainer.py",
+        "            begin_pass(train_dataloader, epoch)\n",
+        "",
+        ("tests/artemis/training/test_order.py", "-k", "OneOfTwo"),
+    ),
+    Fault(
+        "examples ordered by length and by the dropout before",
+        "artemis/training/resuming_trainer.py",
+        "if not isinstance(sampler, LengthGroupedSampler):",
+        "if True:",
+        ("tests/artemis/training/test_order.py", "-k", "group_by_length"),
+    ),
+    Fault(
+        "every pass by length in the same order",
+        "artemis/training/order.py",
+        "manual_seed(self.seed + number)",
+        "manual_seed(self.seed)",
+        ("tests/artemis/training/test_order.py", "-k", "each_pass"),
+    ),
+    Fault(
+        "a signal's handler taken over by a callback that is dropped",
+        "artemis/training/trainer.py",
+        "on_signal, self.args.enable_jit_checkpoint = self.args.enable_jit_checkpoint, False",
+        "on_signal = self.args.enable_jit_checkpoint",
+        ("tests/artemis/training/test_trainer.py", "-k", "a_signal_that"),
+    ),
+    Fault(
+        "pushes asked after in processes that know of none",
+        "artemis/training/hub.py",
+        "not trainer.is_world_process_zero() or arguments",
+        "arguments",
+        ("tests/artemis/training/test_hub.py", "-k", "trains_on"),
+    ),
+    Fault(
+        "what torch raises on a full disk taken for a fault of the program",
+        "artemis/saving/atomic.py",
+        "isinstance(error, SafetensorError) or any(words in str(error) for words in _TORCH_SAVE)",
+        "isinstance(error, SafetensorError)",
+        ("tests/artemis/training/test_trainer.py", "-k", "full_at_any_file"),
+    ),
+    Fault(
+        "a checkpoint that is not written named by nobody",
+        "artemis/training/trainer.py",
+        "        with naming(folder):\n",
+        "        if True:\n",
+        ("tests/artemis/training/test_trainer.py", "-k", "full_at_any_file"),
+    ),
+    Fault(
+        "checkpointing that hands no gradient on to adapters",
+        "artemis/training/readiness.py",
+        "if given is not False:",
+        "if False:",
+        (READINESS, "-k", "hands_no_gradient"),
     ),
 )
 

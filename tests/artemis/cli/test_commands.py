@@ -1,6 +1,7 @@
 """train, generate, info and export: what they print, what they leave, and how they fail."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -309,6 +310,7 @@ def test_generate_with_what_was_exported(workspace, capsys, tmp_path):
         (["generate", ".", "--prompt", "x", "--temperature", "1e-45"], 1, "0, or a number from 1"),
         (["generate", ".", "--prompt", "x", "--seed", "-1"], 1, "--seed: got -1, allowed: an int"),
         (["generate", ".", "--prompt", "x", "--seed", "4294967296"], 1, "from 0 to 4294967295"),
+        (["generate", ".", "--prompt", "\udcff"], 1, r"--prompt: got '\udcff', allowed: UTF-8"),
         (["train", "."], 1, "training file '.' does not exist or is not a file"),
         (["generate", "."], 2, "artemis generate: the following arguments are required: --prompt"),
         (["tune", "--device", "gpu"], 1, "--device: got 'gpu', allowed: cpu, cuda or cuda:N"),
@@ -357,6 +359,35 @@ def test_what_is_interrupted_ends_as_shells_report_it(monkeypatch, capsys):
     monkeypatch.setattr("artemis.cli.info.run", interrupted)
     assert main(["info", "x"]) == 128 + signal.SIGINT
     assert capsys.readouterr() == ("", "artemis: interrupted\n")
+
+
+def closed_pipe():
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
+def full_disk():
+    if not Path("/dev/full").exists():
+        pytest.skip("no device here that is always full")
+    return open("/dev/full", "w")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    "output, status, said",
+    [
+        (closed_pipe, 128 + signal.SIGPIPE, ""),
+        (full_disk, 1, "artemis info: [Errno 28] No space left on device\n"),
+    ],
+)
+def test_output_that_nobody_takes(monkeypatch, capsys, output, status, said, streamed):
+    """Whether it is noticed while a command runs or at its end, and not once more after it."""
+    monkeypatch.setattr("artemis.cli.info.run", lambda args: print("text", flush=streamed))
+    with output() as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main(["info", "x"]) == status
+    assert capsys.readouterr().err == said
 
 
 def test_memory_that_a_cpu_has_not_is_one_line(monkeypatch, capsys):

@@ -87,6 +87,7 @@ def test_scientific_notation_is_a_number():
         ({"training": {"learning_rate": 0}}, "training.learning_rate: got 0, allowed: a number ab"),
         ({"training": {"learning_rate": "fast"}}, "training.learning_rate: got 'fast'"),
         ({"training": {"learning_rate": float("nan")}}, "training.learning_rate: got nan"),
+        ({"training": {"learning_rate": 10**400}}, "training.learning_rate: got 1000"),
         ({"training": {"warmup": 1.0}}, r"training.warmup: got 1.0, allowed: a number in \[0, 1\)"),
         ({"training": {"precision": "fp16"}}, "allowed: one of auto, fp32, bf16"),
         (
@@ -137,6 +138,32 @@ def test_a_key_that_is_given_twice(tmp_path, text, message):
         RunConfig.from_yaml(path)
     with pytest.raises(AdapterError, match=message):
         HybridAdapterConfig.from_yaml(path)
+
+
+@pytest.mark.parametrize("value", ["2024-02-30", "0x_", "!!int seven"])
+def test_a_value_that_is_not_what_it_looks_like(tmp_path, value):
+    path = tmp_path / "train.yaml"
+    path.write_text(f"data: {{train: a}}\nmodel: {value}\n")
+    with pytest.raises(AdapterError, match="train.yaml: not valid YAML: line 2: "):
+        RunConfig.from_yaml(path)
+
+
+def test_a_path_may_begin_in_the_home_folder(tmp_path, monkeypatch):
+    """As `TrainingArguments` reads one: what is looked for must lie where it writes."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    config = RunConfig.from_dict(
+        {
+            "model": "~/base",
+            "data": {"train": "~/a.txt", "eval": ["b.txt", "~/c.txt"]},
+            "training": {"output_dir": "~/out"},
+        }
+    )
+    assert config.model == str(tmp_path / "base")
+    assert config.data.train == [str(tmp_path / "a.txt")]
+    assert config.data.eval == ["b.txt", str(tmp_path / "c.txt")]
+    assert config.training.output_dir == config.training.arguments().output_dir
+    assert config.training.output_dir == str(tmp_path / "out")
 
 
 def test_a_merged_key_may_be_overridden(tmp_path):

@@ -77,6 +77,8 @@ def test_any_column_may_hold_the_text(tmp_path):
         ("mark.txt", b"\xef\xbb\xbfa\xff", r"mark.txt: not UTF-8 text \(byte 4\)"),
         ("latin.txt", "caf\u00e9s".encode("latin-1"), r"latin.txt: not UTF-8 text \(byte 3\)"),
         ("bad.jsonl", b'{"text": "a"}\n{"text"\n', "bad.jsonl:2: not JSON"),
+        ("digits.jsonl", b"[" + b"9" * 5000 + b"]", "digits.jsonl:1: not JSON: Exceeds the limit"),
+        ("deep.jsonl", b"[" * 100_000, "deep.jsonl:1: not JSON: .*recursion"),
         ("list.jsonl", b"[1]", "list.jsonl:1: expected a JSON object, got list"),
         ("column.jsonl", b'{"txt": "a"}', "column.jsonl:1: no column 'text', only txt; did you"),
         ("number.jsonl", b'{"text": 3}', "number.jsonl:1: column 'text' must be a string, got int"),

@@ -66,3 +66,10 @@ def test_nothing_is_laid_out_where_nothing_is_pushed(tmp_path, monkeypatch, stra
     else:
         expected = (tmp_path / f"checkpoint-{step}" / FILE).read_bytes()
         assert (tmp_path / FILE).read_bytes() == expected
+
+
+def test_a_process_that_pushes_nothing_trains_on(tmp_path, monkeypatch):
+    """Of several processes the first one pushes; transformers tells only that one of pushes."""
+    monkeypatch.setattr(Trainer, "is_world_process_zero", lambda trainer: False)
+    assert pushed(tmp_path, monkeypatch).pushes == []
+    assert (tmp_path / "checkpoint-4").is_dir()

@@ -79,6 +79,22 @@ def test_a_folder_without_a_model_is_one_line(tmp_path):
         load_base(str(tmp_path), torch.float32)
 
 
+def test_a_model_that_is_damaged_or_wants_a_package_is_one_line(tmp_path, monkeypatch):
+    llama().save_pretrained(tmp_path)
+    byte_pairs().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(AdapterError, match=r"cannot load the model [^\n]+ not fully covered"):
+        load_base(str(tmp_path), torch.float32)
+
+    def wanting(*args, **kwargs):
+        raise ImportError("Using this format requires a package")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", wanting)
+    with pytest.raises(AdapterError, match="cannot load the model .* requires a package"):
+        load_base(str(tmp_path), torch.float32)
+
+
 def test_precision_by_name():
     assert resolve_precision("fp32") is torch.float32
     assert resolve_precision("bf16", CPU) is torch.bfloat16

@@ -5,12 +5,13 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import set_seed
+from torch.utils.data import Dataset
+from transformers import ViTConfig, ViTForImageClassification, set_seed
 
 from artemis import AdapterError, load_hybrid_adapter
 from artemis.training import RunConfig, Trainer, run_training
 from artemis.training import run as run_module
-from tests.artemis.models import adapted, bert, llama, snapshot
+from tests.artemis.models import SMALL, adapted, bert, llama, snapshot
 from tests.artemis.training.kit import (
     Sentences,
     assert_equal_states,
@@ -178,3 +179,49 @@ def test_the_training_file_trains_a_whole_model_in_float32(
         assert saved[name].dtype == torch.float32
         moved = (saved[name] != before).float().mean()
         assert moved > (0 if "embed_tokens" in name else 0.98), name  # not every token occurs
+
+
+# --- what would get no gradient
+
+
+class Pictures(Dataset):
+    """Random pictures with a class each."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        pixels = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(index))
+        return {"pixel_values": pixels, "labels": index % 3}
+
+
+def train_vision(directory, **checkpointing):
+    """Two steps of a model of pictures; return what moved, of all that trains."""
+    set_seed(1)
+    config = ViTConfig(**SMALL, image_size=16, patch_size=8, num_labels=3)
+    names = r".*\.(query|value|q_proj|v_proj)"  # transformers renamed them
+    model = adapted(ViTForImageClassification(config), target_modules=names, apply_lora_to=names)
+    before = trained_state(model)
+    arguments = settings(directory, max_steps=2, checkpointing=bool(checkpointing)).arguments()
+    for prefix in ("activation", "gradient"):  # transformers 5.23 renamed it
+        setattr(arguments, f"{prefix}_checkpointing_kwargs", checkpointing)
+    Trainer(model, arguments, train_dataset=Pictures()).train()
+    return {n for n, p in trained_state(model).items() if not torch.equal(p, before[n])}, before
+
+
+def test_checkpointing_that_hands_no_gradient_on_is_refused(tmp_path):
+    with pytest.raises(AdapterError, match="got use_reentrant=True, allowed: False, since no inp"):
+        train_vision(tmp_path, use_reentrant=True)
+    moved, trained = train_vision(tmp_path, use_reentrant=False)
+    assert moved == trained.keys()
+
+
+def test_reentrant_checkpointing_of_inputs_that_require_a_gradient(tmp_path):
+    model = classifier()
+    model.enable_input_require_grads()  # as transformers does for tokens
+    before = trained_state(model)
+    arguments = settings(tmp_path, max_steps=2, checkpointing=True).arguments()
+    for prefix in ("activation", "gradient"):
+        setattr(arguments, f"{prefix}_checkpointing_kwargs", {"use_reentrant": True})
+    Trainer(model, arguments, train_dataset=Sentences()).train()
+    assert not any(torch.equal(p, before[name]) for name, p in trained_state(model).items())

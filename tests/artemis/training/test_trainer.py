@@ -1,6 +1,9 @@
 """What the trainer adds to transformers': late models, adapter-only saves, the penalty."""
 
 import inspect
+import re
+import resource
+import signal
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from transformers import (
     set_seed,
 )
 
-from artemis import AdapterError, load_hybrid_adapter, orthogonality_penalty
+from artemis import AdapterError, load_hybrid_adapter, orthogonality_penalty, read_adapter
 from artemis.cli.demo.corpus import byte_pairs
 from artemis.training import Trainer, TrainingConfig
 from tests.artemis.models import adapted, bert, llama, snapshot, t5
@@ -159,12 +162,38 @@ def test_a_given_optimizer_serves_the_late_model(tmp_path, scheduled):
     assert changed == ["hybrid_adapter.gain.model/layers/0/mlp/up_proj"]
 
 
+def test_a_signal_that_asks_for_a_checkpoint_serves_the_late_model(tmp_path, monkeypatch):
+    class AtOnce:
+        """A timer that does not wait."""
+
+        def __init__(self, seconds, function):
+            self.start = function
+
+    class Preempted(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("transformers.trainer_jit_checkpoint.threading.Timer", AtOnce)
+    before = signal.getsignal(signal.SIGTERM)
+    arguments = settings(tmp_path).arguments()
+    arguments.enable_jit_checkpoint = True
+    trainer = Trainer(args=arguments, train_dataset=blocks(), callbacks=[Preempted()])
+    trainer.train(hybrid())
+    assert trainer.state.global_step == 3
+    assert read_adapter(tmp_path / "checkpoint-2").parameters
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_without_a_model_there_is_one_clear_error(tmp_path):
     trainer = Trainer(args=settings(tmp_path).arguments(), train_dataset=blocks())
     with pytest.raises(AdapterError, match="no model yet"):
         trainer.train()
     with pytest.raises(AdapterError, match="no model yet"):
         trainer.evaluate(blocks())
+    with pytest.raises(AdapterError, match="no model yet"):
+        trainer.save_model()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_default_arguments_are_those_of_the_training_file(tmp_path, monkeypatch):
@@ -221,6 +250,38 @@ def test_a_checkpoint_holds_the_adapter_and_never_the_base(tmp_path):
     assert_equal_states(saved, trained_state(model))
     optimizer = torch.load(checkpoint / "optimizer.pt", weights_only=True)
     assert len(optimizer["state"]) == len(saved)
+
+
+class FullDisk(Trainer):
+    """Saves where no file may be larger than `size`."""
+
+    size: int
+
+    def _save_checkpoint(self, *args):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, before[1]))
+        try:
+            super()._save_checkpoint(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# capsys: output is held in memory, where the limit does not count.
+@pytest.mark.parametrize("build", [hybrid, llama])
+def test_a_disk_that_is_full_at_any_file_is_an_error_that_says_where(tmp_path, capsys, build):
+    arguments = settings(tmp_path / "whole", max_steps=1, save_steps=1).arguments()
+    Trainer(build(), arguments, train_dataset=blocks()).train()
+    files = list((tmp_path / "whole" / "checkpoint-1").iterdir())
+    assert len(files) > 5
+    for file in files:
+        arguments = settings(tmp_path / file.name, max_steps=1, save_steps=1).arguments()
+        trainer = FullDisk(build(), arguments, train_dataset=blocks())
+        trainer.size = file.stat().st_size - 1
+        where = re.escape(str(tmp_path / file.name / "checkpoint-1"))
+        with pytest.raises(OSError, match=rf"^{where}\S*: not written"):
+            trainer.train()
+        with pytest.raises(AdapterError, match="no complete checkpoint"):
+            trainer.train(True)
 
 
 def test_the_base_is_not_changed_by_training(tmp_path):
