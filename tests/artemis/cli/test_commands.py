@@ -314,7 +314,7 @@ def test_generate_with_what_was_exported(workspace, capsys, tmp_path):
         (["train", "."], 1, "training file '.' does not exist or is not a file"),
         (["generate", "."], 2, "artemis generate: the following arguments are required: --prompt"),
         (["tune", "--device", "gpu"], 1, "--device: got 'gpu', allowed: cpu, cuda or cuda:N"),
-        (["tune", "--rows", "8", "0"], 1, "--rows: got 0, allowed: integers from 1"),
+        (["tune", "--rows", "8", "0"], 1, "--rows: got 0, allowed: an integer from 1"),
         (["tune", "--show", "--table", "x"], 1, "--table: --show tells what calls read"),
         (["fly"], 2, "invalid choice: 'fly'"),
         ([], 2, "required: COMMAND"),
