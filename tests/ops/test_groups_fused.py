@@ -132,6 +132,19 @@ def test_sixteen_bits(operation):
         assert error < 2e-3, f"{name}: {error:.2g}"
 
 
+def test_sums_that_leave_fp16():
+    """On their way to dD, larger than it where weights are small: those of folded members."""
+    x, members = members_of(ADAPTER, HALF, rows=ROWS)
+    x, members = x * 8000, [m | {"weight": m["weight"] / 1000} for m in members]
+    dys = [4 * dy for dy in gradients_like(members, HALF, ROWS)]
+    options = {"dropout_p": 0.0, "seed": 7}
+    exact = truth(ADAPTER, x, members, dys, **options)
+    actual = outcome(forced(["folded"] * 3), ADAPTER, x, members, dys, **options)
+    for name in ("down0", "down1", "down2"):
+        error = (actual[name].double() - exact[name]).norm() / exact[name].norm()
+        assert error < 5e-3, f"{name}: {error:.2g}"
+
+
 @BOTH
 @pytest.mark.parametrize("how", ["int8", "fp8", "dense"])
 def test_packed_bases(operation, how, launched):
