@@ -84,3 +84,20 @@ def test_full_fine_tuning_counts_at_its_fastest():
     found = cells(made(models, *rows))["llama-2-7b"]
     assert (found["full fine-tuning"], found["int8 base: speedup"]) == ("2.5", "3.20")
     assert cells(made(baselines, *rows))["llama-2-7b"]["device-seconds"] == "31%"
+
+
+def test_in_short_the_machine_that_trained_last_is_shown():
+    """Whatever the order of the records; an older machine has tables of its own elsewhere."""
+    newer = HEAD | {"run": "2", "time": "2026-02-02T03:04:05"}
+    newer |= {"processor": {"name": "newer", "flags": []}}
+    rows = [
+        row(run, model, arm, samples, 100.0)
+        for run, model in (("1", "64x2"), ("2", "128x2"))
+        for arm, samples in (("full-autocast", 2.0), ("hybrid-int8", 8.0))
+    ]
+    records = [newer, HEAD, *rows[::-1]]
+    short = bench_table("train", records, render=models, short=True)
+    assert "128x2" in short and "64x2" not in short and "On " not in short
+    whole = bench_table("train", records, render=models)
+    assert whole.index("On newer, ") < whole.index("128x2") < whole.index("On cpu, ")
+    assert whole.index("On cpu, ") < whole.index("64x2")

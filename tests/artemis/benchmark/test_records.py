@@ -84,3 +84,17 @@ def test_a_hash_of_code_is_of_names_and_contents_of_code_alone(tmp_path):
     kernel.rename(kernel.with_name("b.c"))
     seen.append(machine.code_hash(tmp_path))
     assert len(set(seen)) == 3
+
+
+def test_processors_of_two_generations_are_told_apart(tmp_path, monkeypatch):
+    """A virtual machine may call both the same; some processors tell no generation."""
+    information, names = tmp_path / "cpuinfo", []
+    monkeypatch.setattr(machine, "Path", lambda path: information)
+    numbers = ("cpu family\t: 25\nmodel\t\t: 17\n", "cpu family\t: 26\nmodel\t\t: 2\n", "")
+    for text in numbers:
+        information.write_text(f"{text}model name\t: Some Server\nflags\t\t: fpu avx2\n")
+        names.append(machine.processor())
+    assert names == [
+        {"name": f"Some Server{generation}", "flags": ["avx2"]}
+        for generation in (", family 25 model 17", ", family 26 model 2", "")
+    ]
