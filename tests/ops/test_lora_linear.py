@@ -72,4 +72,4 @@ def test_equals_peft(impl, rank):
     )
     actual = torch.autograd.grad(ours, (x, a, b), dy)
     for have, want in zip((ours, *actual), (theirs, *wanted), strict=True):
-        torch.testing.assert_close(have, want, rtol=1e-5, atol=2e-5)
+        assert (have - want).norm() < 1e-5 * want.norm()  # the order of sums is the machine's

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from artemis.benchmark import worker
-from artemis.benchmark.arms import ARMS, hybrid
+from artemis.benchmark.arms import ARMS, TRAINING, hybrid
 from artemis.benchmark.flops import training_flops
 from artemis.benchmark.models import architecture
 from artemis.benchmark.steps import Step
@@ -193,6 +193,7 @@ def test_a_wrong_arm_is_not_timed(tmp_path, capsys, monkeypatch):
 
     arm = replace(ARMS["hybrid"], name="wrong", what="a step that drops dX", adapt=wrong)
     monkeypatch.setitem(ARMS, "wrong", arm)
+    monkeypatch.setattr("artemis.cli.bench.TRAINING", ("wrong", *TRAINING))
     monkeypatch.setattr("artemis.benchmark.jobs.lines", worker.run)  # where the arm is known
     path = tmp_path / "wrong.jsonl"
     arguments = ["bench", "train", "--models", "64x1", "--tokens", "32", "--sequence", "16"]
