@@ -30,11 +30,12 @@ def bench_table(
     """What `artemis bench` wrote last of each setting, by `render` if it is not as it prints it.
 
     What was measured with an allocator that keeps memory is not shown without it once more;
-    `short`: of the machine that trained last, its runs in one line.
+    `short`: of the machine that trained last, and of others what that one lacks; a machine's runs
+    in one line.
     """
     heads = _heads(records)
     machines: dict[Identity, list[Record]] = {}
-    for row in (rows_here if short else last_rows)(table, records):
+    for row in (_rows_in_short if short else last_rows)(table, records):
         machines.setdefault(identity(heads[row["run"]]), []).append(row)
 
     def newest(own: Identity) -> str:
@@ -74,6 +75,15 @@ def rows_here(table: str, records: list[Record]) -> list[Record]:
     trained = last_rows("train", records)
     here = {machine(max(trained, key=lambda row: heads[row["run"]]["time"]))} if trained else ()
     return [row for row in last_rows(table, records) if machine(row) in here]
+
+
+def _rows_in_short(table: str, records: list[Record]) -> list[Record]:
+    def case(row: Record) -> tuple:
+        return row.get("model"), row.get("tokens"), row.get("compiled")
+
+    here = rows_here(table, records)
+    known = set(map(case, here))
+    return here + [row for row in last_rows(table, records) if case(row) not in known]
 
 
 def _heads(records: list[Record]) -> dict[str, Record]:
