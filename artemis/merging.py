@@ -154,11 +154,10 @@ def _folded(
     """Weight (out, in) and bias that compute, alone, what the site does."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     tensors = {role: t.to(wide) for role, t in site.tensors().items()}
-    gain, config = tensors.get("gain", 1.0), site.bank.config
+    scale = site.factor * tensors.get("gain", 1.0)
     w = weight.to(wide)
     if site.spec.kind == "lora":
-        return w + config.scaling_factor * gain * (tensors["lora_b"] @ tensors["lora_a"]), None
-    scale = config.adapter_scale * gain
+        return w + scale * (tensors["lora_b"] @ tensors["lora_a"]), None
     down, up = tensors["down"], tensors["up"]
     # y = y0 + s·(U (D y0 + b_d) + b_u), where y0 = W x + b
     w = w + scale * (up @ (down @ w))
@@ -167,6 +166,6 @@ def _folded(
     b = bias.to(wide)
     hidden = down @ b
     shift = up @ hidden
-    if config.adapter_bias:
+    if site.bank.config.adapter_bias:
         shift = up @ (hidden + tensors["bias_down"]) + tensors["bias_up"]
     return w, b + scale * shift

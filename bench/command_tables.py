@@ -67,14 +67,10 @@ def last_rows(table: str, records: list[Record]) -> list[Record]:
 def rows_here(table: str, records: list[Record]) -> list[Record]:
     """Of them, those of the machine that trained last: what the README is about."""
     heads = _heads(records)
-
-    def machine(row: Record) -> tuple:
-        where = identity(heads[row["run"]])
-        return where.processor, where.threads, where.gpu
-
     trained = last_rows("train", records)
-    here = {machine(max(trained, key=lambda row: heads[row["run"]]["time"]))} if trained else ()
-    return [row for row in last_rows(table, records) if machine(row) in here]
+    last = max(trained, key=lambda row: heads[row["run"]]["time"], default=None)
+    here = last and _chips(last, heads)
+    return [row for row in last_rows(table, records) if _chips(row, heads) == here]
 
 
 def _rows_in_short(table: str, records: list[Record]) -> list[Record]:
@@ -109,14 +105,18 @@ def _with_best_allocator(rows: list[Record], heads: dict[str, Record]) -> list[R
     """Without what another run measured on the same chips with freed memory kept."""
 
     def about(row: Record) -> tuple:
-        where = identity(heads[row["run"]])
-        return where.processor, where.threads, where.gpu, *map(row.get, _SETTING)
+        return *_chips(row, heads), *map(row.get, _SETTING)
 
     def keeps(row: Record) -> bool:
         return identity(heads[row["run"]]).allocator == KEEPS
 
     better = {about(row) for row in rows if keeps(row)}
     return [row for row in rows if keeps(row) or about(row) not in better]
+
+
+def _chips(row: Record, heads: dict[str, Record]) -> tuple:
+    where = identity(heads[row["run"]])
+    return where.processor, where.threads, where.gpu
 
 
 def in_order(rows: Sequence[Record]) -> list[Record]:

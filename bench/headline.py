@@ -13,7 +13,7 @@ from artemis.benchmark.arms import ARMS, BASELINE
 from artemis.benchmark.records import Record
 
 from .command_tables import in_order
-from .model_tables import TOKENS, full, is_extrapolated, name_of, speedup, speedup_range
+from .model_tables import by_model, full, is_extrapolated, name_of, speedup, speedup_range
 from .promises import MEMORY, SPEED
 
 SHOWN = ("peft", "hybrid", "hybrid-int8")
@@ -33,13 +33,10 @@ class Bar(NamedTuple):
 
 def bars(rows: Sequence[Record]) -> list[Bar]:
     """What is drawn of the rows of `artemis bench train`: models that ran eagerly."""
-    models: dict[str, dict[str, Record]] = {}
-    for row in in_order(rows):
-        if row["tokens"] == TOKENS and "ms" in row and not row.get("compiled"):
-            models.setdefault(name_of(row), {})[row["arm"]] = row
+    eager = [row for row in in_order(rows) if not row.get("compiled")]
     return [
-        _bar(model, by, arm)
-        for model, by in models.items()
+        _bar(name_of(by[arm]), by, arm)
+        for by in by_model(eager)
         if BASELINE in by
         for arm in SHOWN
         if arm in by

@@ -9,7 +9,7 @@ its range: where the two times err in opposite directions, each by its own p20â€
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from artemis.benchmark.arms import ARMS, BASELINE
 from artemis.benchmark.records import Record
@@ -34,11 +34,7 @@ def baselines(rows: Sequence[Record]) -> str:
 
 def _table(columns: Sequence[Column], rows: Sequence[Record]) -> str:
     """At `TOKENS` tokens a step, without empty columns; below it, how models were extrapolated."""
-    by_model: dict[tuple, dict[str, Record]] = {}
-    for row in rows:
-        if row["tokens"] == TOKENS and "ms" in row:
-            by_model.setdefault((name_of(row), row["sequence"]), {})[row["arm"]] = row
-    whole = [by for by in by_model.values() if {BASELINE, _BEST} <= by.keys()]
+    whole = [by for by in by_model(rows) if {BASELINE, _BEST} <= by.keys()]
     lines = [{**by[_BEST], "by": by} for by in whole]
     made = piped(filled(columns, lines), lines)
     parts = [by[_BEST] for by in whole if is_extrapolated(by[_BEST])]
@@ -46,6 +42,15 @@ def _table(columns: Sequence[Column], rows: Sequence[Record]) -> str:
         return made
     measured = "\n".join(f"- {note}" for note in notes(parts))
     return f"{made}\n\n{measured}\n\n{_RANGES}"
+
+
+def by_model(rows: Iterable[Record]) -> list[dict[str, Record]]:
+    """The timed arms of every model and mode, at `TOKENS` tokens a step."""
+    found: dict[tuple, dict[str, Record]] = {}
+    for row in rows:
+        if row["tokens"] == TOKENS and "ms" in row:
+            found.setdefault((name_of(row), row["sequence"]), {})[row["arm"]] = row
+    return list(found.values())
 
 
 def name_of(row: Record) -> str:

@@ -1,13 +1,11 @@
 """What the method's document promises against what was measured here, a promise a row."""
 
-from collections.abc import Iterable
-
 from artemis.benchmark.quality.results import datasets
 from artemis.benchmark.records import Record
 from artemis.benchmark.tables import Column, piped
 
 from .command_tables import rows_here
-from .model_tables import TOKENS, is_extrapolated, name_of, saved, speedup
+from .model_tables import by_model, is_extrapolated, name_of, saved, speedup
 
 Figures = list[tuple[str, float]]  # where, how much
 
@@ -26,7 +24,7 @@ def table(records: list[Record]) -> str:
 
     What has no measurement is left out.
     """
-    trained = _steps(rows_here("train", records))
+    trained = [by for by in by_model(rows_here("train", records)) if _ARM in by]
     decoded = [row for row in rows_here("decode", records) if row["arm"] == _ARM]
     lines = []
     if decoded:
@@ -37,15 +35,6 @@ def table(records: list[Record]) -> str:
         lines.append(found)
     made = piped(_COLUMNS, lines) + "\n" if lines else ""
     return f"{made}\n{_NOTE}\n" if _MARK in made else made
-
-
-def _steps(rows: Iterable[Record]) -> list[dict[str, Record]]:
-    """The arms of every model and mode in which the hybrid over int8 was timed."""
-    models: dict[str, dict[str, Record]] = {}
-    for row in rows:
-        if row["tokens"] == TOKENS and "ms" in row:
-            models.setdefault(name_of(row), {})[row["arm"]] = row
-    return [by for by in models.values() if _ARM in by]
 
 
 def _inference(rows: list[Record]) -> Record:

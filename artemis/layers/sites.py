@@ -4,6 +4,7 @@ Sites are plain objects, not modules: they refer to the bank without registering
 and `deepcopy` and pickle follow that reference like any other.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(eq=False)
-class Site:
+class Site(ABC):
     """What an adapted module knows: what it is, where its tensors are, which mask it shares."""
 
     spec: SiteSpec
@@ -61,14 +62,14 @@ class Site:
         return self.original is None and self.bank.enabled
 
     @property
+    @abstractmethod
     def factor(self) -> float:
         """What the adapter's product is multiplied by, the gain apart."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def dropout_p(self) -> float:
         """The rate of dropout in training, as it stands now."""
-        raise NotImplementedError
 
     def tensors(self) -> Tensors:
         """The bank's tensors of this site."""
