@@ -54,10 +54,11 @@ class PlainBase(NamedTuple):
         dx = torch.mm(dy, self.weight) if into is None else into.addmm_(dy, self.weight)
         return LowRank.added_to(dx, plus)
 
-    def folded(self, down: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """`D W` [width, in] of a folded bottleneck, in `dtype`, the weight's; D [width, out]."""
-        f = thin_products.multiply(down, self.weight) if dtype == torch.bfloat16 else None
-        return torch.mm(down.to(dtype), self.weight) if f is None else f
+    def fold(self, down: torch.Tensor, into: torch.Tensor) -> None:
+        """`into = D W` [width, in] of a folded bottleneck, in W's dtype; D [width, out]."""
+        in_bf16 = into.dtype == torch.bfloat16
+        if not in_bf16 or thin_products.multiply(down, self.weight, into) is None:
+            torch.mm(down.to(into.dtype), self.weight, out=into)
 
     def unfolded(self, gradient: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """`dF Wᵀ` [width, out], what the gradient of `F = D W` [width, in] is of D.
@@ -116,15 +117,16 @@ class PackedBase:
             )
         return PlainBase(self.dense(dy.dtype)).input_gradient(dy, into, plus)
 
-    def folded(self, down: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """`D W` [width, in] of a folded bottleneck, in `dtype`; D [width, out].
+    def fold(self, down: torch.Tensor, into: torch.Tensor) -> None:
+        """`into = D W` [width, in] of a folded bottleneck, in any dtype; D [width, out].
 
         An int8 weight is multiplied as it is, where there is such a pass: `(D ⊙ scale) Wq`.
         """
         f = None
-        if self._folds_as_held(dtype):
-            f = thin_products.multiply(down.float() * self.weight.scale, self.weight.data)
-        return PlainBase(self.dense(dtype)).folded(down, dtype) if f is None else f
+        if self._folds_as_held(into.dtype):
+            f = thin_products.multiply(down.float() * self.weight.scale, self.weight.data, into)
+        if f is None:
+            PlainBase(self.dense(into.dtype)).fold(down, into)
 
     def unfolded(self, gradient: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """As `PlainBase.unfolded`, for a weight that is dequantized to `dtype` if it has to be."""

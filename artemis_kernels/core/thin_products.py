@@ -13,10 +13,10 @@ from . import native
 from .device import has_bf16_dots
 
 #: As numbered in native/thin_product.c.
-_HELD = {torch.bfloat16: 0, torch.float32: 1, torch.int8: 2}
+HELD = {torch.bfloat16: 0, torch.float32: 1, torch.int8: 2}
 _ADDED, _ROUNDED, _WIDE, _TRANSPOSED = range(4)  # likewise: what becomes of the sums
-_WIDEST = 128  # of a thin side; beyond, BLAS blocks for the caches better
-_FEW_ROWS = 16  # below, packing a factor that lies the other way round costs more than it gains
+WIDEST = 128  # of a thin side; beyond, BLAS blocks for the caches better
+FEW_ROWS = 16  # below, packing a factor that lies the other way round costs more than it gains
 
 
 def available() -> bool:
@@ -26,7 +26,7 @@ def available() -> bool:
 
 def expands(m: int, width: int, out: int) -> bool:
     """Whether `multiply` takes bf16 rows [m, width] by the transpose of a matrix [out, width]."""
-    return m >= _FEW_ROWS and 0 < min(m, width, out) <= _WIDEST and available()
+    return m >= FEW_ROWS and 0 < min(m, width, out) <= WIDEST and available()
 
 
 def _pass() -> Callable[..., None] | None:
@@ -59,11 +59,11 @@ def multiply(
         bias: [N] or None.
     """
     run = _pass() if a.is_cpu else None
-    held_a, held_b = _HELD.get(a.dtype), _HELD.get(b.dtype)
+    held_a, held_b = HELD.get(a.dtype), HELD.get(b.dtype)
     if run is None or held_a is None or held_b is None:
         return None
     (m, k), n, of_a, of_b = a.shape, b.shape[1], _strides(a), _strides(b)
-    if not 0 < min(m, k, n) <= _WIDEST or not _read_fast(m, k, n, of_a, of_b):
+    if not 0 < min(m, k, n) <= WIDEST or not _read_fast(m, k, n, of_a, of_b):
         return None
     if out is None:
         out = a.new_empty((n, m) if by_columns else (m, n), dtype=dtype)
@@ -77,16 +77,16 @@ def multiply(
         a.data_ptr(), *of_a, held_a, b.data_ptr(), *of_b, held_b,
         None if start is None else start.data_ptr(), 0 if start is None else start.stride(0),
         None if bias is None else bias.data_ptr(), alpha,
-        out.data_ptr(), of_out[kind == _TRANSPOSED], kind, m, k, n, torch.get_num_threads(),
+        out.data_ptr(), of_out[kind == _TRANSPOSED], None, kind, m, k, n, torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
 def _read_fast(m: int, k: int, n: int, of_a: tuple[int, int], of_b: tuple[int, int]) -> bool:
     """Whether neither factor takes a copy, or a packing across its rows, as large as a weight."""
-    if of_a[1] != 1 and (of_a[0] != 1 or m > _WIDEST):
+    if of_a[1] != 1 and (of_a[0] != 1 or m > WIDEST):
         return False
-    return of_b[1] == 1 or (m >= _FEW_ROWS and min(k, n) <= _WIDEST)
+    return of_b[1] == 1 or (m >= FEW_ROWS and min(k, n) <= WIDEST)
 
 
 def _kind(out: torch.Tensor, of_out: tuple[int, int], start: torch.Tensor | None) -> int | None:

@@ -23,6 +23,7 @@ from ..device import cache_folder, processor_flags
 
 _FOLDER = Path(__file__).parent
 _COMPILERS = ("gcc", "cc", "clang")  # gcc first: its OpenMP runtime is most often torch's too
+_FIRST = "units.c"  # refers to no other
 _FLAGS = ("-O3", "-march=native", "-std=c11", "-fPIC", "-ffp-contract=off", "-fopenmp")
 
 
@@ -105,6 +106,9 @@ _TYPES = {
     "threads": ctypes.c_int,
 }
 _MASK = "seed threshold factor"
+_UNITS = f"factor flag {_MASK}"
+_ROWS = "pointer size"
+_FACTOR = "pointer size size flag"
 
 
 @functools.cache
@@ -124,11 +128,11 @@ def _signatures(handle: ctypes.CDLL) -> Iterator[tuple[str, str]]:
         yield f"artemis_shrink_{dtype}", f"pointer pointer pointer {sizes} {_MASK} threads"
         yield (
             f"artemis_units_forward_{dtype}",
-            f"pointer pointer {sizes} factor flag {_MASK} threads",
+            f"pointer size pointer {sizes} {_UNITS} threads",
         )
         yield (
             f"artemis_units_backward_{dtype}",
-            f"pointer pointer pointer pointer {sizes} factor factor flag {_MASK} threads",
+            f"pointer size pointer pointer size pointer pointer {sizes} factor {_UNITS} threads",
         )
         yield (
             f"artemis_round_{dtype}",
@@ -160,8 +164,20 @@ def _signatures(handle: ctypes.CDLL) -> Iterator[tuple[str, str]]:
     if has(handle, "thin_product"):
         yield (
             "artemis_thin_product",
-            f"{'pointer size size flag ' * 2}pointer size pointer factor pointer size flag"
-            f" {sizes} threads",
+            f"{_FACTOR} {_FACTOR} {_ROWS} pointer factor pointer size pointer flag {sizes} threads",
+        )
+        yield (
+            "artemis_bottleneck_forward",
+            f"{_ROWS} {_FACTOR} pointer {_ROWS} {_ROWS} {sizes} factor {_UNITS} threads",
+        )
+        yield (
+            "artemis_bottleneck_backward",
+            f"{_ROWS} {_FACTOR} pointer {_ROWS} {_ROWS} {'pointer ' * 4}{sizes} factor"
+            f" {_UNITS} threads",
+        )
+        yield (
+            "artemis_low_rank_backward",
+            f"{_ROWS} {_FACTOR} {_ROWS} {_ROWS} pointer pointer {sizes} factor factor threads",
         )
     yield (
         "artemis_few_rows",
@@ -216,7 +232,7 @@ def _built(compiler: str, scratch: Path) -> Path:
     second one would fight it for the cores. That it serves shows with the first source.
     """
     objects: list[str] = []
-    for source in sorted(_FOLDER.glob("*.c")):
+    for source in sorted(_FOLDER.glob("*.c"), key=lambda source: (source.name != _FIRST, source)):
         objects.append(str(scratch / f"{source.stem}.o"))
         _run(compiler, *_FLAGS, "-c", str(source), "-o", objects[-1])
         if len(objects) == 1:

@@ -34,6 +34,7 @@ from ..low_rank.steps import (
 )
 from ..packed.round_rows import Rounded
 from ..packed.steps import Packed, dense, expanded, product
+from .folding import folded_bias
 
 
 @device.launches_on_first_argument
@@ -147,16 +148,6 @@ def plain_backward(
 
 def _bottleneck_strategy(y0: torch.Tensor, up: torch.Tensor, trains: bool) -> str:
     return tuning.bottleneck_strategy(y0.shape[0], *up.shape, trains, y0.dtype, y0.device)[0]
-
-
-def folded_bias(
-    down: torch.Tensor, bias: torch.Tensor | None, bias_down: torch.Tensor | None
-) -> torch.Tensor | None:
-    """`c = D bias + b_d` [width] in fp32, or None where both are absent."""
-    if bias is None:
-        return bias_down
-    through = down.float() @ bias.float()
-    return through if bias_down is None else through + bias_down
 
 
 def _down_gradient(

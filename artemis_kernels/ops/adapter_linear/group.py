@@ -14,6 +14,7 @@ from ...core.types import Choice
 from .. import members
 from ..members import why_apart
 from . import group_eager, op
+from .folding import by_kind, widths
 
 NAME = "adapter_linear_group"
 
@@ -165,10 +166,6 @@ class Member(NamedTuple):
     weight_offset: torch.Tensor | None = None
 
 
-def _plain(common: Common) -> list[bool]:
-    return [strategy.startswith("plain") for strategy in common.strategies]
-
-
 def _path(impl: str):
     if impl == "eager":
         return group_eager
@@ -178,51 +175,31 @@ def _path(impl: str):
 
 
 def _fake(x: torch.Tensor, parts: list[Member], common: Common):
+    """Every y; and what is kept: all z and all F of the folded, z and y0 of each plain member."""
+    z_dtype = x.dtype if common.impl == "eager" else torch.float32
     ys = [x.new_empty(x.shape[0], member.weight.shape[0]) for member in parts]
-    if common.impl != "eager":
-        return ys, _fake_kept(x, ys, parts, common)
-    zs = [x.new_empty(x.shape[0], member.down.shape[0]) for member in parts]
-    of_down = [
-        torch.empty_like(y) if plain else x.new_empty(member.down.shape[0], x.shape[1])
-        for y, member, plain in zip(ys, parts, _plain(common), strict=True)
-    ]
-    return ys, zs + of_down
-
-
-def _fake_kept(x, ys, parts: list[Member], common: Common) -> list[torch.Tensor]:
-    """What the kernels keep: all z and all F of the folded, z and y0 of each plain member."""
-    kept, (m, k) = [], x.shape
-    plain = _plain(common)
-    widths = [member.down.shape[0] for member in parts]
-    folded = sum(width for width, alone in zip(widths, plain, strict=True) if not alone)
-    if not all(plain):
-        kept += [x.new_empty(m, folded, dtype=torch.float32), x.new_empty(folded, k)]
-    for y, width, alone in zip(ys, widths, plain, strict=True):
-        kept += [x.new_empty(m, width, dtype=torch.float32), torch.empty_like(y)] if alone else []
-    return kept
+    kept, (folded, plain) = [], by_kind(common.strategies)
+    if folded:
+        width = sum(widths(parts, folded))
+        kept += [x.new_empty(x.shape[0], width, dtype=z_dtype), x.new_empty(width, x.shape[1])]
+    for i in plain:
+        width = parts[i].down.shape[0]
+        kept += [x.new_empty(x.shape[0], width, dtype=z_dtype), torch.empty_like(ys[i])]
+    return ys, kept
 
 
 def _reads_x(needs: list[Member], common: Common) -> bool:
     """Folded, dD is a sum over x."""
-    pairs = zip(needs, _plain(common), strict=True)
-    return any(member.down and not plain for member, plain in pairs)
+    return any(needs[i].down for i in by_kind(common.strategies)[0])
 
 
 def _to_keep(kept: list[torch.Tensor], needs: list[Member], common: Common):
     """All z; F for dX and dD; y0, of plain members, for dD only."""
-    if common.impl != "eager":
-        shared, y0_of = 2 * (not all(_plain(common))), kept[:]
-        learn = [need.down for need, plain in zip(needs, _plain(common), strict=True) if plain]
-        y0_of[shared + 1 :: 2] = [
-            y0 if learns else None for y0, learns in zip(kept[shared + 1 :: 2], learn, strict=True)
-        ]
-        return y0_of
-    count = len(needs)
-    of_down = [
-        tensor if member.down or not plain else None
-        for tensor, member, plain in zip(kept[count:], needs, _plain(common), strict=True)
-    ]
-    return kept[:count] + of_down
+    folded, plain = by_kind(common.strategies)
+    for place, i in enumerate(plain):
+        if not needs[i].down:
+            kept[2 * bool(folded) + 2 * place + 1] = None
+    return kept
 
 
 _operator = define_group(GroupOperation(NAME, Member, _path, _fake, _reads_x, _to_keep))

@@ -29,6 +29,7 @@ from ..low_rank.steps import (
 )
 from ..packed.steps import Packed, add_product, dense, expanded, product, rounded_once
 from . import fused
+from .folding import by_kind, folded_biases, rows_of, widths
 
 
 @device.launches_on_first_argument
@@ -48,7 +49,7 @@ def forward(
     ys, kept = dict[int, torch.Tensor](), []
     if folded:
         z, h, f = _hidden(x, members, folded, common, chip)
-        for i, part in zip(folded, h.split(_widths(members, folded), 1), strict=True):
+        for i, part in zip(folded, h.split(widths(members, folded), 1), strict=True):
             ys[i] = expanded(
                 x, _base(members, common, i), part, members[i].up, chip,
                 vendor="vendor" in common.strategies[i], bias=members[i].bias,
@@ -82,7 +83,7 @@ def backward(
         chip, dx = device.chip(kept[0].device), None
         reached = [i for i in folded if dys[i] is not None]
         if reached:
-            f = _rows_of(kept[1], members, folded, reached) if needs_x else None
+            f = rows_of(kept[1], members, folded, reached) if needs_x else None
             dz = _folded_gradients(
                 dys, x, members, kept[0], folded, common, needs_x, needs, gradients, chip
             )
@@ -99,39 +100,19 @@ def backward(
     return dx, gradients
 
 
-def by_kind(strategies: list[str]) -> tuple[list[int], list[int]]:
-    """Which members are folded, and which plain."""
-    plain = [i for i, strategy in enumerate(strategies) if strategy.startswith("plain")]
-    return [i for i in range(len(strategies)) if i not in plain], plain
-
-
 def _hidden(x, members, folded, common, chip) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """All z and h [M, Σ widths] and all F [Σ widths, in] of the folded members."""
-    widths = _widths(members, folded)
-    f = x.new_empty(sum(widths), x.shape[1])
-    for i, part in zip(folded, f.split(widths), strict=True):
+    sizes = widths(members, folded)
+    f = x.new_empty(sum(sizes), x.shape[1])
+    for i, part in zip(folded, f.split(sizes), strict=True):
         base = dense(_base(members, common, i), x.dtype, chip)
         torch.mm(members[i].down.to(x.dtype), base, out=part)
     z, h = shrunk(
-        x, f, chip, stage="forward", bias=_folded_biases(members, folded), with_h=True,
+        x, f, chip, stage="forward", bias=folded_biases(members, folded), with_h=True,
         activation=common.activation, dropout=Dropout(common.dropout_p, common.seed),
-        widths=tuple(widths) if len(widths) > 1 else None,
+        widths=tuple(sizes) if len(sizes) > 1 else None,
     )  # fmt: skip
     return z, h, f
-
-
-def _folded_biases(members: list[NamedTuple], folded: list[int]) -> torch.Tensor | None:
-    """The `c = D bias + b_d` [Σ widths] in fp32, or None where there are none at all."""
-    given = [fused.folded_bias(m.down, m.bias, m.bias_down) for m in (members[i] for i in folded)]
-    if all(bias is None for bias in given):
-        return None
-    return torch.cat(
-        [
-            members[i].down.new_zeros(len(members[i].down)).float() if bias is None
-            else bias.float()
-            for i, bias in zip(folded, given, strict=True)
-        ]
-    )  # fmt: skip
 
 
 def _folded_gradients(
@@ -139,13 +120,13 @@ def _folded_gradients(
 ) -> torch.Tensor:
     """The dz [M, Σ widths] of the reached, scaled; their gradients are added to `gradients`."""
     reached = [i for i in folded if dys[i] is not None]
-    widths, z_of = _widths(members, reached), z.split(_widths(members, folded), 1)
-    dz = z.new_empty(z.shape[0], sum(widths))
+    sizes, z_of = widths(members, reached), z.split(widths(members, folded), 1)
+    dz = z.new_empty(z.shape[0], sum(sizes))
     wants_down = any(needs[i].down for i in reached)
     wants_sums = any(needs[i].down or needs[i].bias or needs[i].bias_down for i in reached)
     hidden = Hidden(common.activation, Dropout(common.dropout_p, common.seed))
     columns = {}
-    for i, part in zip(reached, dz.split(widths, 1), strict=True):
+    for i, part in zip(reached, dz.split(sizes, 1), strict=True):
         member, need, sigma = members[i], needs[i], _scale(members, common, i)
         found = expand_gradients(
             dys[i], member.up, z_of[folded.index(i)], chip, hidden=hidden, scale=sigma,
@@ -164,8 +145,8 @@ def _folded_gradients(
             bias_up=like(small.bias_up, member.bias_up),
         )
     if wants_sums:
-        sums = dz.sum(0).split(widths)
-        through = _through_x(x, dz, chip).split(widths) if wants_down else [None] * len(reached)
+        sums = dz.sum(0).split(sizes)
+        through = _through_x(x, dz, chip).split(sizes) if wants_down else [None] * len(reached)
         for i, total, g in zip(reached, sums, through, strict=True):
             base = dense(_base(members, common, i), x.dtype, chip) if needs[i].down else None
             found = _down_gradients(members[i], needs[i], g, total, columns[i], base)
@@ -222,18 +203,6 @@ def _plain_gradients(
         down=down, up=up, scale_tensor=scale, bias=bias, bias_down=bias_down, bias_up=bias_up
     )
     return dy0
-
-
-def _rows_of(f, members, folded, reached) -> torch.Tensor:
-    """Those of F [Σ widths, in] that the reached stand for: all of it, or a copy."""
-    if folded == reached:
-        return f
-    parts = f.split(_widths(members, folded))
-    return torch.cat([parts[folded.index(i)] for i in reached])
-
-
-def _widths(members: list[NamedTuple], of: list[int]) -> list[int]:
-    return [members[i].down.shape[0] for i in of]
 
 
 def _scale(members: list[NamedTuple], common: Common, i: int) -> Scale:

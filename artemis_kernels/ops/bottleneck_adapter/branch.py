@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...core import thin_products
+from ...core import adapter_passes
 from ...core.dropped import Dropout
 from ...core.products import LowRank, accumulator, column_sum, inner, outer_gradient, project
 from ...core.units import Units
@@ -49,22 +49,45 @@ class Branch(NamedTuple):
 
     def added(self, start: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """`start` [M, out] plus the branch, as a new tensor, for z [M, width]."""
-        return self._term(z).plus(start)
+        y = self._in_one_pass(start, z)
+        return self._term(z).plus(start) if y is None else y
 
     def add_(self, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """Add the branch to y [M, out] in place, for z [M, width]."""
+        if self._in_one_pass(y, z, y) is not None:
+            return y
         return LowRank.added_to(y, self._term(z))
 
-    def backward(self, dy: torch.Tensor, z: torch.Tensor, needs: BranchNeeds) -> BranchGradients:
-        """Gradients for dy [M, out]."""
+    def backward(
+        self,
+        dy: torch.Tensor,
+        z: torch.Tensor,
+        needs: BranchNeeds,
+        dz: torch.Tensor | None = None,
+    ) -> BranchGradients:
+        """Gradients for dy [M, out]; that of z is written to `dz` [M, width], where it is given."""
         if not any(needs):
             return BranchGradients()
-        width, wide = z.shape[1], dy.dtype == accumulator(dy.dtype)
         through_bias = self.bias_up is not None and (needs.scale or needs.bias_up)
+        found = adapter_passes.bottleneck_backward(
+            dy, z, self.up, self.bias_up, self._units, self.scale, needs.up or through_bias, dz
+        )
+        if found is None:
+            return self._backward_by_steps(dy, z, needs, through_bias, dz)
+        return BranchGradients(
+            found.dz,
+            found.dz_sum,
+            found.up.to(self.up.dtype) if needs.up else None,
+            found.scale.to(self.scale_tensor.dtype) if needs.scale else None,
+            found.bias_up.to(self.bias_up.dtype) if needs.bias_up else None,
+        )
+
+    def _backward_by_steps(self, dy, z, needs, through_bias, dz) -> BranchGradients:
+        width, wide = z.shape[1], dy.dtype == accumulator(dy.dtype)
         column = through_bias and not wide
         needs_h = needs.up or column
         dh = project(dy, self.up.t())
-        units = self._units.backward(z, dh, self.scale, column, needs_h)
+        units = self._units.backward(z, dh, self.scale, column, needs_h, dz)
         dup = dscale = dbias_up = summed = None
         if needs_h:
             joint = outer_gradient(dy, units.h, self.scale)
@@ -89,16 +112,19 @@ class Branch(NamedTuple):
         mask = Dropout(self.dropout_p, self.seed) if self.dropout_p else None
         return Units(self.activation, self.scale_tensor, mask)
 
+    def _in_one_pass(self, start, z, out=None) -> torch.Tensor | None:
+        """`start` plus the branch, in `out` where it is given; None where no pass serves."""
+        return adapter_passes.bottleneck_forward(
+            start, z, self.up, self.bias_up, self._units, self.scale, out
+        )
+
     def _term(self, z: torch.Tensor) -> LowRank:
-        """h, U and the bias, which is for BLAS a column of U that a unit of ones meets."""
+        """h, U and the bias, as a column of U that a unit of ones meets."""
         if self.bias_up is None:
             return LowRank(self._units.forward(z, False), self.up, self.scale)
         wide = accumulator(z.dtype)
         bias = self.bias_up.to(wide)
         if self.scale_tensor is not None:
             bias = bias * self.scale_tensor.to(wide)
-        in_bf16 = z.dtype == torch.bfloat16 and z.is_cpu
-        if in_bf16 and thin_products.expands(*z.shape, self.up.shape[0]):
-            return LowRank(self._units.forward(z, False), self.up, self.scale, bias * self.scale)
         up = torch.cat((self.up.to(wide), bias.unsqueeze(1)), 1)
         return LowRank(self._units.forward(z, True), up, self.scale)

@@ -10,6 +10,8 @@ backward, never kept. With `s = x̃ Aᵀ`:
 
 import torch
 
+from ...core import adapter_passes
+from ...core.adapter_passes import LowRankGradients
 from ...core.base import Base
 from ...core.dropped import Dropout, add_dropped_product_, outer_dropped, project_dropped
 from ...core.products import LowRank, column_sum, inner, outer_gradient, project
@@ -78,24 +80,42 @@ def expand_gradients(
     scale: float,
     scale_tensor: torch.Tensor | None,
     needs: tuple[bool, bool, bool, bool],  # s, lora_b, scale_tensor, bias
+    ds: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of s, lora_b, scale_tensor and the base's bias, None where not needed."""
+    """Gradients of s, lora_b, scale_tensor and the base's bias, None where not needed.
+
+    That of s is written to `ds` [M, rank], where it is given.
+    """
     needs_s, needs_b, needs_scale, needs_bias = needs
-    ds = db = dscale = dbias = None
+    dbias = column_sum(dy).to(dy.dtype) if needs_bias else None
+    if not (needs_s or needs_b or needs_scale):
+        return None, None, None, dbias
+    gain = 1.0 if scale_tensor is None else scale_tensor.detach()
+    found = adapter_passes.low_rank_backward(
+        dy, s, lora_b, scale, gain, needs_s, needs_b, needs_scale, ds
+    )
+    if found is None:
+        found = _by_products(dy, s, lora_b, scale, scale_tensor, needs, ds)
+    db = None if found.b is None else found.b.to(lora_b.dtype)
+    dscale = None if found.scale is None else found.scale.to(scale_tensor.dtype)
+    return found.ds, db, dscale, dbias
+
+
+def _by_products(dy, s, lora_b, scale, scale_tensor, needs, into) -> LowRankGradients:
+    needs_s, needs_b, needs_scale, _ = needs
+    ds = db = dscale = None
     if needs_b or needs_scale:
         before_gain = outer_gradient(dy, s, scale)
         if needs_scale:
-            dscale = inner(before_gain, lora_b).to(scale_tensor.dtype)
+            dscale = inner(before_gain, lora_b)
         if needs_b:
             db = before_gain if scale_tensor is None else before_gain * scale_tensor
-            db = db.to(lora_b.dtype)
     if needs_s:
         number, gain = _read(scale, scale_tensor)
         ds = project(dy, lora_b.t(), alpha=number)
         ds = ds if gain is None else ds * gain
-    if needs_bias:
-        dbias = column_sum(dy).to(dy.dtype)
-    return ds, db, dscale, dbias
+        ds = ds if into is None else into.copy_(ds)
+    return LowRankGradients(ds, db, dscale)
 
 
 def _read(scale: float, scale_tensor: torch.Tensor | None) -> tuple[float, torch.Tensor | None]:

@@ -43,39 +43,39 @@ def backward(
     needs: list[NamedTuple],  # of bool
 ) -> tuple[torch.Tensor | None, list[NamedTuple]]:
     """Return dX and the members' gradients, None where not needed."""
-    dx, reached, ds_parts, gradients = None, [], [], []
-    parts = kept[0].split([member.lora_a.shape[0] for member in members], 1)
-    for index, (dy, member, s, need) in enumerate(zip(dys, members, parts, needs, strict=True)):
-        ds = db = dscale = dbias = None
+    dx, gradients, ranks = None, [], [member.lora_a.shape[0] for member in members]
+    reached = [i for i, dy in enumerate(dys) if dy is not None and (needs_x or needs[i].lora_a)]
+    sizes = [ranks[i] for i in reached]
+    ds = kept[0].new_empty(kept[0].shape[0], sum(sizes))
+    ds_of = dict(zip(reached, ds.split(sizes, 1), strict=True)) if reached else {}
+    s_of = kept[0].split(ranks, 1)
+    for i, (dy, member, need) in enumerate(zip(dys, members, needs, strict=True)):
+        db = dscale = dbias = None
         if dy is not None:
-            ds, db, dscale, dbias = expand_gradients(
-                dy, s, member.lora_b, common.scales[index], member.scale_tensor,
-                (needs_x or need.lora_a, need.lora_b, need.scale_tensor, need.bias),
+            _, db, dscale, dbias = expand_gradients(
+                dy, s_of[i], member.lora_b, common.scales[i], member.scale_tensor,
+                (i in ds_of, need.lora_b, need.scale_tensor, need.bias), ds_of.get(i),
             )  # fmt: skip
             if needs_x:
-                dx = held_member("eager", member, common.strategies[index]).input_gradient(dy, dx)
-            if ds is not None:
-                reached.append(index)
-                ds_parts.append(ds)
+                dx = held_member("eager", member, common.strategies[i]).input_gradient(dy, dx)
         none = type(member)(*(None,) * len(member))
         gradients.append(none._replace(lora_b=db, scale_tensor=dscale, bias=dbias))
     if reached:
-        _through_a(dx, x, members, reached, ds_parts, gradients, _mask(common), needs)
+        _through_a(dx, x, members, reached, ds, gradients, _mask(common), needs)
     return dx, gradients
 
 
-def _through_a(dx, x, members, reached, ds_parts, gradients, mask, needs) -> None:
+def _through_a(dx, x, members, reached, ds, gradients, mask, needs) -> None:
     """Add the low-rank term to dx, where there is one, and dA to the gradients of the reached."""
-    ds = torch.cat(ds_parts, 1)
     if dx is not None:
-        a = torch.cat([members[index].lora_a for index in reached])
+        a = torch.cat([members[i].lora_a for i in reached])
         add_dropped_product_(dx, ds, a, mask)
-    if any(needs[index].lora_a for index in reached):
-        da = outer_dropped(ds, x, mask).split([part.shape[1] for part in ds_parts])
-        for index, part in zip(reached, da, strict=True):
-            if needs[index].lora_a:
-                da_i = part.to(members[index].lora_a.dtype, copy=True)  # its storage is its own
-                gradients[index] = gradients[index]._replace(lora_a=da_i)
+    if any(needs[i].lora_a for i in reached):
+        da = outer_dropped(ds, x, mask).split([members[i].lora_a.shape[0] for i in reached])
+        for i, part in zip(reached, da, strict=True):
+            if needs[i].lora_a:
+                da_i = part.to(members[i].lora_a.dtype, copy=True)  # its storage is its own
+                gradients[i] = gradients[i]._replace(lora_a=da_i)
 
 
 def _mask(common: Common) -> Dropout | None:
