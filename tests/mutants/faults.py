@@ -275,9 +275,9 @@ EAGER = (
     ),
     Fault(
         "act' missing, C",
-        f"{CORE}/native/units.c",
-        "? 0 : dh * slope[c];",
-        "? 0 : dh;           ",
+        f"{CORE}/native/unit_rows.h",
+        "? 0 : d[c] * factor * units->scale * slope[c];",
+        "? 0 : d[c] * factor * units->scale;           ",
         ("tests/ops/test_bottleneck_adapter.py::test_activations",),
     ),
     Fault(
@@ -302,10 +302,10 @@ EAGER = (
         ("tests/core/test_activations.py",),
     ),
     Fault(
-        "dropout missing from h in the gradient of up",
-        f"{CORE}/native/units.c",
-        " " * 28 + "value[c] = factor[c] > 0 ? value[c] * factor[c] : 0;",
-        " " * 28 + "value[c] = value[c] * 1.0f;",
+        "dropout missing from h",
+        f"{CORE}/native/unit_rows.h",
+        "value[c] = factor[c] > 0 ? value[c] * factor[c] : 0;",
+        "value[c] = value[c] * 1.0f;                         ",
         ("tests/ops/test_bottleneck_adapter.py::test_dropout",),
     ),
     Fault(
@@ -317,16 +317,16 @@ EAGER = (
     ),
     Fault(
         "folded dD through W without the bias's term",
-        f"{KERNELS}/ops/adapter_linear/eager.py",
-        "            if bias is not None:\n                ddown.addr_",
-        "            if False:\n                ddown.addr_",
+        f"{KERNELS}/ops/adapter_linear/group_eager.py",
+        "if needs[i].down and members[i].bias is not None:",
+        "if False:",
         ("tests/ops/test_adapter_linear.py::test_folded_equals_plain_in_fp64",),
     ),
     Fault(
         "base's bias skipped in the folded pre-activation",
-        f"{KERNELS}/ops/adapter_linear/eager.py",
-        "project(x, f, folded_bias(down, bias, bias_down))",
-        "project(x, f, bias_down)",
+        f"{KERNELS}/ops/adapter_linear/folding.py",
+        "return through if bias_down is None else through + bias_down",
+        "return bias_down",
         ("tests/ops/test_adapter_linear.py::test_folded_equals_plain_in_fp64",),
     ),
     Fault(
@@ -1201,6 +1201,8 @@ RANKS = (
 
 EIGHT_BITS = "tests/ops/test_quantized_ops.py::test_eight_bits"
 
+ADAPTER_PASSES = ("tests/core/test_adapter_passes.py",)
+
 QUANTIZED = (
     Fault(
         "anything taken for a model's configuration",
@@ -1315,6 +1317,48 @@ QUANTIZED = (
         ("tests/core/test_eight_bit.py",),
     ),
     Fault(
+        "a bottleneck's bias not scaled by the gain, in one pass",
+        f"{CORE}/native/adapter_passes.c",
+        "bias[c] * (factor * scale)",
+        "bias[c] * factor",
+        ADAPTER_PASSES,
+    ),
+    Fault(
+        "the gain's gradient without the bias's part, in one pass",
+        f"{CORE}/native/adapter_passes.c",
+        "if (bias) *dscale +=",
+        "if (0) *dscale +=",
+        ADAPTER_PASSES,
+    ),
+    Fault(
+        "dB without the gain, in one pass",
+        f"{CORE}/native/adapter_passes.c",
+        "db[i] *= scale;",
+        "db[i] *= 1;",
+        ADAPTER_PASSES,
+    ),
+    Fault(
+        "the mask of a tile drawn as that of the first, in one pass",
+        f"{CORE}/native/adapter_passes.c",
+        "forward_row_f(&units, (top + i) * w,",
+        "forward_row_f(&units, i * w,",
+        ADAPTER_PASSES,
+    ),
+    Fault(
+        "sums of all but the first rows left out, in one pass",
+        f"{CORE}/native/adapter_passes.c",
+        "for (int64_t p = 1; p < parts; ++p)",
+        "for (int64_t p = 1; p < 1; ++p)",
+        ADAPTER_PASSES,
+    ),
+    Fault(
+        "what an odd width leaves behind multiplied, in one pass",
+        f"{CORE}/native/adapter_passes.c",
+        "if (w % 2) h[i * even(w) + w] = 0;",
+        "if (w % 2) h[i * even(w) + w] = 0x7fc0;",
+        ADAPTER_PASSES,
+    ),
+    Fault(
         "the last column of an odd number left out of a thin product",
         f"{CORE}/native/thin_product.c",
         "4, k / 2, k % 2};",
@@ -1323,14 +1367,14 @@ QUANTIZED = (
     ),
     Fault(
         "what lies behind an odd row multiplied too",
-        f"{CORE}/native/thin_product.c",
+        f"{CORE}/native/thin_tiles.h",
         "enum { size = 2 };",
         "enum { size = 4 };",
         ("tests/core/test_thin_products.py",),
     ),
     Fault(
         "a thin product's last rows taken for the last of the tile",
-        f"{CORE}/native/thin_product.c",
+        f"{CORE}/native/thin_tiles.h",
         "line[i] = values[i][j];",
         "line[i] = values[TILE_ROWS - count + i][j];",
         ("tests/core/test_thin_products.py",),
@@ -1344,7 +1388,7 @@ QUANTIZED = (
     ),
     Fault(
         "numbers too small to be normal taken for zero",
-        f"{CORE}/native/thin_product.c",
+        f"{CORE}/native/thin_tiles.h",
         "_mm512_fpclass_ps_mask(value, SUBNORMAL)",
         "0",
         ("tests/core/test_thin_products.py",),
@@ -1365,14 +1409,14 @@ QUANTIZED = (
     ),
     Fault(
         "half of a thin factor packed twice where it lies the other way round",
-        f"{CORE}/native/thin_product.c",
+        f"{CORE}/native/thin_tiles.h",
         "int64_t at = from + 16 * i, left",
         "int64_t at = from, left",
         ("tests/core/test_thin_products.py",),
     ),
     Fault(
         "a thin product's bias taken from the panel's first columns",
-        f"{CORE}/native/thin_product.c",
+        f"{CORE}/native/thin_tiles.h",
         "load_f32(within, to->bias + from)",
         "load_f32(within, to->bias + first)",
         ("tests/core/test_thin_products.py",),
@@ -1393,14 +1437,14 @@ QUANTIZED = (
     ),
     Fault(
         "whole lines paired without the order that unpacking takes",
-        f"{CORE}/native/thin_product.c",
+        f"{CORE}/native/thin_tiles.h",
         "(7, 3, 6, 2, 5, 1, 4, 0)",
         "(7, 6, 5, 4, 3, 2, 1, 0)",
         ("tests/core/test_thin_products.py",),
     ),
     Fault(
         "four rows multiplied where five are left",
-        f"{CORE}/native/thin_product.c",
+        f"{CORE}/native/thin_tiles.h",
         "if (count > 4)",
         "if (count > 5)",
         ("tests/core/test_thin_products.py",),
@@ -1962,6 +2006,20 @@ GROUP_VALUES = "tests/ops/test_groups.py::test_the_values_of_the_single_calls"
 GROUP_MODULES = "tests/artemis/test_groups.py"
 
 GROUPS = (
+    Fault(
+        "dX of the last folded member alone",
+        f"{KERNELS}/ops/adapter_linear/group_eager.py",
+        "dx = bases[last].input_gradient(dys[last], dx, LowRank(dz, f.t()))",
+        "dx = bases[last].input_gradient(dys[last], None, LowRank(dz, f.t()))",
+        (GROUP_VALUES, "-k", "eager and adapter"),
+    ),
+    Fault(
+        "gradients through z of the first folded members, not of those that gradients reach",
+        f"{KERNELS}/ops/adapter_linear/group_eager.py",
+        "z_of = dict(zip(folded, kept[0]",
+        "z_of = dict(zip(reached, kept[0]",
+        ("tests/ops/test_groups.py", "-k", "eager and adapter"),
+    ),
     Fault(
         "dX of the last member alone",
         f"{KERNELS}/ops/lora_linear/group_eager.py",

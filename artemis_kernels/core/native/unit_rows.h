@@ -67,22 +67,20 @@ FORWARD_ROW(double, d, float, same)
    dz, sums[w] of dh·mask·act(z). */
 #define BACKWARD_ROW(REAL, SUFFIX, TYPE, LOAD, STORE)                                             \
     static void backward_row_##SUFFIX(const Units *units, float factor, int64_t first,            \
-                                      const TYPE *z, const TYPE *dh, TYPE *dz, TYPE *h,           \
-                                      REAL *sums) {                                               \
+                                      const TYPE *restrict z, const TYPE *restrict dh,            \
+                                      TYPE *restrict dz, TYPE *restrict h, REAL *restrict sums) { \
         for (int64_t from = 0; from < units->w; from += COLUMNS) {                                \
-            REAL value[COLUMNS], slope[COLUMNS], of_row = 0;                                      \
+            REAL value[COLUMNS], slope[COLUMNS], d[COLUMNS], of_row = 0;                          \
             int64_t n = units->w - from < COLUMNS ? units->w - from : COLUMNS;                    \
-            const TYPE *d = dh + from;                                                            \
             evaluate_##SUFFIX(units, first + from, z + from, n, value, slope);                    \
+            for (int64_t c = 0; c < n; ++c) d[c] = LOAD(dh[from + c]);                            \
             _Pragma("omp simd reduction(+ : of_row)")                                             \
-            for (int64_t c = 0; c < n; ++c) of_row += LOAD(d[c]) * value[c];                      \
+            for (int64_t c = 0; c < n; ++c) of_row += d[c] * value[c];                            \
             sums[units->w] += of_row;                                                             \
-            for (int64_t c = 0; c < n; ++c) {                                                     \
-                REAL scaled = (REAL)LOAD(d[c]) * factor * units->scale;                           \
-                REAL found = slope[c] == 0 ? 0 : scaled * slope[c];                               \
-                sums[from + c] += found;                                                          \
-                dz[from + c] = STORE((float)found);                                               \
-            }                                                                                     \
+            for (int64_t c = 0; c < n; ++c)                                                       \
+                d[c] = slope[c] == 0 ? 0 : d[c] * factor * units->scale * slope[c];               \
+            for (int64_t c = 0; c < n; ++c) sums[from + c] += d[c];                               \
+            for (int64_t c = 0; c < n; ++c) dz[from + c] = STORE((float)d[c]);                    \
             if (h)                                                                                \
                 for (int64_t c = 0; c < n; ++c)                                                   \
                     h[from + c] = STORE((float)(value[c] * units->scale));                        \
