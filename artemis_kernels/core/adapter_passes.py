@@ -65,7 +65,7 @@ def bottleneck_backward(
     a bias. dz: where it goes, [M, width] with rows of stride 1; None makes one.
     """
     (m, w), n = z.shape, up.shape[0]
-    if not (_serves(m, w, n, up, dy, z) and n > w):
+    if not _serves(m, w, n, up, dy, z):
         return None
     dz = z.new_empty(m, w) if dz is None else dz
     dz_sum, dscale = _sums(dy, w), _sums(dy)
@@ -104,7 +104,7 @@ def low_rank_backward(
     ds: where that of s goes, [M, r] with rows of stride 1; None makes one.
     """
     (m, r), n = s.shape, b.shape[0]
-    if not (_serves(m, r, n, b, dy, s) and n > r):
+    if not _serves(m, r, n, b, dy, s):
         return None
     if needs_s and ds is None:
         ds = s.new_empty(m, r)
@@ -118,12 +118,15 @@ def low_rank_backward(
     return LowRankGradients(ds, db if needs_b else None, dgain)
 
 
-def _serves(m: int, width: int, n: int, factor: torch.Tensor, *rows: torch.Tensor) -> bool:
-    """Whether the passes take these `rows` of bf16 [m, ...] with a factor [n, width]."""
+def _serves(
+    m: int, width: int, n: int, factor: torch.Tensor, wide: torch.Tensor, thin: torch.Tensor
+) -> bool:
+    """Whether the passes take a factor [n, width] with rows of bf16, [m, n] and [m, width]."""
     if m < FEW_ROWS or not 0 < width <= WIDEST or not n or factor.dtype not in HELD:
         return False
-    of_bf16 = all(t.is_cpu and t.dtype == torch.bfloat16 for t in rows)
-    return of_bf16 and all(t.stride(1) == 1 or t.shape[1] == 1 for t in rows) and available()
+    if wide.dtype != torch.bfloat16 or thin.dtype != torch.bfloat16 or not wide.is_cpu:
+        return False
+    return (wide.stride(1) == 1 or n == 1) and (thin.stride(1) == 1 or width == 1) and available()
 
 
 def _factor(factor: torch.Tensor) -> tuple[int, int, int, int]:

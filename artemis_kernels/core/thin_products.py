@@ -5,6 +5,7 @@ fp32, and would be copied first, and gradients of them copied back, having been 
 Both are part of the pass here, as are a factor, a bias and the tensor the product is added to.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from . import native
 from .device import has_bf16_dots
 
-#: As numbered in native/thin_product.c.
+#: As numbered in native/thin_tiles.h.
 HELD = {torch.bfloat16: 0, torch.float32: 1, torch.int8: 2}
 _ADDED, _ROUNDED, _WIDE, _TRANSPOSED = range(4)  # likewise: what becomes of the sums
 WIDEST = 128  # of a thin side; beyond, BLAS blocks for the caches better
@@ -21,16 +22,12 @@ FEW_ROWS = 16  # below, packing a factor that lies the other way round costs mor
 
 def available() -> bool:
     """Whether this processor and compiler have the pass."""
-    return _pass() is not None
+    return _pass(native.library()) is not None
 
 
-def expands(m: int, width: int, out: int) -> bool:
-    """Whether `multiply` takes bf16 rows [m, width] by the transpose of a matrix [out, width]."""
-    return m >= FEW_ROWS and 0 < min(m, width, out) <= WIDEST and available()
-
-
-def _pass() -> Callable[..., None] | None:
-    handle = native.library().handle if has_bf16_dots() else None
+@functools.cache
+def _pass(library: native.Native) -> Callable[..., None] | None:
+    handle = library.handle if has_bf16_dots() else None
     if handle is None or not native.has(handle, "thin_product"):
         return None
     return handle.artemis_thin_product
@@ -58,7 +55,7 @@ def multiply(
         start: [M, N], bf16 with rows of stride 1; only for a result in bf16; it may be `out`.
         bias: [N] or None.
     """
-    run = _pass() if a.is_cpu else None
+    run = _pass(native.library()) if a.is_cpu else None
     held_a, held_b = HELD.get(a.dtype), HELD.get(b.dtype)
     if run is None or held_a is None or held_b is None:
         return None
@@ -103,5 +100,7 @@ def _kind(out: torch.Tensor, of_out: tuple[int, int], start: torch.Tensor | None
 
 def _strides(matrix: torch.Tensor) -> tuple[int, int]:
     """Its strides; 1 for a dimension of size 1, along which nothing steps."""
+    if 1 not in matrix.shape:
+        return matrix.stride()
     (rows, columns), (row, column) = matrix.shape, matrix.stride()
     return 1 if rows == 1 else row, 1 if columns == 1 else column

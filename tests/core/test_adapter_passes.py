@@ -14,7 +14,14 @@ from tests import kit
 BF16, F32 = torch.bfloat16, torch.float32
 FACTOR, SIGMA = -1.5, 0.75
 MASK = Dropout(0.3, torch.tensor([2**40 + 5]))
-SHAPES = [(16, 1, 2), (17, 7, 33), (65, 64, 97), (130, 33, 40), (200, 128, 300)]  # rows, width, out
+SHAPES = [
+    (16, 1, 2),
+    (17, 7, 33),
+    (65, 64, 97),
+    (130, 33, 40),
+    (200, 128, 300),
+    (70, 40, 8),
+]  # rows, width, out
 
 needs_pass = pytest.mark.skipif(
     not thin_products.available(), reason="no bf16 dot products, or no compiler that knows them"
@@ -149,12 +156,5 @@ def test_where_the_passes_do_not_serve(rows, width, out, change):
     dy = dy if change is None else change(dy)
     of = (z, up, bias, units("gelu", None), 1.0)
     assert adapter_passes.bottleneck_forward(dy, *of) is None
-    assert adapter_passes.bottleneck_backward(dy, *of, True) is None
-    assert adapter_passes.low_rank_backward(dy, z, up, 1.0, 1.0, True, True, True) is None
-
-
-def test_a_factor_wider_than_what_it_makes_goes_by_steps():
-    dy, z, up, bias = operands(64, 40, 8, F32)
-    of = (z, up, bias, units("gelu", None), 1.0)
     assert adapter_passes.bottleneck_backward(dy, *of, True) is None
     assert adapter_passes.low_rank_backward(dy, z, up, 1.0, 1.0, True, True, True) is None

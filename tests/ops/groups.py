@@ -7,15 +7,19 @@ from tests.kit import Sizes
 from tests.ops.operations import ADAPTER, LORA, Operation
 
 OUT, RANKS, IN = (48, 17, 32), (8, 3, 12), 64
+NARROW = 16  # an x so narrow that the first and the last bottleneck are folded on a CPU
 KEYS = {LORA: ("lora_a", "lora_b"), ADAPTER: ("down", "up")}
 BIASES = {LORA: ("bias",), ADAPTER: ("bias", "bias_down", "bias_up")}
 BOTH = pytest.mark.parametrize("operation", [LORA, ADAPTER], ids=str)
 
 
-def members_of(operation: Operation, dtype: torch.dtype, rows: int = 40) -> tuple:
+def members_of(
+    operation: Operation, dtype: torch.dtype, rows: int = 40, features: int = IN
+) -> tuple:
     """x and the tensors of three members; the second has no biases and a float for scale."""
     members = [
-        operation.operands(Sizes(rows, IN, n, r), dtype) for n, r in zip(OUT, RANKS, strict=True)
+        operation.operands(Sizes(rows, features, n, r), dtype)
+        for n, r in zip(OUT, RANKS, strict=True)
     ]
     x = members[0]["x"]
     for member in members:

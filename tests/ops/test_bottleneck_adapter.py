@@ -170,7 +170,7 @@ def test_gradients_hold_no_more_than_they_are(width, dtype):
     """Each is a tensor of its own: no part of a larger one, and none of another's storage."""
     branch = Branch(torch.randn(3, width), torch.randn(3), 0.7, None, "gelu", 0.0, None)
     dy, z = torch.randn(5, 3).to(dtype), torch.randn(5, width).to(dtype)
-    found = branch.backward(dy, z, BranchNeeds(dz=True, up=True, scale=False, bias_up=True))
+    found = branch.backward(dy, z, BranchNeeds(up=True, scale_tensor=False, bias_up=True))
     gradients = found.dup, found.dbias_up
     assert [g.dtype for g in gradients] == [torch.float32] * 2
     assert all(g.untyped_storage().nbytes() == g.nbytes for g in gradients)

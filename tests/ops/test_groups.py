@@ -11,6 +11,7 @@ from tests.ops.groups import (
     BOTH,
     IN,
     KEYS,
+    NARROW,
     OUT,
     assert_close,
     gradients_like,
@@ -39,17 +40,18 @@ IMPLS = ["eager", "reference"] + ["triton"] * (BLOCKER is None)
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("p", [0.0, 0.25])
 @pytest.mark.parametrize("packed", [(), (0, 2), (0, 1, 2)], ids=str)
-def test_the_values_of_the_single_calls(operation, impl, p, packed):
+@pytest.mark.parametrize("features", [IN, NARROW])
+def test_the_values_of_the_single_calls(operation, impl, p, packed, features):
     """Ranks, widths and sizes differ, weights are mixed, and one output may go unused."""
-    if impl == "triton" and (packed or operation is ADAPTER and p):
+    if impl == "triton" and (packed or features == NARROW or operation is ADAPTER and p):
         pytest.skip("interpreted: slow, and single calls stand behind it")
-    x, members = members_of(operation, SINGLE)
+    x, members = members_of(operation, SINGLE, features=features)
     for index in packed:
         weight = members[index]["weight"]
         members[index]["weight"] = QuantizedWeight.quantize(weight, activation_bits=8)
     options = {"impl": impl, "dropout_p": p, "seed": 7}
     dys = [torch.randn(40, n) for n in OUT]
-    for used in (dys, [dys[0], None, dys[2]], [None, dys[1], None]):
+    for used in (dys, [dys[0], None, dys[2]], [None, dys[1], dys[2]], [None, dys[1], None]):
         wanted = outcome(single_calls, operation, x, members, used, **options)
         actual = outcome(grouped, operation, x, members, used, **options)
         assert_close(actual, wanted, 1e-5)
@@ -57,9 +59,10 @@ def test_the_values_of_the_single_calls(operation, impl, p, packed):
 
 @BOTH
 @pytest.mark.parametrize("dtype", [SINGLE, BF16], ids=str)
-def test_accuracy(operation, dtype):
+@pytest.mark.parametrize("features", [IN, NARROW])
+def test_accuracy(operation, dtype, features):
     """The accuracy rule for dX, which sums over members, and every other gradient."""
-    x, members = members_of(operation, dtype, rows=130)
+    x, members = members_of(operation, dtype, rows=130, features=features)
     dys = gradients_like(members, dtype, 130)
     options = {"dropout_p": 0.25, "seed": 7}
     exact = truth(operation, x, members, dys, **options)
@@ -70,8 +73,9 @@ def test_accuracy(operation, dtype):
 
 
 @BOTH
-def test_only_what_is_asked_for(operation):
-    x, members = members_of(operation, SINGLE)
+@pytest.mark.parametrize("features", [IN, NARROW])
+def test_only_what_is_asked_for(operation, features):
+    x, members = members_of(operation, SINGLE, features=features)
     dys = gradients_like(members, SINGLE)
     every = outcome(grouped, operation, x, members, dys, dropout_p=0.25, seed=3)
     for frozen in (("x",), (KEYS[operation][0],), (KEYS[operation][1],), ("x", *KEYS[operation])):
@@ -99,6 +103,16 @@ def test_a_reader_that_passes_no_gradient_on(operation):
     ys = grouped(operation, x, members)
     (sum(Silent.apply(y).sum() for y in ys) + x.sum()).backward()
     assert torch.equal(x.grad, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, BF16], ids=str)
+def test_a_narrow_x_mixes_folded_and_plain_members(dtype):
+    """What the tests above rely on."""
+    x, members = members_of(ADAPTER, dtype, features=NARROW)
+    x.requires_grad_()
+    lists = {LISTS.get(name, name): [m[name] for m in members] for name in members[0]}
+    strategy = artemis_kernels.explain("adapter_linear_group", x, **lists).strategy
+    assert strategy == "joined: folded + plain + folded"
 
 
 def test_x_is_rounded_once(monkeypatch):

@@ -20,7 +20,7 @@ from ...core.base import Base
 from ...core.groups import Common
 from ...core.products import LowRank, column_sum, outer_gradient, project
 from ..bases import held_member
-from ..bottleneck_adapter.branch import Branch, BranchGradients, BranchNeeds
+from ..bottleneck_adapter.branch import Branch, BranchGradients
 from ..rounding import rounded_for_int8
 from .folding import by_kind, folded_biases, rows_of, widths
 
@@ -82,13 +82,13 @@ def backward_over(
     """`backward` of members over these bases."""
     branches, (folded, plain) = _branches(members, common), by_kind(common.strategies)
     dx, gradients = None, [type(member)(*(None,) * len(member)) for member in members]
-    reached = [i for i in folded if dys[i] is not None]
+    reached = [i for i in folded if dys[i] is not None and (needs_x or any(needs[i]))]
     if reached:
         sizes = widths(members, reached)
         z_of = dict(zip(folded, kept[0].split(widths(members, folded), 1), strict=True))
         dz = kept[0].new_empty(kept[0].shape[0], sum(sizes))
         found = {
-            i: branches[i].backward(dys[i], z_of[i], _of_branch(needs_x, needs[i]), part)
+            i: branches[i].backward(dys[i], z_of[i], needs[i], part)
             for i, part in zip(reached, dz.split(sizes, 1), strict=True)
         }
         through = [None] * len(reached)
@@ -107,21 +107,16 @@ def backward_over(
             f = rows_of(kept[1], members, folded, reached)
             dx = bases[last].input_gradient(dys[last], dx, LowRank(dz, f.t()))
     for place, i in enumerate(plain):
-        if dys[i] is None:
+        if dys[i] is None or not (needs_x or any(needs[i])):
             continue
         z, y0 = kept[2 * bool(folded) + 2 * place :][:2]
-        found = branches[i].backward(dys[i], z, _of_branch(needs_x, needs[i]))
+        found = branches[i].backward(dys[i], z, needs[i])
         if needs_x:
             dy0 = LowRank(found.dz, members[i].down.t()).plus(dys[i])
             dx = bases[i].input_gradient(dy0, dx)
         ddown = outer_gradient(found.dz, y0) if needs[i].down else None
         gradients[i] = _of_member(members[i], dys[i], found, ddown, needs[i])
     return dx, gradients
-
-
-def _of_branch(needs_x: bool, need: NamedTuple) -> BranchNeeds:
-    needs_dz = needs_x or need.down or need.bias or need.bias_down
-    return BranchNeeds(needs_dz, need.up, need.scale_tensor, need.bias_up)
 
 
 def _of_member(

@@ -17,11 +17,10 @@ from ...core.units import Units
 
 
 class BranchNeeds(NamedTuple):
-    """Which gradients of the branch are asked for."""
+    """Which gradients of parameters are asked for; groups say it by the same names."""
 
-    dz: bool
     up: bool
-    scale: bool
+    scale_tensor: bool
     bias_up: bool
 
 
@@ -29,11 +28,11 @@ class BranchGradients(NamedTuple):
     """Gradients inside the branch: dz [M, width] and its sum over rows [width] in fp32 or better,
     the others of their parameters' shapes and dtypes; None where not needed."""
 
-    dz: torch.Tensor | None = None
-    dz_sum: torch.Tensor | None = None
-    dup: torch.Tensor | None = None
-    dscale: torch.Tensor | None = None
-    dbias_up: torch.Tensor | None = None
+    dz: torch.Tensor
+    dz_sum: torch.Tensor
+    dup: torch.Tensor | None
+    dscale: torch.Tensor | None
+    dbias_up: torch.Tensor | None
 
 
 class Branch(NamedTuple):
@@ -66,9 +65,7 @@ class Branch(NamedTuple):
         dz: torch.Tensor | None = None,
     ) -> BranchGradients:
         """Gradients for dy [M, out]; that of z is written to `dz` [M, width], where it is given."""
-        if not any(needs):
-            return BranchGradients()
-        through_bias = self.bias_up is not None and (needs.scale or needs.bias_up)
+        through_bias = self.bias_up is not None and (needs.scale_tensor or needs.bias_up)
         found = adapter_passes.bottleneck_backward(
             dy, z, self.up, self.bias_up, self._units, self.scale, needs.up or through_bias, dz
         )
@@ -78,7 +75,7 @@ class Branch(NamedTuple):
             found.dz,
             found.dz_sum,
             found.up.to(self.up.dtype) if needs.up else None,
-            found.scale.to(self.scale_tensor.dtype) if needs.scale else None,
+            found.scale.to(self.scale_tensor.dtype) if needs.scale_tensor else None,
             found.bias_up.to(self.bias_up.dtype) if needs.bias_up else None,
         )
 
@@ -100,7 +97,7 @@ class Branch(NamedTuple):
         if needs.bias_up:
             through = summed if self.scale_tensor is None else summed * self.scale_tensor
             dbias_up = through.to(self.bias_up.dtype, copy=not wide)
-        if needs.scale:
+        if needs.scale_tensor:
             dscale = units.inner * self.scale
             if through_bias:
                 dscale = dscale + inner(summed, self.bias_up)

@@ -51,9 +51,8 @@ def backward(
 ) -> tuple[torch.Tensor | None, ...]:
     """Return the gradients of x, down, up, scale_tensor, bias_down and bias_up."""
     needs_x, needs_down, needs_up, needs_scale, needs_bias_down, needs_bias_up = needs
-    needs_dz = needs_x or needs_down or needs_bias_down
     branch = Branch(up, bias_up, scale, scale_tensor, activation, dropout_p, seed).backward(
-        dy, z, BranchNeeds(needs_dz, needs_up, needs_scale, needs_bias_up)
+        dy, z, BranchNeeds(needs_up, needs_scale, needs_bias_up)
     )
     dx = ddown = dbias_down = None
     if needs_x:
