@@ -128,10 +128,20 @@ class AdapterBank(nn.Module):
             for tensor in getattr(self, role).values():
                 tensor.copy_(initial(role, tuple(tensor.shape), self.config.init))
 
+    def tensor(self, role: str, key: str) -> torch.Tensor:
+        """Entry `key` of a table.
+
+        `getattr(self, role)[key]` is that too, by two searches through attributes of modules, which
+        every layer would make dozens of times a step.
+        """
+        table = self._modules[role]
+        tensor = table._parameters.get(key)  # in 8 bits a table has no parameters
+        return table[key] if tensor is None else tensor
+
     def tensors(self, layout: Layout) -> dict[str, torch.Tensor]:
         """Return role -> tensor, cut to the part that is used."""
         return {
-            role: _leading(getattr(self, role)[key], shape) for role, (key, shape) in layout.items()
+            role: _leading(self.tensor(role, key), shape) for role, (key, shape) in layout.items()
         }
 
     def places(self, role: str, key: str) -> list[tuple[dict, str]]:
