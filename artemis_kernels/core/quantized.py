@@ -12,6 +12,7 @@ from .registration import define
 
 GROUP_SIZES = (256, 128, 64, 32, 16, 8)
 _DATA = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.uint8}
+_FORMAT_OF = {dtype: name for name, dtype in _DATA.items()}
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
 _WIDE = 2048  # from this many input features on, groups of 128 do
 
@@ -50,7 +51,7 @@ class QuantizedWeight:
 
     def __post_init__(self):
         _check_options(self.format, self.group_size, self.activation_bits)
-        _check(self.data, "data", _DATA[self.format], (None, None))
+        _check(self.data, "data", _DATA[self.format], None)
         for part in (self.scale, self.offset):
             if isinstance(part, torch.Tensor) and part.device != self.data.device:
                 raise ValueError(
@@ -124,7 +125,7 @@ class QuantizedWeight:
         makes_logits: bool = False,
     ) -> "QuantizedWeight":
         """The weight that these tensors make up: their dtypes and shapes tell the format."""
-        format = next((name for name, dtype in _DATA.items() if dtype == data.dtype), "int8")
+        format = _FORMAT_OF.get(data.dtype, "int8")
         packed = format == "int4" and scale.dim() == 2 and scale.shape[1]
         group_size = 2 * data.shape[1] // scale.shape[1] if packed else None
         return cls(data, scale, offset, format, group_size, makes_logits=makes_logits)
@@ -265,11 +266,13 @@ def _check_options(format: str, group_size: int | None, activation_bits: int | s
         )
 
 
-def _check(part: object, name: str, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
-    have = (part.dtype, tuple(part.shape)) if isinstance(part, torch.Tensor) else (part, ())
-    fits = have[0] == dtype and len(have[1]) == len(shape)
-    if not fits or any(w is not None and h != w for h, w in zip(have[1], shape, strict=True)):
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(
-            f"QuantizedWeight: {name} must be {dtype} of shape ({wanted}), got {have[0]} {have[1]}"
-        )
+def _check(part: object, name: str, dtype: torch.dtype, shape: tuple[int, ...] | None) -> None:
+    """Refuse a part that is no tensor of `dtype` and `shape`; None: that of any matrix."""
+    if isinstance(part, torch.Tensor):
+        if part.dtype == dtype and (part.dim() == 2 if shape is None else part.shape == shape):
+            return
+        got = f"{part.dtype} {tuple(part.shape)}"
+    else:
+        got = f"{part} ()"
+    wanted = "any, any" if shape is None else ", ".join(map(str, shape))
+    raise ValueError(f"QuantizedWeight: {name} must be {dtype} of shape ({wanted}), got {got}")
