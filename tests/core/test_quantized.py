@@ -267,6 +267,12 @@ REFUSED = {
     ),
     "scale must be": lambda: QuantizedWeight(PACKED.data, W, PACKED.offset, "int4", 64),
     "data must be": lambda: QuantizedWeight(W, torch.ones(4), None, "int8", None),
+    "data must be torch.int8 of shape (any, any), got torch.int8 (64,)": lambda: QuantizedWeight(
+        torch.ones(64, dtype=torch.int8), torch.ones(1), None, "int8", None
+    ),
+    "scale must be torch.float32 of shape (4), got torch.float32 (3,)": lambda: QuantizedWeight(
+        torch.ones(4, 4, dtype=torch.int8), torch.ones(3), None, "int8", None
+    ),
     "offset must be": lambda: QuantizedWeight(PACKED.data, PACKED.scale, None, "int4", 64),
     "does not divide": lambda: QuantizedWeight(
         PACKED.data, PACKED.scale, PACKED.offset, "int4", 256
