@@ -1,7 +1,6 @@
 """What the public functions of groups share: arguments by member, paths, and their costs."""
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -14,8 +13,8 @@ from ..core.types import Choice, Cost
 READ_ONCE = "x is read once for all"
 
 
-def by_member(op: str, count: int, **lists: Sequence | None) -> list[dict[str, Any]]:
-    """`[{name: value}]`, one for each member; a list that is None gives None to all.
+def by_member(op: str, count: int, **lists: Sequence | None) -> Iterator[tuple]:
+    """The values of each member, in the order of `lists`; a list that is None gives None to all.
 
     Raises ValueError where a list has another length, and for a group of no members.
     """
@@ -24,10 +23,8 @@ def by_member(op: str, count: int, **lists: Sequence | None) -> list[dict[str, A
     for name, values in lists.items():
         if values is not None and len(values) != count:
             raise ValueError(f"{op}: {name} must hold {count} values, got {len(values)}")
-    return [
-        {name: None if values is None else values[i] for name, values in lists.items()}
-        for i in range(count)
-    ]
+    none = (None,) * count
+    return zip(*(none if values is None else values for values in lists.values()), strict=True)
 
 
 def paths(op: str, plan: Callable[..., call.Path], calls: Iterable[tuple]) -> list[call.Path]:

@@ -77,7 +77,8 @@ def adapter_linear_group(
             x.reshape(-1, x.shape[-1]), parts, numbers, activation, p, seed, each[0].impl,
             [path.strategy for path in each],
         )  # fmt: skip
-    return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys)
+    outer = x.shape[:-1]
+    return tuple(y.reshape(*outer, y.shape[-1]) for y in ys)
 
 
 def _operands(calls: list[tuple], dtype: torch.dtype) -> tuple[list, list[float]]:
@@ -134,21 +135,16 @@ def _calls(
     """Arguments and options of each member's own `adapter_linear`."""
     each = members.by_member(
         NAME, len(weights), weights=weights, downs=downs, ups=ups, biases=biases,
-        biases_down=biases_down, biases_up=biases_up, scales=scales,
+        biases_down=biases_down, biases_up=biases_up,
+        scales=(1.0,) * len(weights) if scales is None else scales,
     )  # fmt: skip
     shared = {"activation": activation, "dropout_p": dropout_p, "seed": seed, "impl": impl}
     return [
         (
-            (x, m["weights"], m["downs"], m["ups"]),
-            {
-                "bias": m["biases"],
-                "bias_down": m["biases_down"],
-                "bias_up": m["biases_up"],
-                "scale": 1.0 if scales is None else m["scales"],
-                **shared,
-            },
+            (x, weight, down, up),
+            {"bias": bias, "bias_down": bias_down, "bias_up": bias_up, "scale": scale, **shared},
         )
-        for m in each
+        for weight, down, up, bias, bias_down, bias_up, scale in each
     ]
 
 

@@ -12,7 +12,7 @@ from ...core.quantized import QuantizedWeight
 from ...core.tiling import Shape
 from ...core.types import Choice
 from .. import members
-from . import op
+from . import group_eager, op
 
 NAME = "lora_linear_group"
 
@@ -60,20 +60,28 @@ def lora_linear_group(
         return tuple(
             op.lora_linear(*arguments, **options | {"seed": seed}) for arguments, options in calls
         )
-    dtype, parts = call.compute_dtype(x), []
+    dtype = call.compute_dtype(x)
+    parts, numbers = _operands(calls, dtype)
+    x = x.to(dtype)
+    with call.outside_autocast(x):
+        ys = _operator(
+            x.reshape(-1, x.shape[-1]), parts, numbers, "", p, seed, each[0].impl,
+            [path.strategy for path in each],
+        )  # fmt: skip
+    outer = x.shape[:-1]
+    return tuple(y.reshape(*outer, y.shape[-1]) for y in ys)
+
+
+def _operands(calls: list[tuple], dtype: torch.dtype) -> tuple[list, list[float]]:
+    """The operator's tensors, flat, and the members' numeric scales."""
+    parts, numbers = [], []
     for (_, weight, a, b, scale), options in calls:
         bias, scale = options["bias"], call.Scale.of(scale)
         data, quantizers = call.weight_tensors(weight, dtype)
         bias = None if bias is None else bias.to(dtype)
-        parts.append(Member(data, a, b, bias, scale.tensor, *quantizers))
-    x = x.to(dtype)
-    with call.outside_autocast(x):
-        ys = _operator(
-            x.reshape(-1, x.shape[-1]), [tensor for member in parts for tensor in member],
-            [call.Scale.of(scale).number for scale in scales], "", p, seed, each[0].impl,
-            [path.strategy for path in each],
-        )  # fmt: skip
-    return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys)
+        parts += list(Member(data, a, b, bias, scale.tensor, *quantizers))  # a tuple: torch 2.11
+        numbers.append(scale.number)
+    return parts, numbers
 
 
 def why_apart(each: list[call.Path]) -> str | None:
@@ -111,8 +119,7 @@ def _calls(x, weights, lora_a, lora_b, scales, biases, dropout_p, seed, impl) ->
     )  # fmt: skip
     shared = {"dropout_p": dropout_p, "seed": seed, "impl": impl}
     return [
-        ((x, m["weights"], m["lora_a"], m["lora_b"], m["scales"]), {"bias": m["biases"], **shared})
-        for m in each
+        ((x, weight, a, b, scale), {"bias": bias, **shared}) for weight, a, b, scale, bias in each
     ]
 
 
@@ -130,8 +137,6 @@ class Member(NamedTuple):
 
 def _path(impl: str):
     if impl == "eager":
-        from . import group_eager
-
         return group_eager
     from . import group_fused  # imports triton
 
