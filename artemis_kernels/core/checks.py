@@ -3,6 +3,7 @@
 import torch
 
 from .activations import ACTIVATIONS
+from .call import autocasts
 from .quantized import QuantizedWeight
 from .types import IMPLEMENTATIONS
 
@@ -12,14 +13,20 @@ def tensor(op: str, name: str, value: object, shape: tuple[int | None, ...], lik
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
         raise TypeError(f"{op}: {name} must be a floating-point tensor, got {kind}")
-    fits = value.dim() == len(shape) and all(
-        want is None or have == want for have, want in zip(value.shape, shape, strict=True)
-    )
-    if not fits:
+    if not _fits(value.shape, shape):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{op}: {name} must have shape ({wanted}), got {tuple(value.shape)}")
     if value.device != like.device:
         raise ValueError(f"{op}: {name} is on {value.device}, but x is on {like.device}")
+
+
+def _fits(have: torch.Size, wanted: tuple[int | None, ...]) -> bool:
+    if len(have) != len(wanted):
+        return False
+    for size, want in zip(have, wanted, strict=True):  # a generator takes twice as long
+        if want is not None and size != want:
+            return False
+    return True
 
 
 def optional(op: str, name: str, value, shape: tuple[int | None, ...], like: torch.Tensor) -> None:
@@ -46,6 +53,12 @@ def input_tensor(op: str, x: object) -> None:
         raise TypeError(f"{op}: x must be a floating-point tensor, got {kind}")
     if x.dim() == 0:
         raise ValueError(f"{op}: x must have at least one dimension, got a 0-d tensor")
+
+
+def weight_dtype(op: str, value: torch.Tensor | QuantizedWeight, x: torch.Tensor) -> None:
+    """`same_dtype` as x of a base weight, which autocast would cast; a quantized one has none."""
+    if isinstance(value, torch.Tensor) and value.dtype != x.dtype and not autocasts(x):
+        same_dtype(op, "weight", value, x.dtype)
 
 
 def same_dtype(op: str, name: str, value, dtype: torch.dtype) -> None:

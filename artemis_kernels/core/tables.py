@@ -158,8 +158,8 @@ def _merged(name: str, chip: Chip | None) -> tuple[tuple[str, str, dict, str], .
 
 
 @functools.cache
-def _strategies(name: str, chip: Chip | None) -> dict[tuple, tuple[Entry, ...]]:
-    """Winners by what a call knows without looking at sizes."""
+def _strategies(name: str, chip: Chip | None) -> dict[tuple, tuple[tuple, ...]]:
+    """Winners by what a call knows without looking at sizes: the fields of `Entry`."""
     found: dict[tuple, list[Entry]] = {}
     for part, key, entry, whose in _merged(name, chip):
         chosen, usual, ms = entry["chosen"], entry["usual"], entry["ms"]
@@ -174,7 +174,7 @@ def _strategies(name: str, chip: Chip | None) -> dict[tuple, tuple[Entry, ...]]:
         )
         what = (case.op, case.dtype, case.weight, case.trains, case.drops)
         found.setdefault(what, []).append(Entry(case.rows, case[2:5], chosen, usual, reason))
-    return {what: tuple(each) for what, each in found.items()}
+    return {what: tuple(map(tuple, each)) for what, each in found.items()}
 
 
 def entries(
@@ -182,8 +182,7 @@ def entries(
 ) -> tuple[tuple, ...]:
     """Winners for a call on a chip (`CPU`: this processor) as plain tuples."""
     on = None if chip == CPU else CHIPS.get(chip) or Chip(chip, 1, 1 << 16)
-    found = _strategies(name_of(on), on).get((op, dtype, weight, trains, drops), ())
-    return tuple(tuple(entry) for entry in found)
+    return _strategies(name_of(on), on).get((op, dtype, weight, trains, drops), ())
 
 
 entries._dynamo_marked_constant = True  # a fact of the machine, as in device.py

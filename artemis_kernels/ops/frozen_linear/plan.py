@@ -18,8 +18,7 @@ def plan(x, weight, adapter, *, impl=None) -> call.Path:
     _check_adapter(x, weight, adapter)
     dtype = call.compute_dtype(x)
     checks.same_dtype(NAME, "adapter", adapter.down, dtype)
-    if not call.autocasts(x):
-        checks.same_dtype(NAME, "weight", weight, dtype)
+    checks.weight_dtype(NAME, weight, x)
     checks.options(NAME, 0.0, impl, adapter.activation)
     _check_no_derivative(x, weight, adapter)
     impl, reason = call.implementation(NAME, impl, dtype, x.device, False)

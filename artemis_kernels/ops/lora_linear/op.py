@@ -96,8 +96,7 @@ def plan(
     checks.seed(NAME, seed, x)
     checks.options(NAME, dropout_p, impl)
     dtype = call.compute_dtype(x)
-    if not call.autocasts(x):
-        checks.same_dtype(NAME, "weight", weight, dtype)
+    checks.weight_dtype(NAME, weight, x)
     impl, reason = call.implementation(NAME, impl, dtype, x.device, call.trains(weight))
     if impl == "reference":
         return call.Path(impl, "composed", reason)
