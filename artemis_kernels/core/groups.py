@@ -13,12 +13,12 @@ import torch
 from .base import in_features
 from .registration import (
     Operation,
+    by_place,
     define,
     differentiate,
-    empty_like_wanted,
+    empty_like_needed,
+    needed,
     once,
-    present,
-    wanted,
 )
 
 _ARGUMENTS = (
@@ -75,13 +75,12 @@ def define_group(op: GroupOperation) -> torch._ops.OpOverload:
         dx, gradients = op.path(impl).backward(
             dys, x, op.members(operands), kept, common, needs[0], op.members(needs[1:])
         )
-        like = next(dy for dy in dys if dy is not None)
-        return present((dx, *(g for member in gradients for g in member)), like)
+        return needed((dx, *(g for member in gradients for g in member)), needs)
 
     def backward_fake(dys, x, operands, kept, *rest):
         needs, dy = rest[-1], next(dy for dy in dys if dy is not None)
         dx = dy.new_empty(dy.shape[0], in_features(op.members(operands)[0].weight))
-        return present(empty_like_wanted((dx, *operands), needs), dy)
+        return empty_like_needed((dx, *operands), needs)
 
     operator = define(
         f"{op.name}(Tensor x, {_ARGUMENTS}) -> Tensor[]",
@@ -134,6 +133,6 @@ def _function(op: GroupOperation, forward_operator, backward_operator):
             scales, *rest = common
             with Operation.below_autograd():
                 gradients = backward_operator(dys, x, operands, kept, scales, *rest, needs)
-            return None, *wanted(gradients, needs)
+            return None, *by_place(gradients, needs)
 
     return Function

@@ -7,7 +7,7 @@ Function sits at `name`'s Autograd key and calls the other two below autograd, s
 docs/decisions/0002-operator-registration.md has the reasons and the measured overheads.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -89,6 +89,28 @@ def once(name: str) -> Callable[[Callable], Callable]:
         return wrapped
 
     return decorate
+
+
+def needed(gradients: Iterable[torch.Tensor | None], needs: Iterable[bool]) -> list[torch.Tensor]:
+    """The gradients that are asked for, contiguous: what a backward operator returns."""
+    return [gradient.contiguous() for gradient, need in zip(gradients, needs, strict=True) if need]
+
+
+def by_place(gradients: Iterable[torch.Tensor], needs: Iterable[bool]) -> list[torch.Tensor | None]:
+    """The reverse of `needed`: None where no gradient was asked for."""
+    each = iter(gradients)
+    return [next(each) if need else None for need in needs]
+
+
+def empty_like_needed(
+    like: Iterable[torch.Tensor | None], needs: Iterable[bool]
+) -> list[torch.Tensor]:
+    """What a traced backward returns: an empty tensor like each parameter that is to learn."""
+    return [
+        torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        for tensor, need in zip(like, needs, strict=True)
+        if need
+    ]
 
 
 def present(gradients: tuple[torch.Tensor | None, ...], like: torch.Tensor) -> list[torch.Tensor]:

@@ -6,12 +6,12 @@ from ...core import base, call, checks, packed_choice, tables, tuning
 from ...core.quantized import QuantizedWeight
 from ...core.registration import (
     Operation,
+    by_place,
     define,
     differentiate,
-    empty_like_wanted,
+    empty_like_needed,
+    needed,
     once,
-    present,
-    wanted,
 )
 from ...core.strategies import Case, named, weight_of
 from ...core.types import Choice, Cost
@@ -224,7 +224,7 @@ def _backward(
         dy, x, weight, down, up, bias, bias_down, bias_up, z, kept, scale, scale_tensor,
         activation, dropout_p, seed, strategy, tuple(needs),
     )  # fmt: skip
-    return present(gradients, dy)
+    return needed(gradients, needs)
 
 
 def _backward_fake(
@@ -232,8 +232,7 @@ def _backward_fake(
     dropout_p, seed, impl, strategy, needs, weight_scale=None, weight_offset=None,
 ):  # fmt: skip
     dx = dy.new_empty(dy.shape[0], base.in_features(weight))
-    like = (dx, down, up, scale_tensor, bias, bias_down, bias_up)
-    return present(empty_like_wanted(like, needs), dy)
+    return empty_like_needed((dx, down, up, scale_tensor, bias, bias_down, bias_up), needs)
 
 
 _ARGUMENTS = (
@@ -289,7 +288,7 @@ class _AdapterLinear(Operation):
                 dy, *operands, ctx.scale, scale_tensor, activation, dropout_p, seed, impl,
                 strategy, list(ctx.needs), weight_scale, weight_offset,
             )  # fmt: skip
-        dx, ddown, dup, dscale, dbias, dbias_down, dbias_up = wanted(gradients, ctx.needs)
+        dx, ddown, dup, dscale, dbias, dbias_down, dbias_up = by_place(gradients, ctx.needs)
         return dx, None, ddown, dup, dbias, dbias_down, dbias_up, None, dscale, *(None,) * 7
 
 

@@ -6,12 +6,12 @@ from ...core import base, call, checks, packed_choice, tables, tuning
 from ...core.quantized import QuantizedWeight
 from ...core.registration import (
     Operation,
+    by_place,
     define,
     differentiate,
-    empty_like_wanted,
+    empty_like_needed,
+    needed,
     once,
-    present,
-    wanted,
 )
 from ...core.strategies import Case, named, weight_of
 from ...core.types import Choice, Cost
@@ -185,7 +185,7 @@ def _backward(
         dy, x, weight, lora_a, lora_b, s, scale, scale_tensor, dropout_p, seed, strategy,
         tuple(needs),
     )  # fmt: skip
-    return present(gradients, dy)
+    return needed(gradients, needs)
 
 
 def _backward_fake(
@@ -194,7 +194,7 @@ def _backward_fake(
 ):  # fmt: skip
     (rows, out_features), in_features = dy.shape, base.in_features(weight)
     dx, dbias = dy.new_empty(rows, in_features), dy.new_empty(out_features)
-    return present(empty_like_wanted((dx, lora_a, lora_b, scale_tensor, dbias), needs), dy)
+    return empty_like_needed((dx, lora_a, lora_b, scale_tensor, dbias), needs)
 
 
 _ARGUMENTS = (
@@ -244,7 +244,7 @@ class _LoRALinear(Operation):
                 dy, x, weight, lora_a, lora_b, s, scale, scale_tensor, dropout_p, seed, impl,
                 strategy, list(ctx.needs), *quantizers,
             )  # fmt: skip
-        dx, da, db, dscale, dbias = wanted(gradients, ctx.needs)
+        dx, da, db, dscale, dbias = by_place(gradients, ctx.needs)
         return dx, None, da, db, dbias, None, dscale, *(None,) * 6
 
 

@@ -7,12 +7,12 @@ from ...core.products import column_sum
 from ...core.quantized import QuantizedWeight
 from ...core.registration import (
     Operation,
+    by_place,
     define,
     differentiate,
-    empty_like_wanted,
+    empty_like_needed,
+    needed,
     once,
-    present,
-    wanted,
 )
 from ...core.strategies import Case, named, weight_of
 from ...core.types import Choice, Cost
@@ -134,12 +134,12 @@ def _backward(dy, weight, impl, strategy, needs, weight_scale=None, weight_offse
     packed = held(impl, weight, weight_scale, weight_offset, strategy)
     dx = _input_gradient(impl, dy, packed) if needs_x else None
     dbias = column_sum(dy).to(dy.dtype) if needs_bias else None
-    return present((dx, dbias), dy)
+    return needed((dx, dbias), needs)
 
 
 def _backward_fake(dy, weight, impl, strategy, needs, weight_scale=None, weight_offset=None):
     dx, dbias = dy.new_empty(dy.shape[0], base.in_features(weight)), dy.new_empty(dy.shape[1])
-    return present(empty_like_wanted((dx, dbias), needs), dy)
+    return empty_like_needed((dx, dbias), needs)
 
 
 _ARGUMENTS = f"Tensor x, Tensor weight, Tensor? bias, str impl, str strategy, {base.SCHEMA}"
@@ -169,7 +169,7 @@ class _QuantizedLinear(Operation):
         weight, *quantizers = ctx.saved_tensors
         with Operation.below_autograd():
             gradients = _backward_operator(dy, weight, *ctx.path, list(ctx.needs), *quantizers)
-        dx, dbias = wanted(gradients, ctx.needs)
+        dx, dbias = by_place(gradients, ctx.needs)
         return dx, None, dbias, *(None,) * 4
 
 
