@@ -113,11 +113,13 @@ def _function(op: GroupOperation, forward_operator, backward_operator):
             with Operation.below_autograd():
                 ys, kept = forward_operator(x, operands, *common)
             ctx.set_materialize_grads(False)  # an output that was not used costs nothing
-            ctx.needs, ctx.common = list(ctx.needs_input_grad[1:]), common._replace(seed=None)
+            scales, activation, dropout_p, seed, impl, strategies = common
+            ctx.options, ctx.path = (scales, activation, dropout_p), (impl, strategies)
+            ctx.needs = list(ctx.needs_input_grad[1:])
             needs = op.members(ctx.needs[1:])
             kept_x = x if op.reads_x(needs, common) else None
             kept, ctx.size = op.to_keep(kept, needs, common), len(operands)
-            ctx.save_for_backward(common.seed, kept_x, *operands, *kept)
+            ctx.save_for_backward(seed, kept_x, *operands, *kept)
             return tuple(ys)
 
         @staticmethod
@@ -125,14 +127,14 @@ def _function(op: GroupOperation, forward_operator, backward_operator):
         def backward(ctx, *dys):
             seed, x, *tensors = ctx.saved_tensors
             operands, kept = tensors[: ctx.size], tensors[ctx.size :]
-            common, needs = ctx.common._replace(seed=seed), list(ctx.needs)
-            size = len(op.member._fields)
+            needs, size = list(ctx.needs), len(op.member._fields)
             for index, dy in enumerate(dys):
                 if dy is None:
                     needs[1 + index * size : 1 + (index + 1) * size] = [False] * size
-            scales, *rest = common
             with Operation.below_autograd():
-                gradients = backward_operator(dys, x, operands, kept, scales, *rest, needs)
+                gradients = backward_operator(
+                    dys, x, operands, kept, *ctx.options, seed, *ctx.path, needs
+                )
             return None, *by_place(gradients, needs)
 
     return Function
