@@ -5,7 +5,7 @@
 #include "thin_product.h"
 #include "thin_tiles.h"
 
-#define BLOCK 64         /* pairs of k that columns are packed and multiplied for at a time */
+#define BLOCK 256        /* pairs of k that columns are packed and multiplied for at a time */
 #define HELD (256 << 10) /* bytes of packed columns, and of sums: each a quarter of a cache */
 #define FEW_ROWS 128     /* up to here they stay in the caches while columns pass by */
 
