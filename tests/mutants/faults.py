@@ -365,6 +365,13 @@ EAGER = (
         ("tests/ops/test_compile.py", "-k", "exported"),
     ),
     Fault(
+        "a base in the dtype of autocast refused beside an x in fp32",
+        f"{CORE}/checks.py",
+        " and value.dtype != x.dtype and not autocasts(x):",
+        " and value.dtype != x.dtype:",
+        ("tests/ops/test_contract.py", "-k", "autocast_equals"),
+    ),
+    Fault(
         "torch.func and forward mode left to torch's own words",
         f"{CORE}/registration.py",
         "    function.jvp = staticmethod(refused)\n",

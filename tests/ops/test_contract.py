@@ -370,11 +370,15 @@ def test_fp32_scale_is_not_rounded(operation, path):
 
 @EVERY_OPERATION
 @pytest.mark.parametrize("impl", ["eager", "reference"])
-def test_autocast_equals_casting_by_hand(operation, impl):
+@pytest.mark.parametrize("base", [SINGLE, BF16], ids=str)
+def test_autocast_equals_casting_by_hand(operation, impl, base):
+    """Whether the base is held in x's dtype or in that of autocast."""
     tensors = operation.operands(SIZES, SINGLE)
+    if "weight" in tensors:
+        tensors["weight"] = tensors["weight"].to(base)
     options = {"dropout_p": 0.25, "seed": 11, "impl": impl}
     by_hand = {name: t.to(BF16) if name in IN_DTYPE_OF_X else t for name, t in tensors.items()}
-    dy = torch.randn_like(operation.public(**tensors, **options)).to(BF16)
+    dy = torch.randn_like(operation.public(**by_hand, **options))
     expected = kit.outcome(operation.public, by_hand, operation.trained, dy, **options)
     leaves = leaves_of(tensors, operation.trained)
     with torch.autocast("cpu", dtype=BF16):
