@@ -116,23 +116,3 @@ def empty_like_needed(
         for tensor, need in zip(like, needs, strict=True)
         if need
     ]
-
-
-def present(gradients: tuple[torch.Tensor | None, ...], like: torch.Tensor) -> list[torch.Tensor]:
-    """Gradients as an operator must return them: contiguous, an empty tensor standing for None."""
-    return [like.new_empty(0) if g is None else g.contiguous() for g in gradients]
-
-
-def wanted(gradients: list[torch.Tensor], needs: tuple[bool, ...]) -> list[torch.Tensor | None]:
-    """The reverse of `present`."""
-    return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
-
-
-def empty_like_wanted(
-    like: tuple[torch.Tensor | None, ...], needs: list[bool]
-) -> tuple[torch.Tensor | None, ...]:
-    """What a traced backward returns: an empty tensor like each parameter that is to learn."""
-    return tuple(
-        torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) if need else None
-        for tensor, need in zip(like, needs, strict=True)
-    )

@@ -5,12 +5,12 @@ import torch
 from ...core import call, checks, tables, tuning
 from ...core.registration import (
     Operation,
+    by_place,
     define,
     differentiate,
-    empty_like_wanted,
+    empty_like_needed,
+    needed,
     once,
-    present,
-    wanted,
 )
 from ...core.strategies import Case, named
 from ...core.types import Choice, Cost
@@ -207,7 +207,7 @@ def _backward(
         dy, x, down, up, bias_down, bias_up, z, scale, scale_tensor, activation, dropout_p, seed,
         strategy, residual_is_x, tuple(needs),
     )  # fmt: skip
-    return present(gradients, dy)
+    return needed(gradients, needs)
 
 
 def _backward_fake(
@@ -215,7 +215,7 @@ def _backward_fake(
     impl, strategy, residual_is_x, needs,
 ):  # fmt: skip
     like = (dy.new_empty(dy.shape), down, up, scale_tensor, bias_down, bias_up)
-    return present(empty_like_wanted(like, needs), dy)
+    return empty_like_needed(like, needs)
 
 
 _ARGUMENTS = (
@@ -266,7 +266,7 @@ class _BottleneckAdapter(Operation):
                 dy, *operands, scale, scale_tensor, activation, dropout_p, seed, impl, strategy,
                 residual_is_x, list(ctx.needs),
             )  # fmt: skip
-        dx, ddown, dup, dscale, dbias_down, dbias_up = wanted(gradients, ctx.needs)
+        dx, ddown, dup, dscale, dbias_down, dbias_up = by_place(gradients, ctx.needs)
         dresidual = dy if ctx.needs_residual else None
         return (
             dx, ddown, dup, dbias_down, dbias_up, dresidual, None, dscale, None, None, None,
