@@ -93,14 +93,13 @@ class Site(ABC):
     def __getstate__(self) -> dict:
         return self.__dict__ | {"frozen": None}
 
-    def scale(self, tensors: Tensors) -> float | torch.Tensor:
-        """The factor, times the gain where there is one."""
+    def scale(self, tensors: Tensors) -> float | tuple[float, torch.Tensor]:
+        """The factor, and the gain where there is one: the operations multiply them."""
         factor, gain = self.factor, tensors.get("gain")
         if gain is None:
             return factor
         # In 16 bits their product would be another factor: 0.3 in bf16 is 0.3008.
-        gain = gain.to(torch.promote_types(gain.dtype, torch.float32))
-        return gain if factor == 1 else factor * gain
+        return factor, gain.to(torch.promote_types(gain.dtype, torch.float32))
 
     def own_mask(self, training: bool, x: torch.Tensor) -> dict[str, Any]:
         """An operation's arguments for dropout; none outside training."""

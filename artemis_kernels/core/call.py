@@ -24,23 +24,6 @@ class Path(NamedTuple):
     reason: str
 
 
-class Scale(NamedTuple):
-    """`σ = number · tensor`: a tensor stays on its device and receives a gradient."""
-
-    number: float
-    tensor: torch.Tensor | None
-
-    @classmethod
-    def of(cls, scale: float | torch.Tensor) -> "Scale":
-        if isinstance(scale, torch.Tensor):
-            return cls(1.0, scale)
-        return cls(float(scale), None)
-
-    @property
-    def value(self) -> float | torch.Tensor:
-        return self.number if self.tensor is None else self.tensor
-
-
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype an operation computes in: x's, or autocast's where autocast reaches x."""
     return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype

@@ -80,11 +80,17 @@ def options(op: str, dropout_p: float, impl: str | None, activation: str = "iden
 
 
 def scale(op: str, value: object, like: torch.Tensor) -> None:
-    """Refuse a scale that is neither a number nor a 0-d floating tensor on x's device."""
-    if isinstance(value, torch.Tensor):
-        tensor(op, "scale", value, (), like)
-    elif isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{op}: scale must be a float or a 0-d tensor, got {type(value).__name__}")
+    """Refuse what is no number, no 0-d floating tensor on x's device and no pair of both."""
+    number, part = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
+    if part is None and isinstance(number, torch.Tensor):
+        number, part = 1.0, number
+    if part is not None:
+        tensor(op, "scale", part, (), like)
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise TypeError(
+            f"{op}: scale must be a float or a 0-d tensor, or a pair of these,"
+            f" got {type(number).__name__}"
+        )
 
 
 def seed(op: str, value: object, like: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ from .call import dense_weight
 from .packed_passes import FORMATS, has_bf16_rows, padded_columns, padded_rows
 from .products import accumulator
 from .quantized import QuantizedWeight
-from .types import Unavailable
+from .types import Factor, Scale, Unavailable
 from .units import KINDS
 
 _BF16 = len(FORMATS)  # of a tensor, as numbered in native/formats.h
@@ -56,7 +56,7 @@ class FrozenAdapter:
         cls,
         lora_a: torch.Tensor,
         lora_b: torch.Tensor,
-        scale: float | torch.Tensor = 1.0,
+        scale: Factor = 1.0,
         *,
         bias: torch.Tensor | None = None,
         dtype: torch.dtype | None = None,
@@ -80,7 +80,7 @@ class FrozenAdapter:
         bias_down: torch.Tensor | None = None,
         bias_up: torch.Tensor | None = None,
         activation: str = "gelu",
-        scale: float | torch.Tensor = 1.0,
+        scale: Factor = 1.0,
         dtype: torch.dtype | None = None,
     ) -> "FrozenAdapter":
         """The constants of `adapter_linear` with these arguments, in `dtype` (None: down's).
@@ -140,8 +140,9 @@ def _constant(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor |
     return None if tensor is None else tensor.detach().to(dtype).contiguous()
 
 
-def _number(scale: float | torch.Tensor) -> float | torch.Tensor:
+def _number(scale: Factor) -> float | torch.Tensor:
     """A scale as a constant: a float on a CPU; a GPU is not waited for."""
+    scale = Scale.of(scale).value
     if isinstance(scale, torch.Tensor) and scale.device.type != "cpu":
         return scale.detach().clone()
     return float(scale)

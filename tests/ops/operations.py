@@ -124,7 +124,9 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def _scale(scale: float | torch.Tensor) -> tuple[float, torch.Tensor | None]:
+def _scale(scale: float | torch.Tensor | tuple) -> tuple[float, torch.Tensor | None]:
+    if isinstance(scale, tuple):
+        return scale
     return (1.0, scale) if isinstance(scale, torch.Tensor) else (float(scale), None)
 
 

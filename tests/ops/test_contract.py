@@ -47,6 +47,29 @@ def leaves_of(tensors: kit.Tensors, wanted) -> kit.Tensors:
 
 
 @EVERY_PATH
+@pytest.mark.parametrize("rows", [5, 40])  # the compiled passes of bf16 take 16 and more
+@pytest.mark.parametrize("dtype", [SINGLE, BF16], ids=str)
+def test_a_pair_for_scale_is_the_product_of_both(operation, path, rows, dtype):
+    if path.impl == "triton" and dtype == BF16:
+        pytest.skip("the interpreter's bf16 products are wrong in silence")
+    tensors = operation.operands(Sizes(rows, 6, 20, 3), dtype)
+    run, options = operation.along(path), masking(path)
+    dy = torch.randn_like(run(**tensors, **options))
+
+    def of_a_pair(scale, **others):
+        return run(scale=(-1.5, scale), **others)
+
+    def of_the_product(scale, **others):
+        return run(scale=-1.5 * scale, **others)
+
+    wanted = kit.outcome(of_the_product, tensors, operation.trained, dy, **options)
+    found = kit.outcome(of_a_pair, tensors, operation.trained, dy, **options)
+    for name, value in wanted.items():
+        error = (found[name] - value).norm() / value.norm()
+        assert error < (1e-5 if dtype == SINGLE else 1e-2), f"{name}: {error:.2g}"
+
+
+@EVERY_PATH
 def test_every_subset_of_gradients(operation, path):
     """Each subset gives exactly its gradients, the same as all of them together give.
 

@@ -10,7 +10,7 @@ from ...core.device import Chip
 from ...core.groups import Common, GroupOperation, define_group
 from ...core.quantized import QuantizedWeight
 from ...core.tiling import Shape
-from ...core.types import Choice
+from ...core.types import Choice, Factor, Scale
 from .. import members
 from ..members import why_apart
 from . import group_eager, op
@@ -31,7 +31,7 @@ def adapter_linear_group(
     activation: str = "gelu",
     dropout_p: float = 0.0,
     seed: int | torch.Tensor | None = None,
-    scales: Sequence[float | torch.Tensor] | None = None,
+    scales: Sequence[Factor] | None = None,
     impl: str | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Return `adapter_linear(x, weights[i], downs[i], ups[i], ...)` of every i.
@@ -48,7 +48,7 @@ def adapter_linear_group(
         ups: each [out_i, width_i].
         biases, biases_down, biases_up: each a tensor or None; None for none at all.
         activation, dropout_p, seed, impl: as in `adapter_linear`, the same for all.
-        scales: each a float or a 0-d tensor; None for ones.
+        scales: each a float, a 0-d tensor or a pair of these; None for ones.
 
     Returns:
         A tuple of [..., out_i].
@@ -85,7 +85,7 @@ def _operands(calls: list[tuple], dtype: torch.dtype) -> tuple[list, list[float]
     """The operator's tensors, flat, and the members' numeric scales."""
     parts, numbers = [], []
     for (_, weight, down, up), options in calls:
-        bias, scale = options["bias"], call.Scale.of(options["scale"])
+        bias, scale = options["bias"], Scale.of(options["scale"])
         data, quantizers = call.weight_tensors(weight, dtype)
         bias = None if bias is None else bias.to(dtype)
         member = Member(data, down, up, bias, options["bias_down"], options["bias_up"],

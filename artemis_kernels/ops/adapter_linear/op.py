@@ -14,7 +14,7 @@ from ...core.registration import (
     once,
 )
 from ...core.strategies import Case, named, weight_of
-from ...core.types import Choice, Cost
+from ...core.types import Choice, Cost, Factor, Scale
 from ..bases import held
 from . import eager, reference
 
@@ -33,7 +33,7 @@ def adapter_linear(
     activation: str = "gelu",
     dropout_p: float = 0.0,
     seed: int | torch.Tensor | None = None,
-    scale: float | torch.Tensor = 1.0,
+    scale: Factor = 1.0,
     impl: str | None = None,
 ) -> torch.Tensor:
     """Return `y0 + scale · (dropout(act(y0 Dᵀ + b_d)) Uᵀ + b_u)` with `y0 = x Wᵀ + bias`.
@@ -55,7 +55,8 @@ def adapter_linear(
         dropout_p: probability in [0, 1) of dropping a unit of the bottleneck.
         seed: of the mask over [..., width]: an int, or a one-element int64 tensor on x's device;
             None draws one from torch's generator.
-        scale: a float, or a 0-d tensor, which receives a gradient.
+        scale: a float, a 0-d tensor, which receives a gradient, or a pair of a float and a tensor,
+            whose product it is.
         impl: None for the best that applies, or "triton", "eager", "reference".
 
     Returns:
@@ -72,7 +73,7 @@ def adapter_linear(
     p, seed = call.dropout(dropout_p, seed, x)
     x = x.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    scale = call.Scale.of(scale)
+    scale = Scale.of(scale)
     with call.outside_autocast(x):
         if path.impl == "reference":
             shape = (*x.shape[:-1], down.shape[0])

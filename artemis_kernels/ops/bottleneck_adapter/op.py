@@ -13,7 +13,7 @@ from ...core.registration import (
     once,
 )
 from ...core.strategies import Case, named
-from ...core.types import Choice, Cost
+from ...core.types import Choice, Cost, Factor, Scale
 from . import eager, reference
 
 NAME = "bottleneck_adapter"
@@ -31,7 +31,7 @@ def bottleneck_adapter(
     activation: str = "gelu",
     dropout_p: float = 0.0,
     seed: int | torch.Tensor | None = None,
-    scale: float | torch.Tensor = 1.0,
+    scale: Factor = 1.0,
     residual: torch.Tensor | None = None,
     impl: str | None = None,
 ) -> torch.Tensor:
@@ -50,7 +50,8 @@ def bottleneck_adapter(
         dropout_p: probability in [0, 1) of dropping a unit of the bottleneck.
         seed: of the mask over [..., width]: an int, or a one-element int64 tensor on x's device;
             None draws one from torch's generator.
-        scale: a float, or a 0-d tensor, which receives a gradient.
+        scale: a float, a 0-d tensor, which receives a gradient, or a pair of a float and a tensor,
+            whose product it is.
         residual: of x's shape, in x's dtype (any under autocast); None is x itself.
         impl: None for the best that applies, or "triton", "eager", "reference".
 
@@ -68,7 +69,7 @@ def bottleneck_adapter(
     p, seed = call.dropout(dropout_p, seed, x)
     x = x.to(dtype)
     residual = None if residual is None else residual.to(dtype)
-    scale = call.Scale.of(scale)
+    scale = Scale.of(scale)
     with call.outside_autocast(x):
         if path.impl == "reference":
             shape = (*x.shape[:-1], down.shape[0])

@@ -8,7 +8,7 @@ from ...core import base, call, checks, frozen
 from ...core.frozen import FrozenAdapter
 from ...core.quantized import QuantizedWeight
 from ...core.registration import define
-from ...core.types import Choice, Cost
+from ...core.types import Choice, Cost, Scale
 from ..bases import held
 from . import eager, reference
 from .plan import NAME, asks_for_gradient, constants, in_forward_mode, plan
@@ -56,7 +56,7 @@ def frozen_linear(
             y = computed(rows, weight, adapter, path.impl, path.strategy)
         else:
             data, quantizers = call.weight_tensors(weight, dtype)
-            scale = call.Scale.of(adapter.scale)
+            scale = Scale.of(adapter.scale)
             y = _operator(
                 rows, data, *constants(adapter), scale.number, scale.tensor, adapter.activation,
                 adapter.reads_output, path.impl, path.strategy, *quantizers,

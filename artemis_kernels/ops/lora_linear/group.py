@@ -10,7 +10,7 @@ from ...core.device import Chip
 from ...core.groups import Common, GroupOperation, define_group
 from ...core.quantized import QuantizedWeight
 from ...core.tiling import Shape
-from ...core.types import Choice
+from ...core.types import Choice, Factor, Scale
 from .. import members
 from . import group_eager, op
 
@@ -22,7 +22,7 @@ def lora_linear_group(
     weights: Sequence[torch.Tensor | QuantizedWeight],
     lora_a: Sequence[torch.Tensor],
     lora_b: Sequence[torch.Tensor],
-    scales: Sequence[float | torch.Tensor],
+    scales: Sequence[Factor],
     *,
     biases: Sequence[torch.Tensor | None] | None = None,
     dropout_p: float = 0.0,
@@ -41,7 +41,7 @@ def lora_linear_group(
         weights: each [out_i, in], or a `QuantizedWeight` of that shape.
         lora_a: each [rank_i, in].
         lora_b: each [out_i, rank_i].
-        scales: each a float or a 0-d tensor.
+        scales: each a float, a 0-d tensor or a pair of these.
         biases: each [out_i] or None; None for no biases at all.
         dropout_p, seed, impl: as in `lora_linear`; one mask for all.
 
@@ -76,7 +76,7 @@ def _operands(calls: list[tuple], dtype: torch.dtype) -> tuple[list, list[float]
     """The operator's tensors, flat, and the members' numeric scales."""
     parts, numbers = [], []
     for (_, weight, a, b, scale), options in calls:
-        bias, scale = options["bias"], call.Scale.of(scale)
+        bias, scale = options["bias"], Scale.of(scale)
         data, quantizers = call.weight_tensors(weight, dtype)
         bias = None if bias is None else bias.to(dtype)
         parts += list(Member(data, a, b, bias, scale.tensor, *quantizers))  # a tuple: torch 2.11

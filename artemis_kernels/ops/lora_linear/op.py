@@ -14,7 +14,7 @@ from ...core.registration import (
     once,
 )
 from ...core.strategies import Case, named, weight_of
-from ...core.types import Choice, Cost
+from ...core.types import Choice, Cost, Factor, Scale
 from ..bases import held
 from . import eager, reference
 
@@ -26,7 +26,7 @@ def lora_linear(
     weight: torch.Tensor | QuantizedWeight,
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
-    scale: float | torch.Tensor,
+    scale: Factor,
     *,
     bias: torch.Tensor | None = None,
     dropout_p: float = 0.0,
@@ -43,8 +43,8 @@ def lora_linear(
             `QuantizedWeight` of that shape (docs/quantization.md).
         lora_a: [rank, in], any floating dtype; its gradient comes in that dtype.
         lora_b: [out, rank], likewise.
-        scale: a float, or a 0-d tensor, which receives a gradient. The scale itself, not
-            alpha/rank.
+        scale: a float, a 0-d tensor, which receives a gradient, or a pair of a float and a tensor,
+            whose product it is. The scale itself, not alpha/rank.
         bias: [out] or None.
         dropout_p: probability in [0, 1) of dropping an element of x on its way into `lora_a`.
         seed: of the mask: an int, or a one-element int64 tensor on x's device; None draws one
@@ -64,7 +64,7 @@ def lora_linear(
     p, seed = call.dropout(dropout_p, seed, x)
     x = x.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    scale = call.Scale.of(scale)
+    scale = Scale.of(scale)
     with call.outside_autocast(x):
         if path.impl == "reference":
             keep, keep_scale = call.reference_mask(x.shape, p, seed, x.device)
