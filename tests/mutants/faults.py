@@ -658,7 +658,7 @@ MODEL = (
     Fault(
         "a layer's gain ignored",
         "artemis/layers/sites.py",
-        "return gain if factor == 1 else factor * gain",
+        "return factor, gain.to(torch.promote_types(gain.dtype, torch.float32))",
         "return factor",
         ("tests/artemis/test_sharing.py", "-k", "gain"),
     ),
@@ -686,8 +686,8 @@ MODEL = (
     Fault(
         "LoRA's factor rounded to the gain's 16 bits",
         "artemis/layers/sites.py",
-        "gain = gain.to(torch.promote_types(gain.dtype, torch.float32))",
-        "pass",
+        "return factor, gain.to(torch.promote_types(gain.dtype, torch.float32))",
+        "return factor * gain",
         ("tests/artemis/test_sharing.py", "-k", "factor_is_not_rounded"),
     ),
     Fault(
