@@ -135,6 +135,20 @@ def test_gradients_of_a_low_rank_term(m, w, n, held, lay):
     assert alone.ds is None and alone.b is None and torch.equal(alone.scale, found.scale)
 
 
+def test_the_same_bits_on_any_number_of_threads():
+    dy, z, up, bias = operands(333, 24, 100, F32)
+    of, threads, every = (z, up, bias, units("gelu", MASK), FACTOR), torch.get_num_threads(), []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        every.append([
+            adapter_passes.bottleneck_forward(dy, *of),
+            *adapter_passes.bottleneck_backward(dy, *of, True),
+            *adapter_passes.low_rank_backward(dy, z, up, FACTOR, SIGMA, True, True, True),
+        ])  # fmt: skip
+    torch.set_num_threads(threads)
+    assert all(map(torch.equal, *every))
+
+
 def test_gradients_have_storages_of_their_own():
     dy, z, up, bias = operands(64, 8, 40, F32)
     found = adapter_passes.bottleneck_backward(dy, z, up, bias, units("gelu", None), 1.0, True)

@@ -11,7 +11,8 @@ from artemis_kernels.core import native
 FORKED = """
 import os, signal, torch
 from artemis_kernels import FrozenAdapter, FrozenLinear, QuantizedWeight
-from artemis_kernels.core import dropped, eight_bit, thin_products
+from artemis_kernels.core import adapter_passes, dropped, eight_bit, thin_products
+from artemis_kernels.core.units import Units
 from artemis_kernels.ops.cross_entropy import eager as cross_entropy
 
 torch.set_num_threads(2)
@@ -24,6 +25,8 @@ def passes(m, k, n):
     layers = [FrozenLinear(weight, FrozenAdapter.none(weight, dtype=few.dtype))
               for weight in held.values()]
     targets = torch.zeros(m, dtype=torch.int64)
+    z, y = (torch.randn(max(m, 16), width).bfloat16() for width in (k, n))
+    units = Units("gelu", None, dropout)
 
     def call():
         dropped.dropped(x, dropout)
@@ -38,6 +41,9 @@ def passes(m, k, n):
             eight_bit.linear(x.to(dtype), held["int8"].data, held["int8"].scale, None)
         thin_products.multiply(few, turned)
         thin_products.multiply(narrow, turned[:, :4])
+        adapter_passes.bottleneck_forward(y, z[:, :8], w[:, :8], None, units, 1.0)
+        adapter_passes.bottleneck_backward(y, z[:, :8], w[:, :8], None, units, 1.0, True)
+        adapter_passes.low_rank_backward(y, z[:, :8], w[:, :8], 1.0, 1.0, True, True, True)
         for layer in layers:
             layer(few)
 

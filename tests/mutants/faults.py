@@ -2016,8 +2016,8 @@ GROUPS = (
     Fault(
         "dX of the last folded member alone",
         f"{KERNELS}/ops/adapter_linear/group_eager.py",
-        "dx = bases[last].input_gradient(dys[last], dx, LowRank(dz, f.t()))",
-        "dx = bases[last].input_gradient(dys[last], None, LowRank(dz, f.t()))",
+        "dx = base.input_gradient(dys[i], dx, term if i == reached[-1] else None)",
+        "dx = base.input_gradient(dys[i], None, term if i == reached[-1] else None)",
         (GROUP_VALUES, "-k", "eager and adapter"),
     ),
     Fault(

@@ -38,7 +38,7 @@ def forward(
     """Return y [M, out], z [M, width] and what dD needs: F [width, in] (folded), y0 (plain)."""
     member = Bottleneck(down, up, bias, bias_down, bias_up, scale_tensor)
     common = Common((scale,), activation, dropout_p, seed, "eager", (strategy,))
-    (y,), (z, kept) = forward_over([base], x, [member], common)
+    (y,), (z, kept) = forward_over(lambda _: base, x, [member], common)
     return y, z, kept
 
 
@@ -66,7 +66,7 @@ def backward(
     member = Bottleneck(down, up, bias, bias_down, bias_up, scale_tensor)
     common = Common((scale,), activation, dropout_p, seed, "eager", (strategy,))
     dx, (found,) = backward_over(
-        [base], [dy], x, [member], [z, kept], common, needs_x,
+        lambda _: base, [dy], x, [member], [z, kept], common, needs_x,
         [Bottleneck(needs_down, needs_up, *of_biases, needs_scale)],
     )  # fmt: skip
     return dx, found.down, found.up, found.scale_tensor, *found[2:5]

@@ -11,7 +11,7 @@ With the F of all folded members in one matrix, row under row, and their z and d
 `x Fᵀ`, `dzᵀ x` and `dz F` are one product each. x is rounded once, dX is summed in one buffer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,21 +35,30 @@ def forward(
     That is all z [M, Σ widths] and all F [Σ widths, in] of the folded members, where there are any,
     then z and y0 of each plain one; all of x's dtype.
     """
-    return forward_over(_bases(members, common), x, members, common)
+    return forward_over(_base_of(members, common), x, members, common)
 
 
 def forward_over(
-    bases: Sequence[Base], x: torch.Tensor, members: Sequence[NamedTuple], common: Common
+    base_of: Callable[[int], Base],
+    x: torch.Tensor,
+    members: Sequence[NamedTuple],
+    common: Common,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """`forward` of members over these bases, which need no more than a bottleneck's tensors."""
-    rounded, kept = rounded_for_int8(x, common.strategies), []
-    ys = [base.product(x, of.bias, rounded) for base, of in zip(bases, members, strict=True)]
+    """`forward` of members that need no more than a bottleneck's tensors.
+
+    One base at a time: it may hold a copy of a packed weight.
+    """
     branches, (folded, plain) = _branches(members, common), by_kind(common.strategies)
+    sizes, rounded = widths(members, folded), rounded_for_int8(x, common.strategies)
+    f = x.new_empty(sum(sizes), x.shape[1])
+    f_of = dict(zip(folded, f.split(sizes), strict=True)) if folded else {}
+    ys, kept = [], []
+    for i, member in enumerate(members):
+        base = base_of(i)
+        ys.append(base.product(x, member.bias, rounded))
+        if i in f_of:
+            base.fold(member.down, f_of[i])
     if folded:
-        sizes = widths(members, folded)
-        f = x.new_empty(sum(sizes), x.shape[1])
-        for i, part in zip(folded, f.split(sizes), strict=True):
-            bases[i].fold(members[i].down, part)
         z = project(x, f, folded_biases(members, folded)).contiguous()
         for i, part in zip(folded, z.split(sizes, 1), strict=True):
             branches[i].add_(ys[i], part)
@@ -72,14 +81,14 @@ def backward(
     needs: Sequence[NamedTuple],  # of bool
 ) -> tuple[torch.Tensor | None, list[NamedTuple]]:
     """Return dX and the members' gradients, None where not needed."""
-    bases = _bases(members, common)
-    return backward_over(bases, dys, x, members, kept, common, needs_x, needs)
+    base_of = _base_of(members, common)
+    return backward_over(base_of, dys, x, members, kept, common, needs_x, needs)
 
 
 def backward_over(
-    bases: Sequence[Base], dys, x, members, kept, common: Common, needs_x: bool, needs
+    base_of: Callable[[int], Base], dys, x, members, kept, common: Common, needs_x: bool, needs
 ) -> tuple[torch.Tensor | None, list[NamedTuple]]:
-    """`backward` of members over these bases."""
+    """`backward` of the members of `forward_over`."""
     branches, (folded, plain) = _branches(members, common), by_kind(common.strategies)
     dx, gradients = None, [type(member)(*(None,) * len(member)) for member in members]
     reached = [i for i in folded if dys[i] is not None and (needs_x or any(needs[i]))]
@@ -91,21 +100,21 @@ def backward_over(
             i: branches[i].backward(dys[i], z_of[i], needs[i], part)
             for i, part in zip(reached, dz.split(sizes, 1), strict=True)
         }
-        through = [None] * len(reached)
+        through, term = [None] * len(reached), None
         if any(needs[i].down for i in reached):
             through = outer_gradient(dz, x).split(sizes)
+        if needs_x:
+            term = LowRank(dz, rows_of(kept[1], members, folded, reached).t())
         for i, df in zip(reached, through, strict=True):
-            ddown = bases[i].unfolded(df, dys[i].dtype) if needs[i].down else None
+            base, ddown = base_of(i), None
+            if needs[i].down:
+                ddown = base.unfolded(df, dys[i].dtype)
             if needs[i].down and members[i].bias is not None:
                 bias = members[i].bias.to(ddown.dtype)
                 ddown.addr_(found[i].dz_sum.to(ddown.dtype), bias)
             gradients[i] = _of_member(members[i], dys[i], found[i], ddown, needs[i])
-        if needs_x:
-            *others, last = reached
-            for i in others:
-                dx = bases[i].input_gradient(dys[i], dx)
-            f = rows_of(kept[1], members, folded, reached)
-            dx = bases[last].input_gradient(dys[last], dx, LowRank(dz, f.t()))
+            if needs_x:
+                dx = base.input_gradient(dys[i], dx, term if i == reached[-1] else None)
     for place, i in enumerate(plain):
         if dys[i] is None or not (needs_x or any(needs[i])):
             continue
@@ -113,7 +122,7 @@ def backward_over(
         found = branches[i].backward(dys[i], z, needs[i])
         if needs_x:
             dy0 = LowRank(found.dz, members[i].down.t()).plus(dys[i])
-            dx = bases[i].input_gradient(dy0, dx)
+            dx = base_of(i).input_gradient(dy0, dx)
         ddown = outer_gradient(found.dz, y0) if needs[i].down else None
         gradients[i] = _of_member(members[i], dys[i], found, ddown, needs[i])
     return dx, gradients
@@ -142,9 +151,8 @@ def _of_member(
     )
 
 
-def _bases(members: Sequence[NamedTuple], common: Common) -> list[Base]:
-    pairs = zip(members, common.strategies, strict=True)
-    return [held_member("eager", member, strategy) for member, strategy in pairs]
+def _base_of(members: Sequence[NamedTuple], common: Common) -> Callable[[int], Base]:
+    return lambda i: held_member("eager", members[i], common.strategies[i])
 
 
 def _branches(members: Sequence[NamedTuple], common: Common) -> list[Branch]:

@@ -11,9 +11,9 @@ Over a packed weight the strategy's end says how it is multiplied (`ops.packed.s
 import torch
 
 from ...core import device, tuning
-from ...core.call import Scale as Given
 from ...core.frozen import FrozenAdapter
 from ...core.tiling import Shape
+from ...core.types import Scale as Given
 from ..low_rank.arguments import Scale
 from ..low_rank.one_pass import one_pass
 from ..low_rank.steps import shrunk, updated
