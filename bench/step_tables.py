@@ -58,13 +58,23 @@ def measured(records: list[Record]) -> list[Measured]:
     return sorted(last.values(), key=lambda run: (run.head["case"]["hidden"], run.title))
 
 
+def by_machine(records: list[Record]) -> dict[str, list[Measured]]:
+    """`measured` of each processor, that of the last run first."""
+    runs = measured(records)
+    newest_first = sorted(runs, key=lambda run: records.index(run.head), reverse=True)
+    names = dict.fromkeys(run.head["processor"]["name"] for run in newest_first)
+    return {name: [r for r in runs if r.head["processor"]["name"] == name] for name in names}
+
+
 def training_step(records: list[Record]) -> str:
     """Times of all arms, a table a run."""
-    tables = []
-    for run in measured(records):
-        rows = [_step_row(arm, run.head["case"]["tokens"]) for arm in run.arms if "ms" in arm]
-        table = "\n".join(_STEP_HEADER + rows)
-        tables.append(f"### {run.title}\n\n{table}\n\n{origin(run.head)}\n")
+    tables, machines = [], by_machine(records)
+    for name, runs in machines.items():
+        where = f", {name}" if len(machines) > 1 else ""
+        for run in runs:
+            rows = [_step_row(arm, run.head["case"]["tokens"]) for arm in run.arms if "ms" in arm]
+            table = "\n".join(_STEP_HEADER + rows)
+            tables.append(f"### {run.title}{where}\n\n{table}\n\n{origin(run.head)}\n")
     return "\n".join(tables)
 
 
@@ -114,15 +124,22 @@ def attention_of_a_token(records: list[Record]) -> str:
 
 
 def training_step_ratios(records: list[Record]) -> str:
-    """The ratios, all runs in one table."""
-    rows = [
-        f"| {run.head['case']['hidden']:,} × {run.head['case']['layers']} | {ratio['name']} |"
-        f" {ratio['p50']:.3f} | {ratio['p20']:.2f}–{ratio['p80']:.2f} | {ratio['target']} |"
-        f" {({True: 'met', False: 'missed', None: ''})[ratio['met']]} |"
-        for run in measured(records)
-        for ratio in run.ratios
-    ]
-    return "\n".join(_RATIO_HEADER + rows) + "\n" if rows else ""
+    """The ratios, all runs of a machine in one table."""
+    tables, machines = [], by_machine(records)
+    for name, runs in machines.items():
+        rows = [_ratio_row(run, ratio) for run in runs for ratio in run.ratios]
+        where = f"On {name}:\n\n" if len(machines) > 1 else ""
+        tables.append(where + "\n".join(_RATIO_HEADER + rows) + "\n")
+    return "\n".join(tables)
+
+
+def _ratio_row(run: Measured, ratio: Record) -> str:
+    case = run.head["case"]
+    verdict = {True: "met", False: "missed", None: ""}[ratio["met"]]
+    return (
+        f"| {case['hidden']:,} × {case['layers']} | {ratio['name']} | {ratio['p50']:.3f} |"
+        f" {ratio['p20']:.2f}–{ratio['p80']:.2f} | {ratio['target']} | {verdict} |"
+    )
 
 
 def training_step_profile(records: list[Record]) -> str:
