@@ -82,7 +82,7 @@ def _product(
     """
     peaks = rounded.peaks
     line = None if peaks is None else data.index_select(0, peaks.at)
-    fits = plus is not None and plus.rank <= _MOST_EXPANDED and plus.bias is None
+    fits = plus is not None and plus.rank <= _MOST_EXPANDED
     fused = plus if fits else None
     y = _in_one_pass(rounded, apart, line, data, by_output, dtype, column, bias, into, fused)
     if y is not None:

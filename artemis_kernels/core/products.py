@@ -10,15 +10,11 @@ _THIN = 16
 
 
 class LowRank(NamedTuple):
-    """A term `alpha·s gᵀ + bias` [M, N] of a product, of s [M, r], g [N, r] and bias [N] or None.
-
-    Where no pass of our own adds it, a bias costs one more over the result.
-    """
+    """A term `alpha·s gᵀ` [M, N] of a product, of s [M, r] and g [N, r]."""
 
     s: torch.Tensor
     g: torch.Tensor
     alpha: float = 1.0
-    bias: torch.Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -29,7 +25,7 @@ class LowRank(NamedTuple):
         """`y + term`, in place."""
         if term is None or term._product(y.dtype, y, y) is not None:
             return y
-        return term._biased(y.addmm_(term.s.to(y.dtype), term.g.to(y.dtype).t(), alpha=term.alpha))
+        return y.addmm_(term.s.to(y.dtype), term.g.to(y.dtype).t(), alpha=term.alpha)
 
     def product(self, dtype: torch.dtype) -> torch.Tensor:
         """The term alone, in `dtype`."""
@@ -37,7 +33,7 @@ class LowRank(NamedTuple):
         if y is not None:
             return y
         y = torch.mm(self.s.to(dtype), self.g.to(dtype).t())
-        return self._biased(y if self.alpha == 1 else y.mul_(self.alpha))
+        return y if self.alpha == 1 else y.mul_(self.alpha)
 
     def plus(self, start: torch.Tensor) -> torch.Tensor:
         """`start + term` as a new tensor."""
@@ -45,16 +41,13 @@ class LowRank(NamedTuple):
         if y is not None:
             return y
         s, g = self.s.to(start.dtype), self.g.to(start.dtype)
-        return self._biased(torch.addmm(start, s, g.t(), alpha=self.alpha))
-
-    def _biased(self, y: torch.Tensor) -> torch.Tensor:
-        return y if self.bias is None else y.add_(self.bias)
+        return torch.addmm(start, s, g.t(), alpha=self.alpha)
 
     def _product(self, dtype: torch.dtype, out=None, start=None) -> torch.Tensor | None:
         """`start + term` by a pass of our own, or None."""
         if dtype != torch.bfloat16:
             return None
-        return multiply(self.s, self.g.t(), out, start=start, bias=self.bias, alpha=self.alpha)
+        return multiply(self.s, self.g.t(), out, start=start, alpha=self.alpha)
 
 
 def project(

@@ -1,7 +1,5 @@
 """Thin products: whatever orientation is computed, the value is the plain one's."""
 
-import itertools
-
 import pytest
 import torch
 
@@ -34,13 +32,10 @@ def test_a_low_rank_term_alone_added_and_in_place(dtype, way, monkeypatch):
     if way == "plain":
         monkeypatch.setattr(native, "library", lambda: native.Native(None, "switched off"))
     y = torch.randn(21, 33).to(dtype)
-    for layout, bias in itertools.product(
-        (torch.Tensor.clone, *kit.LAYOUTS), (None, torch.randn(33))
-    ):
+    for layout in (torch.Tensor.clone, *kit.LAYOUTS):
         s, g = torch.randn(21, 5).to(dtype), torch.randn(33, 5)
-        term = products.LowRank(layout(s), layout(g), 0.5, bias)
+        term = products.LowRank(layout(s), layout(g), 0.5)
         wanted = 0.5 * s.double() @ g.to(dtype).double().T
-        wanted = wanted if bias is None else wanted + bias.double()
         room = {"rtol": 1e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
         for found, start in (
             (term.product(dtype), None),

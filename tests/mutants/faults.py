@@ -1457,27 +1457,6 @@ QUANTIZED = (
         ("tests/core/test_thin_products.py",),
     ),
     Fault(
-        "the bias of a term left out of a thin product",
-        f"{CORE}/products.py",
-        "bias=self.bias, alpha",
-        "bias=None, alpha",
-        ("tests/ops/test_bottleneck_adapter.py",),
-    ),
-    Fault(
-        "the bias of a term left out where BLAS adds it",
-        f"{CORE}/products.py",
-        "return y if self.bias is None else y.add_(self.bias)",
-        "return y",
-        ("tests/core/test_products.py",),
-    ),
-    Fault(
-        "the bias of a term left out where an int8 product's own pass adds it",
-        f"{CORE}/eight_bit.py",
-        "plus.rank <= _MOST_EXPANDED and plus.bias is None",
-        "plus.rank <= _MOST_EXPANDED",
-        ("tests/core/test_eight_bit.py",),
-    ),
-    Fault(
         "a gradient of fp16 summed over rows in fp16",
         f"{CORE}/products.py",
         "left, right = left.float(), right.float()",
