@@ -53,7 +53,7 @@ class TrainingStep:
         attention = attention_for(computes_in, batch.device, batch.shape[1])
         base_of(model).set_attn_implementation(attention)
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, 1e-4, fused=True) if self.trained else None
+        self.optimizer = self._adamw() if self.trained else None
 
     def __call__(self) -> None:
         self.backward()
@@ -70,6 +70,10 @@ class TrainingStep:
             loss = self.model(input_ids=self.batch, labels=self.batch).loss
         loss.backward()
         return loss
+
+    def _adamw(self) -> torch.optim.Optimizer:
+        on_gpu = self.batch.device.type == "cuda"  # where a step may be captured as a graph
+        return torch.optim.AdamW(self.trained, 1e-4, fused=True, capturable=on_gpu)
 
     @property
     def trained_parameters(self) -> int:

@@ -1,27 +1,38 @@
-"""How long a GPU works on a call: what is left of its time is Python's."""
+"""How long a GPU works on a call, and on what: the rest of its time is Python's."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 
-def busy_ms(call: Callable[[], object]) -> float | None:
-    """Milliseconds in which a GPU runs anything of the call; None where no profiler sees it."""
+class Work(NamedTuple):
+    """`busy_ms`: in which anything ran. `kernels`: (name, launches, ms) each, longest first."""
+
+    busy_ms: float
+    kernels: list[tuple[str, int, float]]
+
+
+def work_of(call: Callable[[], object]) -> Work | None:
+    """What a GPU does for the call; None where no profiler sees it."""
     torch.cuda.synchronize()
     try:
         with profile(activities=[ProfilerActivity.CUDA]) as seen:
             call()
             torch.cuda.synchronize()
         spans = [
-            (event.time_range.start, event.time_range.end)
+            (event.name, event.time_range.start, event.time_range.end)
             for event in seen.events()
             if event.device_type == DeviceType.CUDA and not event.is_user_annotation
         ]
     except RuntimeError:
         return None
-    return covered(spans) / 1e3 if spans else None
+    if not spans:
+        return None
+    return Work(covered((start, end) for _, start, end in spans) / 1e3, _by_kernel(spans))
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:
@@ -31,3 +42,11 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
         total += max(0.0, end - max(start, until))
         until = max(until, end)
     return total
+
+
+def _by_kernel(spans: list[tuple[str, float, float]]) -> list[tuple[str, int, float]]:
+    spent: dict[str, list[float]] = defaultdict(list)
+    for name, start, end in spans:
+        spent[name].append((end - start) / 1e3)
+    every = [(name, len(each), sum(each)) for name, each in spent.items()]
+    return sorted(every, key=lambda kernel: -kernel[2])

@@ -17,12 +17,12 @@ from artemis.benchmark.arms import ARMS, TrainingStep
 from artemis.benchmark.decoding import Token
 from artemis.benchmark.models import Cell, build, random_tokens
 from artemis.benchmark.steps import Prepared, Step, check, prepare
-from artemis.benchmark.timer import Timer
+from artemis.benchmark.timer import Timer, captured
 from artemis.benchmark.turns import Spread
 
 from ..floors import stop_gradients_before_attention
 from . import decoding
-from .busy import busy_ms
+from .busy import work_of
 from .failures import FAILURES, failure, out_of_memory
 
 TRAINING = ("full-autocast", "full-bf16", "floor", "peft", "hybrid", "hybrid-int8")
@@ -30,6 +30,8 @@ DECODING = ("full-bf16", "peft", "hybrid", "hybrid-int8", "hybrid-int4")
 OURS = "hybrid"  # how the names of Artemis' arms begin
 FULL = ("full-autocast", "full-bf16")  # what speeds are against
 _CHECKED_TOKENS = 64  # of each sequence
+_GRAPHS_UP_TO = 8192  # tokens: the graph of each arm keeps its activations, all at once
+_SHOWN_KERNELS = 24
 Row = dict[str, Any]
 
 
@@ -134,7 +136,7 @@ def _in_turns(workload: str, ready: dict[str, _Entered], cell: Cell, timer: Time
             entered.step.model.zero_grad()
             rows[arm] |= failure(error)
     try:
-        times, more = _timed(workload, calls, timer)
+        times, more = _timed(workload, calls, timer, cell.tokens <= _GRAPHS_UP_TO)
     except FAILURES as error:
         yield from (row | failure(error) for row in rows.values())
         return
@@ -163,25 +165,45 @@ def _warmed(workload: str, entered: _Entered, cell: Cell, on_gpu: bool) -> tuple
 
 
 def _timed(
-    workload: str, calls: dict[str, Any], timer: Timer
+    workload: str, calls: dict[str, Any], timer: Timer, graphs: bool
 ) -> tuple[dict[str, list[float]], dict[str, Row]]:
     """Milliseconds of every arm in each round, and what else its row says of time."""
     if workload == "decode":
         return decoding.in_turns(calls, timer)
     times = timer.interleaved(calls)
-    return times, _busy(calls, times) if timer.on_gpu else {arm: {} for arm in calls}
-
-
-def _busy(calls: dict[str, Any], times: dict[str, list[float]]) -> dict[str, Row]:
-    """How long the GPU was busy in a step, its share of the time, and speeds by it alone."""
-    seen = {arm: ms for arm, call in calls.items() if (ms := busy_ms(call)) is not None}
     rows: dict[str, Row] = {arm: {} for arm in calls}
-    for arm, ms in seen.items():
-        rows[arm] = {
-            "busy_ms": ms, "busy_share": ms / Spread.of(times[arm]).p50,
-            "busy_speedup": {full: seen[full] / ms for full in FULL if full in seen},
-        }  # fmt: skip
-    return rows
+    if timer.on_gpu:
+        found = [_worked(calls, times), _replayed(calls, timer) if graphs else {}]
+        rows = {arm: {k: v for of in found for k, v in of.get(arm, {}).items()} for arm in calls}
+    return times, rows
+
+
+def _worked(calls: dict[str, Any], times: dict[str, list[float]]) -> dict[str, Row]:
+    """How long the GPU was busy in a step, its share of the time, and speeds by it alone."""
+    seen = {arm: work for arm, call in calls.items() if (work := work_of(call)) is not None}
+    return {
+        arm: {
+            "busy_ms": work.busy_ms, "busy_share": work.busy_ms / Spread.of(times[arm]).p50,
+            "busy_speedup": {
+                full: seen[full].busy_ms / work.busy_ms for full in FULL if full in seen
+            },
+            "kernels": work.kernels[:_SHOWN_KERNELS],
+        }
+        for arm, work in seen.items()
+    }  # fmt: skip
+
+
+def _replayed(calls: dict[str, Any], timer: Timer) -> dict[str, Row]:
+    """Steps replayed as CUDA graphs, which Python costs nothing, and speeds of those."""
+    found = {arm: graph for arm, call in calls.items() if (graph := captured(call))}
+    times = timer.interleaved(found, idle=False)
+    return {
+        arm: {
+            "graph_ms": Spread.of(times[arm]).to_dict(5),
+            "graph_speedup": _speedup(times, arm),
+        }
+        for arm in found
+    }
 
 
 def _speedup(times: dict[str, list[float]], arm: str) -> dict[str, dict[str, float]]:

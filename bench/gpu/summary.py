@@ -46,10 +46,10 @@ _TABLES = {
     ("models", "train"): (
         "Training step",
         "model|layers|tokens|arm|ms|GPU busy ms|of the time|× full bf16 autocast|× full bf16"
-        "|× full bf16 by busy time|predicted ×|÷ predicted|tokens/s|peak GB|trained parameters"
-        "|error ÷ limit",
+        "|× full bf16 by busy time|predicted ×|÷ predicted|ms as a graph|× full bf16 as a graph"
+        "|tokens/s|peak GB|trained parameters|error ÷ limit",
         "model layers tokens arm ms busy_ms busy_share full-autocast full-bf16 busy predicted"
-        " over_predicted tokens_per_second peak_gb trained_parameters error",
+        " over_predicted graph_ms replayed tokens_per_second peak_gb trained_parameters error",
     ),
     ("models", "decode"): (
         "Decoding, adapters unmerged",
@@ -59,6 +59,7 @@ _TABLES = {
         " tokens_per_second peak_gb error",
     ),
 }
+_KERNELS = 8  # of a step that are shown; rows have more
 #: Kind -> what stands above its table.
 _NOTES = {
     "train": [
@@ -94,6 +95,7 @@ def summary(header: Row, states: dict[str, str], rows: dict[str, list[Row]]) -> 
             if row["kind"] == kind:
                 compared = row | (predicted.compared(row, about) if about else {})
                 lines.append(_line(*(_cell(compared, key) for key in keys.split())))
+    lines += _kernels(rows.get("models", []))
     return "\n".join(lines) + "\n"
 
 
@@ -129,6 +131,17 @@ def _accuracy(rows: list[Row]) -> list[str]:
     return lines
 
 
+def _kernels(rows: list[Row]) -> list[str]:
+    """What each arm's GPU spends a step on, of every row that says so."""
+    lines = ["", "## Kernels of a training step, longest first", ""]
+    lines += _header("model|layers|tokens|arm|launches|ms|kernel".split("|"))
+    for row in rows:
+        for name, launches, ms in row.get("kernels", [])[:_KERNELS]:
+            about = (row[key] for key in ("model", "layers", "tokens", "arm"))
+            lines.append(_line(*about, launches, ms, name[:80]))
+    return lines
+
+
 def _badness(row: Row) -> float:
     """What did not run counts least, what is wrong beyond measure most."""
     if row["passed"] is None:
@@ -140,10 +153,12 @@ def _cell(row: Row, key: str) -> Any:
     """Speeds against full fine-tuning, keyed by its arm, are shown with their spread."""
     if key == "ms":
         return row["ms"]["p50"] if "ms" in row else f"not timed: {row.get('where')}"
-    if key == "eager_ms":
-        return row["eager_ms"]["p50"] if "eager_ms" in row else None
+    if key in ("eager_ms", "graph_ms"):
+        return row[key]["p50"] if key in row else None
     if key == "busy":
         return row.get("busy_speedup", {}).get("full-bf16")
+    if key == "replayed":
+        return row.get("graph_speedup", {}).get("full-bf16", {}).get("p50")
     if key.startswith("full-"):
         speed = row.get("speedup", {}).get(key)
         return speed and "{p50:.3g} ({p20:.3g}–{p80:.3g})".format(**speed)

@@ -76,18 +76,26 @@ def test_a_gpu_is_busy_once_where_kernels_overlap():
 
 
 class Event:
-    def __init__(self, start, end, device_type, is_user_annotation=False):
-        self.time_range = type("Range", (), {"start": start, "end": end})
+    def __init__(self, name, start, end, device_type, is_user_annotation=False):
+        self.name, self.time_range = name, type("Range", (), {"start": start, "end": end})
         self.device_type, self.is_user_annotation = device_type, is_user_annotation
 
 
 @pytest.mark.parametrize(
-    ("seen", "ms"), [("kernels", 0.007), ("nothing", None), ("no profiler", None)]
+    ("seen", "work"),
+    [
+        ("kernels", (0.009, [("_expand", 2, 0.007), ("gemm", 1, 0.004)])),
+        ("nothing", None),
+        ("no profiler", None),
+    ],
 )
-def test_busy_time_is_that_of_kernels_alone(monkeypatch, seen, ms):
-    """Annotations span what they are about, gaps and all."""
+def test_busy_time_is_that_of_kernels_alone(monkeypatch, seen, work):
+    """Annotations span what they are about, gaps and all; kernels of two streams overlap."""
     gpu, cpu = busy.DeviceType.CUDA, busy.DeviceType.CPU
-    kernels = [Event(0, 3, gpu), Event(6, 10, gpu), Event(0, 50, gpu, True), Event(0, 90, cpu)]
+    kernels = [
+        Event("_expand", 0, 3, gpu), Event("_expand", 6, 10, gpu), Event("gemm", 8, 12, gpu),
+        Event("note", 0, 50, gpu, True), Event("gemm", 0, 90, cpu),
+    ]  # fmt: skip
 
     class Profile:
         def __init__(self, activities):
@@ -105,18 +113,29 @@ def test_busy_time_is_that_of_kernels_alone(monkeypatch, seen, ms):
 
     monkeypatch.setattr(busy, "profile", Profile)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    assert busy.busy_ms(lambda: None) == ms
+    assert busy.work_of(lambda: None) == work
 
 
 def test_a_row_says_how_long_its_gpu_was_busy(monkeypatch):
-    found = {"full-bf16": 8.0, "hybrid": 2.0, "peft": None}
-    monkeypatch.setattr(models, "busy_ms", lambda call: found[call])
+    kernels = [("gemm", 1, 2.0)]
+    found = {"full-bf16": busy.Work(8.0, []), "hybrid": busy.Work(2.0, kernels), "peft": None}
+    monkeypatch.setattr(models, "work_of", lambda call: found[call])
     times = {arm: [10.0] * 3 for arm in found}
-    rows = models._busy({arm: arm for arm in found}, times)
+    rows = models._worked({arm: arm for arm in found}, times)
     assert rows["hybrid"] == {
-        "busy_ms": 2.0, "busy_share": 0.2, "busy_speedup": {"full-bf16": 4.0}
+        "busy_ms": 2.0, "busy_share": 0.2, "busy_speedup": {"full-bf16": 4.0}, "kernels": kernels
     }  # fmt: skip
-    assert rows["peft"] == {}
+    assert "peft" not in rows
+
+
+def test_a_row_says_what_a_step_takes_as_a_graph(monkeypatch):
+    graphs = {"full-bf16": lambda: 4.0, "hybrid": lambda: 1.0, "peft": None}
+    monkeypatch.setattr(models, "captured", lambda call: graphs[call])
+    monkeypatch.setattr(Timer, "milliseconds", lambda self, call, idle: call())
+    rows = models._replayed({arm: arm for arm in graphs}, Timer(CPU, 3, flush=False))
+    assert rows["hybrid"]["graph_ms"]["p50"] == 1.0
+    assert rows["hybrid"]["graph_speedup"]["full-bf16"]["p50"] == 4.0
+    assert rows.keys() == {"full-bf16", "hybrid"}
 
 
 def test_an_arm_without_memory_at_one_batch_is_timed_at_the_others(monkeypatch):
