@@ -134,7 +134,7 @@ def _accuracy(rows: list[Row]) -> list[str]:
 def _kernels(rows: list[Row]) -> list[str]:
     """What each arm's GPU spends a step on, of every row that says so."""
     lines = ["", "## Kernels of a training step, longest first", ""]
-    lines += _header("model|layers|tokens|arm|launches|ms|kernel".split("|"))
+    lines += _header(["model", "layers", "tokens", "arm", "launches", "ms", "kernel"])
     for row in rows:
         for name, launches, ms in row.get("kernels", [])[:_KERNELS]:
             about = (row[key] for key in ("model", "layers", "tokens", "arm"))
