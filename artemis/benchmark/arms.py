@@ -104,8 +104,8 @@ class Arm:
     `infers`: it is measured in training, at inference.
     `recomputes`: it trades time for memory, which `artemis bench memory` shows by default.
     `trainers_loss`: as Artemis' trainer computes it, not as transformers does. `needs`: a package;
-    without it the arm is none of the default ones. `counted`: what stands for it where FLOPs are
-    counted, of products that torch cannot count.
+    without it the arm is none of the default ones. `on_gpu`: nor is it without a GPU. `counted`:
+    what stands for it where FLOPs are counted, of products that torch cannot count.
     """
 
     name: str
@@ -122,11 +122,14 @@ class Arm:
     recomputes: bool = False
     trainers_loss: bool = False
     needs: str | None = None
+    on_gpu: bool = False
     counted: Adapt | None = None
 
     @property
     def installed(self) -> bool:
         """Whether what it needs is there."""
+        if self.on_gpu and not torch.cuda.is_available():
+            return False
         return self.needs is None or importlib.util.find_spec(self.needs) is not None
 
     @property
@@ -181,14 +184,17 @@ def hybrid(model: PreTrainedModel, **settings) -> nn.Module:
     return add_hybrid_adapter_to_model(model, HybridAdapterConfig(**settings))
 
 
-def hybrid_quantized(model: PreTrainedModel, bits: int, include_head: bool = False) -> nn.Module:
+def hybrid_quantized(
+    model: PreTrainedModel, bits: int, include_head: bool = False, format: str = "int"
+) -> nn.Module:
     """The default hybrid over a base in 8 or 4 bits; the adapter stays in 32."""
     adapted = hybrid(model)
     if not model.config.num_hidden_layers and not include_head:
         return adapted
     return quantize_adapter_model(
-        adapted, bits=bits, adapter_bits=32, include_head=include_head, progress=False
-    )
+        adapted, bits=bits, format=format, adapter_bits=32, include_head=include_head,
+        progress=False,
+    )  # fmt: skip
 
 
 def plain_int8(model: PreTrainedModel) -> nn.Module:
@@ -250,6 +256,7 @@ _REFERENCE = partial(hybrid, impl="reference")
 #: Relative error of gradients over a base in 8 bits: 0.02 to 0.10 were seen at widths 64 to 1,024,
 #: and 0.65 and more from width 512 on where dX was dropped in one layer of seven.
 _INT8_TOLERANCE = 0.25
+_FP8_TOLERANCE = 0.5
 #: Of logits over a base in 4 bits, which err by a tenth of a random weight; unrelated ones by 1.4.
 _INT4_TOLERANCE = 0.6
 _FP32, _BF16 = torch.float32, torch.bfloat16
@@ -292,6 +299,11 @@ ARMS = {
             "hybrid-int8-head", "hybrid, int8 base and head", _BF16,
             partial(hybrid_quantized, bits=8, include_head=True), 2,
             reference=_REFERENCE, tolerance=_INT8_TOLERANCE, trainers_loss=True,
+        ),
+        Arm(
+            "hybrid-fp8", "hybrid, fp8 base", _BF16,
+            partial(hybrid_quantized, bits=8, format="fp8"), 2,
+            reference=_REFERENCE, tolerance=_FP8_TOLERANCE, trainers_loss=True, on_gpu=True,
         ),
         Arm(
             "hybrid-int4", "hybrid, int4 base", _BF16, partial(hybrid_quantized, bits=4), 2,

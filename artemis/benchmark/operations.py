@@ -146,7 +146,6 @@ class Truth:
         ]
         return max(verdicts, key=lambda v: math.inf if v.ratio is None else v.ratio)
 
-
     @property
     def _of_sums(self) -> float:
         """The relative error of the longest sum in fp32, one term after the other.

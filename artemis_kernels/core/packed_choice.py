@@ -57,7 +57,8 @@ def _vendor(weight: QuantizedWeight, shape: Shape, chip: Chip) -> bool:
     if integers and chip.generation >= 100:
         return True  # Triton reaches only the older int8 instructions there
     bytes_again, twice_as_fast = 8 if integers else 4, 2
-    return vendor_gap(chip) * 2 * shape.k > bytes_again * twice_as_fast * balance(chip)
+    gap = vendor_gap(chip, eight_bit=not integers)
+    return gap * 2 * shape.k > bytes_again * twice_as_fast * balance(chip)
 
 
 def product(

@@ -5,6 +5,8 @@ heuristic of `core.tiling`. The strategies compare costs that are worked out in 
 and say in one sentence what decided; an unknown chip gets the same treatment, never an error.
 """
 
+import math
+
 import torch
 
 from . import tables, tiling
@@ -16,14 +18,19 @@ from .tiling import FEW_ROWS, Config, Shape
 # peaks over bandwidth from NVIDIA's data sheets of A100, H100 and B200.
 _BALANCE = {8: 156.0, 9: 240.0, 10: 281.0}
 
-# How far Triton's product with pointer loads is taken to stay behind the vendor's until it is
-# measured: the newer the tensor cores, the more they need what pointer loads do not give.
-_VENDOR_GAP = {8: 0.05, 9: 0.15, 10: 0.25}
+# How far Triton's product stays behind the vendor's: with pointer loads in 16 bits, and in 8 bits.
+# Measured on an H200 (docs/benchmarks.md, On a GPU), assumed elsewhere: the newer the tensor cores,
+# the more they need what pointer loads do not give.
+_VENDOR_GAP = {8: 0.05, 9: 0.20, 10: 0.25}
+_EIGHT_BIT_GAP = {8: 0.05, 9: 0.30, 10: 0.25}
 
-# Chips on which `make gpu` saw products by tensor descriptors agree with those by pointers and take
-# less time. None yet: what a driver makes of a descriptor shows at a launch only, where nothing can
+# Chips on which products by tensor descriptors were seen to agree with those by pointers and to
+# take less time. What a driver makes of a descriptor shows at a launch only, where nothing can
 # stand in for it, so that pointers are the default until a chip has run both.
-_DESCRIPTORS: frozenset[str] = frozenset()
+_DESCRIPTORS = frozenset({"sm_90"})
+# Rows a processor from which one launch of row blocks beats two that are cut finer: at 62 on an
+# H200 it took 1.4 times as long.
+_ROWS_OF_BLOCKS = 256
 
 # Bytes that memory moves during one launch more, 3 µs at 2 to 5 TB/s: what a launch may save.
 _LAUNCH_BYTES = 8e6
@@ -71,16 +78,13 @@ def bottleneck_strategy(
 def choose_lora(shape: Shape, drops: bool, chip: Chip) -> tuple[str, str]:
     """Among `one_pass`, `split` and `vendor` for y [m, n], x [m, k], rank r.
 
-    One pass repeats `x Aᵀ` in each column of tiles: 2·m·k·r·(n / 128) FLOPs against a second read
-    of x, 2·m·k bytes. Three quarters of the peak are taken as what a kernel reaches. With few rows
-    it is the reads of A that count.
+    One pass repeats `x Aᵀ` in each column of tiles, and of few rows it is the reads of A that
+    count. With many rows its two accumulators leave so small a tile that a second read of x is
+    cheaper, however small the output.
     """
-    if not drops and shape.r <= tiling.MAX_ONE_PASS_RANK:
-        if shape.m <= FEW_ROWS:
-            if _weight_hides_a(shape, chip):
-                return "one_pass", "with few rows the weight's traffic hides the repeated x Aᵀ"
-        elif tiling.whole_rank(shape.r) * shape.n < 128 * 0.75 * balance(chip):
-            return "one_pass", "out is so small that repeating x Aᵀ beats a second read of x"
+    one_pass = not drops and shape.r <= tiling.MAX_ONE_PASS_RANK and shape.m <= FEW_ROWS
+    if one_pass and _weight_hides_a(shape, chip):
+        return "one_pass", "with few rows the weight's traffic hides the repeated x Aᵀ"
     if _vendor_wins(shape, chip):
         return "vendor", _VENDOR_REASON
     return "split", _EPILOGUE_REASON
@@ -89,16 +93,20 @@ def choose_lora(shape: Shape, drops: bool, chip: Chip) -> tuple[str, str]:
 def choose_adapter(shape: Shape, trains: bool, chip: Chip) -> tuple[str, str]:
     """Among `folded`, `folded_vendor` and `plain` for y [m, n], x [m, k], width r.
 
-    Folding costs 2·r·n·k FLOPs for `D W`, in training as many again for dD, and saves the passes
-    over y0: one read in the forward, a write and two reads more in training.
+    Folding costs 2·r·n·k FLOPs for `D W`, in training as many again for dD, and trades passes over
+    y0 for passes over x. Plain reads y0 for the bottleneck, and again for the sum that it writes;
+    back, dY and y0 for the gradients, dY once more for the sum that dX is made of, which it writes.
+    Folded, x is read in either direction, and dY once. The vendor's product has y, and back dX,
+    read and written once more.
     """
+    vendor = _vendor_wins(shape, chip)
     folding = (4 if trains else 2) * shape.r * shape.n * shape.k
-    saved = (4 if trains else 1) * shape.m * shape.n * shape.dtype.itemsize
-    if folding > saved * balance(chip):
-        return "plain", "there are too few rows to repay the product D W"
-    if _vendor_wins(shape, chip):
-        return "folded_vendor", _VENDOR_REASON
-    return "folded", _EPILOGUE_REASON
+    saved = 6 * shape.n - 2 * shape.k if trains else 3 * shape.n - shape.k
+    if vendor:
+        saved -= 2 * (shape.n + shape.k) if trains else 2 * shape.n
+    if folding > saved * shape.m * shape.dtype.itemsize * balance(chip):
+        return "plain", "the product D W and passes over x cost more than passes over y0"
+    return ("folded_vendor", _VENDOR_REASON) if vendor else ("folded", _EPILOGUE_REASON)
 
 
 def choose_bottleneck(shape: Shape, trains: bool, chip: Chip) -> tuple[str, str]:
@@ -106,8 +114,8 @@ def choose_bottleneck(shape: Shape, trains: bool, chip: Chip) -> tuple[str, str]
     widest = tiling.max_row_block_width(chip)
     if shape.r > widest:
         why = f"a width beyond {widest} does not fit a row block's registers"
-    elif shape.m < 32 * chip.processors:
-        why = "there are too few blocks of rows to fill the chip"
+    elif shape.m < _ROWS_OF_BLOCKS * chip.processors:
+        why = "there are too few blocks of rows to keep the memory busy"
     else:
         why = "one launch reads x once, and again from the cache"
         return "row_block", why + "; dD and dU take one launch together" * trains
@@ -161,11 +169,21 @@ def expand_gradient_bytes(shape: Shape, one_read: bool, chip: Chip) -> float:
 def multiplies_by_descriptors(shape: Shape, chip: Chip) -> bool:
     """Whether a fused product [m, n] of 16-bit operands that TMA can address is the persistent one.
 
-    For Hopper's sake, where its tile takes a whole processor anyway. A tile that draws a mask, and
-    those of Blackwell, do better with two programs a processor, of which one multiplies at a time.
+    For Hopper's sake, where its tile takes a whole processor anyway. Those of Blackwell do better
+    with two programs a processor, of which one multiplies at a time. A masked term is none of its:
+    `draws_apart`.
     """
     wide = shape.dtype.itemsize == 2 and shape.m > FEW_ROWS
     return chip.name in _DESCRIPTORS and wide and not shape.masked
+
+
+def draws_apart(shape: Shape, chip: Chip) -> bool:
+    """Whether a masked term is added by an update, behind the vendor's product.
+
+    A tile that draws its mask keeps the tensor cores waiting: on an H200 fused products of dX took
+    1.2 to 1.5 times as long as the vendor's and an update together.
+    """
+    return chip.name in _DESCRIPTORS and shape.masked and shape.m > FEW_ROWS
 
 
 def balance(chip: Chip) -> float:
@@ -173,9 +191,10 @@ def balance(chip: Chip) -> float:
     return _BALANCE.get(chip.generation // 10, 240.0)
 
 
-def vendor_gap(chip: Chip) -> float:
+def vendor_gap(chip: Chip, eight_bit: bool = False) -> float:
     """The share of the vendor's rate that a Triton product is taken to lack."""
-    return _VENDOR_GAP.get(chip.generation // 10, 0.15)
+    gaps = _EIGHT_BIT_GAP if eight_bit else _VENDOR_GAP
+    return gaps.get(chip.generation // 10, 0.15)
 
 
 def _weight_hides_a(shape: Shape, chip: Chip) -> bool:
@@ -189,9 +208,21 @@ def _weight_hides_a(shape: Shape, chip: Chip) -> bool:
 
 
 def _vendor_wins(shape: Shape, chip: Chip) -> bool:
-    """Whether the gap's share of 2·m·n·k FLOPs takes longer than reading and writing y again."""
+    """Whether what Triton's product lacks takes longer than reading and writing y again."""
     if chip.name == INTERPRETER or shape.m <= FEW_ROWS:
         return False
     if shape.dtype == torch.float32:
         return True  # Triton multiplies fp32 without the vendor's kernels for it
-    return vendor_gap(chip) * 2 * shape.k > 2 * shape.dtype.itemsize * balance(chip)
+    persistent = chip.name in _DESCRIPTORS and shape.r <= tiling.WIDEST_RANK_OF_A_WIDE_TILE
+    lacks = unfilled(shape, chip) if persistent else vendor_gap(chip)
+    return lacks * 2 * shape.k > 2 * shape.dtype.itemsize * balance(chip)
+
+
+def unfilled(shape: Shape, chip: Chip) -> float:
+    """The share of the vendor's time that the persistent product of y [m, n] takes longer.
+
+    Its last wave of tiles is filled in part, and with one wave only no tile is stored while the
+    next is multiplied. On an H200 0.02 are left where waves are full.
+    """
+    waves = -(-shape.m // 128) * -(-shape.n // 256) / chip.processors
+    return math.ceil(waves) / waves * 1.02 - 1 + (0.25 if waves <= 1 else 0.0)

@@ -174,7 +174,7 @@ def _base(case: Case, strategy: str, chip: Chip, r: int, back: bool = False) -> 
         yield f"weight_only_{case.format}", whole
     elif how in (TENSOR, "dense", "weight_only"):
         yield from _dense(case)
-        if r and vendor:
+        if r and (vendor or tuning.draws_apart(whole, chip)):
             yield "update", Shape(m, n, r=r, dtype=dtype, masked=masked)
         elif r:
             yield "expand", whole

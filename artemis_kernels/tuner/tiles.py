@@ -186,7 +186,7 @@ def neighbours(kernel: str, usual: Config) -> list[Config]:
     """
 
     def sizes(size: int) -> tuple[int, ...]:
-        return (size // 2, size, 2 * size) if size else (0,)
+        return tuple(dict.fromkeys((size // 2 or size, size, 2 * size)))
 
     splits = (1,) if usual.split == 1 else sizes(usual.split)
     stages = range(max(1, usual.stages - 1), usual.stages + 2) if usual.stages > 1 else (1,)

@@ -25,7 +25,7 @@ from . import decoding
 from .busy import work_of
 from .failures import FAILURES, failure, out_of_memory
 
-TRAINING = ("full-autocast", "full-bf16", "floor", "peft", "hybrid", "hybrid-int8")
+TRAINING = ("full-autocast", "full-bf16", "floor", "peft", "hybrid", "hybrid-fp8", "hybrid-int8")
 DECODING = ("full-bf16", "peft", "hybrid", "hybrid-int8", "hybrid-int4")
 OURS = "hybrid"  # how the names of Artemis' arms begin
 FULL = ("full-autocast", "full-bf16")  # what speeds are against

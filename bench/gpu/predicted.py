@@ -27,7 +27,9 @@ from ..cost_model import (
 
 Row = dict[str, Any]
 _BLOCKS_OF = "llama-2-7b"  # whose block is `cost_model.BLOCK`
-_FORMATS = {"hybrid": "16-bit", "hybrid-int8": "int8", "hybrid-int4": "int4"}
+_FORMATS = {
+    "hybrid": "16-bit", "hybrid-fp8": "fp8", "hybrid-int8": "int8", "hybrid-int4": "int4"
+}  # fmt: skip
 
 
 def gpu_named(name: str) -> Gpu | None:

@@ -78,7 +78,8 @@ def test_tiles_worth_compiling_hold_what_a_dot_takes(kernel, chip):
     for shape in (*ODD, SHAPE, replace(SHAPE, m=1)):
         for config in tiles.likely(kernel, shape, CHIPS[chip]):
             sizes = (config.block_m, config.block_n, config.block_k, config.block_r)
-            assert all(size == 0 or size >= 16 for size in sizes)
+            if not kernel.startswith("round_rows"):  # which has no dot
+                assert all(size == 0 or size >= 16 for size in sizes)
             assert config.block_k == 0 or config.block_k >= dots.get(kernel, 16)
 
 

@@ -565,11 +565,11 @@ def test_choices_of_a_group_have_the_tiles_of_its_joint_width(capsys):
 
 
 def test_choices_of_a_group_whose_members_stay_apart():
-    """Without dropout k and v take one pass on this chip, so that no launch is joint."""
+    """Of few rows each takes one pass on this chip, so that no launch is joint."""
     ((_, one),) = artemis_kernels.choices(
-        QKV, [8192], op="lora_linear_group", device="sm_90", trains=False
+        QKV, [16], op="lora_linear_group", device="sm_90", trains=False
     ).items()
-    assert one.strategy == "each: vendor + one_pass + one_pass"
+    assert one.strategy == "each: one_pass + one_pass + one_pass"
     assert not any(" 48 " in tile.shape or " 32 " in tile.shape for tile in one.tiles)
 
 

@@ -62,10 +62,10 @@ def expanded(
     **low_rank,
 ) -> torch.Tensor:
     """`x Wᵀ + bias + s·(mask·(S Bᵀ) + bias_low)`: one kernel, or the vendor's and an update."""
-    if vendor:
+    shape = Shape(x.shape[0], weight.shape[0], x.shape[1], s.shape[1], x.dtype, dropout.p > 0)
+    if vendor or tuning.draws_apart(shape, chip):
         y = functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
         return updated(y, s, b, chip, dtype=y.dtype, out=y, dropout=dropout, **low_rank)
-    shape = Shape(x.shape[0], weight.shape[0], x.shape[1], s.shape[1], x.dtype, dropout.p > 0)
     low_rank |= {"config": tuning.config("expand", shape, chip), "bias": bias, "dropout": dropout}
     if tuning.multiplies_by_descriptors(shape, chip) and has_descriptors(x, weight):
         return expand_persistent(x, weight, s, b, programs=chip.processors, **low_rank)

@@ -57,13 +57,13 @@ def _column_max(
     offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K).to(tl.int64)
     mask_k = offs_k < K
 
-    top = tl.zeros([BLOCK_K], tl.float32)
+    top = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)  # one reduction, behind the loop
     for m in range(start, end, BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M).to(tl.int64)
         x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
         x = tl.load(x_ptrs, mask=(offs_m < end)[:, None] & mask_k[None, :], other=0.0)
-        top = tl.maximum(top, tl.max(tl.abs(x.to(tl.float32)), 0))
-    tl.store(out_ptr + pid_m.to(tl.int64) * K + offs_k, top, mask=mask_k)
+        top = tl.maximum(top, tl.abs(x.to(tl.float32)))
+    tl.store(out_ptr + pid_m.to(tl.int64) * K + offs_k, tl.max(top, 0), mask=mask_k)
 
 
 @triton.jit

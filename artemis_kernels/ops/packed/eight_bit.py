@@ -13,6 +13,8 @@ sums (DeepSeek-V3, arXiv 2412.19437, §3.3.2). Scales multiply in the epilogue o
 operands along K; the caller hands over a w whose last stride is 1 (for dX: a transposed copy).
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -82,6 +84,8 @@ def eight_bit(
     (M, K), N = q.shape, w.shape[0]
     if M == 0:
         return
+    if epilogue.residual is not None or epilogue.peaks is not None:
+        config = replace(config, block_n=min(config.block_n, 128))  # beside a wider tile they spill
     grid = (triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)
     _eight_bit[grid](
         q_ptr=q, w_ptr=w, K=K, stride_qm=q.stride(0), stride_qk=q.stride(1),

@@ -16,7 +16,7 @@ copied to `apart`. e4m3 has an exponent of its own and keeps nothing apart.
 
 `largest` is 127 or 448; both round to nearest, ties to even, int8 as `core.eight_bit` does. A row
 that holds inf or nan gets q = 0 and scale nan, one too small to be scaled q = 0 and scale 0.
-Bytes: x twice (the second time from the cache), q once.
+Bytes: x once, q once, where a program holds whole rows; else x twice.
 """
 
 from typing import NamedTuple
@@ -32,7 +32,7 @@ from .epilogue import MOST_APART
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 SMALLEST = {torch.int8: 1e-36, torch.float8_e4m3fn: 4e-36}  # largest / smallest must be finite
-_FP32_MAX = tl.constexpr(3.4028234663852886e38)
+_INFINITE = tl.constexpr(float("inf"))
 # Added to a small fp32 number and taken away again, it rounds to nearest, ties to even.
 _ROUNDER = tl.constexpr(12582912.0)  # 1.5 · 2²³
 _SUBNORMAL_ROUNDER = tl.constexpr(24576.0)  # the same in steps of 2⁻⁹
@@ -63,6 +63,24 @@ def _scaled_columns(x_ptrs, kept_ptr, offs_k, mask_m, K):
 
 
 @triton.jit
+def _size(v):
+    """|v|, infinite where v is no number."""
+    size = tl.abs(v)
+    return tl.where(size < _INFINITE, size, _INFINITE)  # false for nan
+
+
+@triton.jit
+def _store_rounded(
+    v, q_ptrs, usable, inverse, largest, mask_m, offs_k, K, INTEGER: tl.constexpr
+):  # fmt: skip
+    v = tl.where(usable[:, None], v * inverse[:, None], 0.0)
+    v = tl.minimum(tl.maximum(v, -largest), largest)
+    v = v + _ROUNDER - _ROUNDER if INTEGER else _nearest_e4m3(v)
+    mask = mask_m[:, None] & (offs_k < K)[None, :]
+    tl.store(q_ptrs, v.to(q_ptrs.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _nearest_e4m3(v):
     """The e4m3 number nearest to v, ties to even, in fp32: its cast is exact, whoever does it.
 
@@ -80,7 +98,8 @@ def _round_rows(
     M, K, A,
     stride_xm, stride_xk,
     largest, smallest,
-    INTEGER: tl.constexpr, MOST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    INTEGER: tl.constexpr, MOST: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
@@ -90,30 +109,34 @@ def _round_rows(
             x_ptr, columns_ptr, counts_ptr, apart_ptr, offs_m, mask_m, A, stride_xm, stride_xk, MOST
         )  # fmt: skip
 
-    top = tl.zeros([BLOCK_M], tl.float32)
-    broken = tl.zeros([BLOCK_M], tl.int32)
-    for k in range(0, K, BLOCK_K):
-        offs_k = k + tl.arange(0, BLOCK_K).to(tl.int64)
-        x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
-        size = tl.abs(_scaled_columns(x_ptrs, kept_ptr, offs_k, mask_m, K))
-        finite = size <= _FP32_MAX  # false for nan
-        top = tl.maximum(top, tl.max(tl.where(finite, size, 0.0), 1))
-        broken = tl.maximum(broken, tl.max(tl.where(finite, 0, 1), 1))
-
-    usable = (broken == 0) & (top > tl.cast(smallest, tl.float32))
-    inverse = tl.where(usable, largest / tl.where(usable, top, 1.0), 0.0)
-    scale = tl.where(usable, top / largest, tl.where(broken == 0, 0.0, float("nan")))
-    tl.store(scale_ptr + offs_m, scale, mask=mask_m)
-    for k in range(0, K, BLOCK_K):
-        offs_k = k + tl.arange(0, BLOCK_K).to(tl.int64)
-        x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
+    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
+    x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
+    q_ptrs = q_ptr + offs_m[:, None] * K + offs_k[None, :]
+    if WHOLE:
         v = _scaled_columns(x_ptrs, kept_ptr, offs_k, mask_m, K)
-        v = tl.where(usable[:, None], v * inverse[:, None], 0.0)
-        v = tl.minimum(tl.maximum(v, -largest), largest)
-        v = v + _ROUNDER - _ROUNDER if INTEGER else _nearest_e4m3(v)
-        q_ptrs = q_ptr + offs_m[:, None] * K + offs_k[None, :]
-        mask = mask_m[:, None] & (offs_k < K)[None, :]
-        tl.store(q_ptrs, v.to(q_ptr.dtype.element_ty), mask=mask)
+        size = _size(v)
+    else:
+        size = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)  # one reduction, behind the loop
+        for k in range(0, K, BLOCK_K):
+            ahead = x_ptrs + tl.cast(k, tl.int64) * stride_xk
+            v = _scaled_columns(ahead, kept_ptr, k + offs_k, mask_m, K)
+            size = tl.maximum(size, _size(v))
+
+    top = tl.max(size, 1)
+    finite = top < _INFINITE
+    usable = finite & (top > tl.cast(smallest, tl.float32))
+    inverse = tl.where(usable, largest / tl.where(usable, top, 1.0), 0.0)
+    scale = tl.where(usable, top / largest, tl.where(finite, 0.0, float("nan")))
+    tl.store(scale_ptr + offs_m, scale, mask=mask_m)
+    if WHOLE:
+        _store_rounded(v, q_ptrs, usable, inverse, largest, mask_m, offs_k, K, INTEGER)
+    else:
+        for k in range(0, K, BLOCK_K):
+            ahead = x_ptrs + tl.cast(k, tl.int64) * stride_xk
+            v = _scaled_columns(ahead, kept_ptr, k + offs_k, mask_m, K)
+            _store_rounded(
+                v, q_ptrs + k, usable, inverse, largest, mask_m, k + offs_k, K, INTEGER
+            )  # fmt: skip
 
 
 @triton.jit
@@ -148,7 +171,7 @@ def round_rows(
         apart_ptr=apart, M=M, K=K, A=0 if apart is None else apart.shape[1],
         stride_xm=x.stride(0), stride_xk=x.stride(1),
         largest=LARGEST[dtype], smallest=SMALLEST[dtype], INTEGER=dtype == torch.int8,
-        MOST=MOST_APART, BLOCK_M=config.block_m, BLOCK_K=config.block_k, num_warps=config.warps,
-        num_stages=1, enable_fp_fusion=True,
+        MOST=MOST_APART, WHOLE=config.block_k >= K, BLOCK_M=config.block_m, BLOCK_K=config.block_k,
+        num_warps=config.warps, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     return Rounded(q, scale, apart, columns)
