@@ -114,11 +114,13 @@ def artemis(gpu: Gpu, case: Case) -> float:
         parts = tuning.expand_gradient_bytes(Shape(m, n, r=RANK), True, gpu.chip)
         seconds += 2 * gpu.product(m, k, n) + gpu.passes(2 * m * n + parts, 2)  # dS and dB
         strategy, _ = tuning.choose_lora(Shape(m, n, k, RANK), case.dropout, gpu.chip)
-        if strategy == "vendor":
-            seconds += gpu.passes(4 * m * n) + gpu.passes(4 * m * k)
-        else:
-            operations = 2 * 2 * m * k * n / (GEMM_16 * gpu.rate_16)
-            seconds += tuning.vendor_gap(gpu.chip) * operations
+        for out, inner, masked in ((n, k, False), (k, n, case.dropout)):  # y, dX
+            shape = Shape(m, out, inner, RANK, masked=masked)
+            if strategy == "vendor" or tuning.draws_apart(shape, gpu.chip):
+                seconds += gpu.passes(4 * m * out)
+            else:
+                operations = 2 * m * k * n / (GEMM_16 * gpu.rate_16)
+                seconds += tuning.product_gap(shape, gpu.chip) * operations
     return seconds
 
 

@@ -213,16 +213,17 @@ def _vendor_wins(shape: Shape, chip: Chip) -> bool:
         return False
     if shape.dtype == torch.float32:
         return True  # Triton multiplies fp32 without the vendor's kernels for it
-    persistent = chip.name in _DESCRIPTORS and shape.r <= tiling.WIDEST_RANK_OF_A_WIDE_TILE
-    lacks = unfilled(shape, chip) if persistent else vendor_gap(chip)
-    return lacks * 2 * shape.k > 2 * shape.dtype.itemsize * balance(chip)
+    gap = product_gap(shape, chip)
+    return gap * 2 * shape.k > 2 * shape.dtype.itemsize * balance(chip)
 
 
-def unfilled(shape: Shape, chip: Chip) -> float:
-    """The share of the vendor's time that the persistent product of y [m, n] takes longer.
+def product_gap(shape: Shape, chip: Chip) -> float:
+    """The share of the vendor's time that Triton's product y [m, n] in 16 bits takes longer.
 
-    Its last wave of tiles is filled in part, and with one wave only no tile is stored while the
-    next is multiplied. On an H200 0.02 are left where waves are full.
+    Of the persistent one: its last wave of tiles is filled in part, and with one wave only no tile
+    is stored while the next is multiplied. On an H200 0.02 are left where waves are full.
     """
+    if chip.name not in _DESCRIPTORS or shape.r > tiling.WIDEST_RANK_OF_A_WIDE_TILE:
+        return vendor_gap(chip)
     waves = -(-shape.m // 128) * -(-shape.n // 256) / chip.processors
     return math.ceil(waves) / waves * 1.02 - 1 + (0.25 if waves <= 1 else 0.0)
