@@ -235,9 +235,9 @@ def chosen(
 def test_choices():
     assert chosen("sm_90", 1, "int8") == chosen("sm_90", 64, "int4") == ("weight_only", False)
     assert chosen("sm_90", 4096, "int8") == ("int8", False)
-    assert chosen("sm_90", 4096, "fp8") == ("fp8", False)
-    assert chosen("sm_90", 4096, "fp8", k=14336) == ("fp8", True)
-    assert chosen("sm_90", 4096, "fp8", k=14336, dtype=HALF) == ("fp8", False)
+    assert chosen("sm_90", 4096, "fp8") == ("fp8", True)
+    assert chosen("sm_90", 4096, "fp8", k=2048) == ("fp8", False)
+    assert chosen("sm_90", 4096, "fp8", dtype=HALF) == ("fp8", False)
     assert chosen("sm_90", 4096, "fp8", k=14330) == ("fp8", False)
     assert (
         chosen("sm_90", 4096, "int8", bits=16) == chosen("sm_80", 4096, "fp8") == ("dense", False)
@@ -264,7 +264,7 @@ def test_choices_for_a_head():
     assert chosen("sm_90", 4096, "int8", makes_logits=True) == ("int8", False)
     assert chosen("sm_90", 64, "int8", makes_logits=True) == ("weight_only", False)
     assert chosen("sm_90", 4096, "fp8", makes_logits=True) == ("dense", False)
-    assert chosen("sm_90", 4096, "fp8", bits=8, makes_logits=True) == ("fp8", False)
+    assert chosen("sm_90", 4096, "fp8", bits=8, makes_logits=True) == ("fp8", True)
 
 
 def test_explain_says_how():

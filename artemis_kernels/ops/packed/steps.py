@@ -182,9 +182,9 @@ def _packed(
         epilogue = epilogue._replace(wa=wa)
     if rounded.peaks is not None:
         epilogue = epilogue._replace(peaks=rounded.peaks, lines=packed.data)
-    if weight.vendor:
-        return _by_torch(rounded.q, data, y, epilogue, chip)
     precise = weight.transposed or x.shape[1] > _LONG_SUM
+    if weight.vendor:
+        return _by_torch(rounded.q, data, y, epilogue, chip, precise)
     config = tuning.config(f"eight_bit_{weight.how}", _shape(x, N, epilogue), chip)
     eight_bit(rounded.q, data, y, epilogue, config=config, precise=precise)
     return y
@@ -200,8 +200,9 @@ def _along_out(packed: QuantizedWeight, chip: Chip) -> torch.Tensor:
 
 
 def _by_torch(
-    q: torch.Tensor, data: torch.Tensor, y: torch.Tensor, epilogue: Epilogue, chip: Chip
-) -> torch.Tensor:
+    q: torch.Tensor, data: torch.Tensor, y: torch.Tensor, epilogue: Epilogue, chip: Chip,
+    precise: bool,
+) -> torch.Tensor:  # fmt: skip
     """torch's 8-bit product of q [M, K] and data [N, K], then one pass for what is left."""
     M, N = y.shape
     shape = Shape(M, N, r=epilogue.rank, dtype=y.dtype, masked=epilogue.dropout.p > 0)
@@ -212,8 +213,9 @@ def _by_torch(
     column = epilogue.column
     column = torch.ones_like(epilogue.row[:1]).expand(N) if column is None else column
     parts = torch._scaled_mm(
-        q, data.t(), epilogue.row[:, None], column[None].contiguous(), out_dtype=y.dtype
-    )
+        q, data.t(), epilogue.row[:, None], column[None].contiguous(), out_dtype=y.dtype,
+        use_fast_accum=not precise,
+    )  # fmt: skip
     left = epilogue._replace(row=None, column=None)
     if left.s is None and left.bias is None and left.residual is None:
         return parts
