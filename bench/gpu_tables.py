@@ -120,9 +120,9 @@ def layers(records: list[Record]) -> str:
     )
     lines = []
     for (m, k, n, dropout, which), by in cases.items():
-        if which != "both" or _OURS not in by:
+        ours = by.get(_OURS, {})
+        if which != "both" or "ms" not in ours:
             continue
-        ours = by[_OURS]
         lines.append(
             (
                 f"{k} → {n}", f"{m:,}", f"{dropout:g}", ours["strategy"],
@@ -169,8 +169,8 @@ def bottlenecks(records: list[Record]) -> str:
     for (op, m, k, n, dropout, which), by in _cases(
         wanted, ("op", "m", "k", "n", "dropout", "pass")
     ).items():
-        ours = by.get(_OURS)
-        if ours is not None:
+        ours = by.get(_OURS, {})
+        if "ms" in ours:
             lines.append(
                 (
                     f"`{op}`", f"{k} → {n}", f"{m:,}", f"{dropout:g}", which, ours["strategy"],
@@ -224,6 +224,7 @@ def loss(records: list[Record]) -> str:
     lines = [
         (f"{count:,}", f"{classes:,}", *_speeds(by, by[_OURS], ("torch",)))
         for (count, classes), by in cases.items()
+        if "ms" in by.get(_OURS, {})
     ]
     return _table(["rows", "classes", "ms", "× torch"], lines, 2)
 

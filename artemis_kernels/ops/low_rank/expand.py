@@ -85,6 +85,9 @@ def _update(
     offs_n = start_n + tl.arange(0, BLOCK_N).to(tl.int64)
     mask_n = offs_n < N
     mask = (offs_m < M)[:, None] & mask_n[None, :]
+    if residual_ptr is not None:  # on its way while the term is formed
+        offs = offs_m[:, None] * stride_residual_m + offs_n[None, :] * stride_residual_n
+        residual = tl.load(residual_ptr + offs, mask=mask, other=0.0)
 
     acc = low_rank_tile(
         s_ptr, b_ptr, seed_ptr, scale_ptr, offs_m, start_n, M, N, R, stride_sm, stride_bn,
@@ -94,8 +97,7 @@ def _update(
 
     acc = add_biases(acc, None, bias_low_ptr, scale_ptr, scale, offs_n, mask_n)
     if residual_ptr is not None:
-        offs = offs_m[:, None] * stride_residual_m + offs_n[None, :] * stride_residual_n
-        acc += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        acc += residual.to(tl.float32)
     y_ptrs = y_ptr + offs_m[:, None] * N + offs_n[None, :]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
