@@ -101,7 +101,8 @@ def adapter_strategy(
     """`(strategy, reason)` of a fused `adapter_linear` over a quantized weight."""
     out_features, in_features = weight.shape
     shape = Shape(rows, out_features, in_features, width, dtype)
-    folding, why = adapter_of_tensor(shape, trains, chip_of(device))
+    copied = (1 + trains) * (weight.nbytes + 2 * dtype.itemsize * out_features * in_features)
+    folding, why = adapter_of_tensor(shape, trains, chip_of(device), copied)
     suffix, also = product(weight, rows, width, dtype, device)
     if suffix != "_dense" or folding == "plain":
         folding = folding.removesuffix("_vendor")

@@ -90,21 +90,24 @@ def choose_lora(shape: Shape, drops: bool, chip: Chip) -> tuple[str, str]:
     return "split", _EPILOGUE_REASON
 
 
-def choose_adapter(shape: Shape, trains: bool, chip: Chip) -> tuple[str, str]:
+def choose_adapter(
+    shape: Shape, trains: bool, chip: Chip, copied: float = 0.0
+) -> tuple[str, str]:
     """Among `folded`, `folded_vendor` and `plain` for y [m, n], x [m, k], width r.
 
     Folding costs 2·r·n·k FLOPs for `D W`, in training as many again for dD, and trades passes over
     y0 for passes over x. Plain reads y0 for the bottleneck, and again for the sum that it writes;
     back, dY and y0 for the gradients, dY once more for the sum that dX is made of, which it writes.
     Folded, x is read in either direction, and dY once. The vendor's product has y, and back dX,
-    read and written once more.
+    read and written once more. `copied`: bytes that dense copies move, which `D W` and dD take of
+    a packed weight.
     """
     vendor = _vendor_wins(shape, chip)
     folding = (4 if trains else 2) * shape.r * shape.n * shape.k
     saved = 6 * shape.n - 2 * shape.k if trains else 3 * shape.n - shape.k
     if vendor:
         saved -= 2 * (shape.n + shape.k) if trains else 2 * shape.n
-    if folding > saved * shape.m * shape.dtype.itemsize * balance(chip):
+    if folding / balance(chip) + copied > saved * shape.m * shape.dtype.itemsize:
         return "plain", "the product D W and passes over x cost more than passes over y0"
     return ("folded_vendor", _VENDOR_REASON) if vendor else ("folded", _EPILOGUE_REASON)
 
