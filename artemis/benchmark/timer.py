@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..cuda_graph import capture
 from .turns import Spread, in_turns
 
 _FLUSHED_BYTES = 1 << 28  # far past the last-level cache of a GPU or a CPU
@@ -88,20 +89,14 @@ class Timer:
 
 def captured(call: Callable[[], object]) -> Callable[[], object] | None:
     """The call as a CUDA graph, or None where it cannot be captured."""
-    stream, before = torch.cuda.Stream(), torch.cuda.current_stream()
-    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()
     try:
-        stream.wait_stream(before)
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
                 call()
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            call()
+        return capture(call, stream).replay
     except RuntimeError:
         torch.cuda.synchronize()
-        torch.cuda.set_stream(before)  # what torch does not see to where a capture breaks off
-        generator = torch.cuda.default_generators[torch.cuda.current_device()]
-        generator.graphsafe_set_state(torch.Generator("cuda").graphsafe_get_state())
         return None
-    return graph.replay

@@ -110,6 +110,7 @@ class TrainingConfig:
         precision: see `artemis.training.loading.resolve_precision`.
         checkpointing: recompute activations in the backward pass, for less memory.
         compile: run the model under `torch.compile`, which takes up to minutes at the start.
+        cuda_graphs: replay steps as CUDA graphs, which launch at once (`graphs`).
         seed: of the adapter's start, the order of the data and dropout.
         logging_steps: optimizer steps between two reports of the loss.
         eval_steps: optimizer steps between two evaluations; None evaluates at the end only.
@@ -132,6 +133,7 @@ class TrainingConfig:
     precision: str = schema.choice(*PRECISIONS, default="auto")
     checkpointing: bool = schema.flag(False)
     compile: bool = schema.flag(False)
+    cuda_graphs: bool = schema.flag(False)
     seed: int = schema.integer(0, 0, MAX_SEED)
     logging_steps: int = schema.integer(1, 10)
     eval_steps: int | None = schema.optional_integer(1)
@@ -143,7 +145,7 @@ class TrainingConfig:
         schema.expand_home(self, "output_dir")  # which TrainingArguments does, too
 
     def arguments(self, autocast: bool = False) -> TrainingArguments:
-        """The same settings for transformers' Trainer.
+        """The same settings for transformers' Trainer; but for `cuda_graphs`, our Trainer's own.
 
         Args:
             autocast: run products in bfloat16 over float32 weights, as training a whole model in

@@ -26,6 +26,7 @@ from .checkpoints import saved_state
 from .config import DataConfig, RunConfig
 from .data import TokenBlocks, load_blocks
 from .divergence import StopWhereDiverged, check_loss, check_parameters
+from .graphs import check_arguments
 from .loading import attention_for, default_device, load_base, resolve_precision
 from .output import prepare_output
 from .positions import learned_positions
@@ -59,6 +60,8 @@ def run_training(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     # A frozen base may be held in bf16; weights that are trained need float32's small steps.
     autocast = dtype == torch.bfloat16 and (heads or not hybrid)
     arguments = settings.arguments(autocast)
+    if settings.cuda_graphs:
+        check_arguments(arguments)
     attention = attention_for(dtype, default_device(), config.data.sequence_length)
     checkpoint = prepare_output(config, resume)
     model, tokenizer = load_base(config.model, dtype if hybrid else torch.float32, attention)
@@ -81,6 +84,7 @@ def run_training(config: RunConfig, resume: bool = False) -> dict[str, Any]:
         # The usual one pads, which needs a token for it; the blocks are equal already.
         data_collator=default_data_collator,
         processing_class=tokenizer,
+        cuda_graphs=settings.cuda_graphs,
     )
     show_progress(trainer, "training")
     trainer.add_callback(StopWhereDiverged)

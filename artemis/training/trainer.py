@@ -13,13 +13,15 @@ What differs from the parent:
   an error; a packed base is not sent round by DDP;
 - each call of `train` trains what the model has by then, a second adapter too;
 - what is pushed to the Hub during a run holds the adapter;
-- a checkpoint that cannot be written is an error that names it.
+- a checkpoint that cannot be written is an error that names it;
+- with `cuda_graphs=True` steps are replayed as CUDA graphs (`graphs`).
 
 A model without an adapter is trained and saved as transformers does it, so that full fine-tuning
 and the hybrid can be compared under the same trainer.
 """
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ from ..saving.adapter_file import read_adapter
 from ..saving.atomic import naming
 from .checkpoints import complete_checkpoint, saved_state
 from .config import TrainingConfig
+from .graphs import StepGraphs, check_arguments, check_model
 from .hub import lay_out
 from .loss import lean_loss
 from .optimizers import holds_others, resized, untrained
@@ -51,8 +54,10 @@ from .throughput import of_this_call
 class Trainer(ResumingTrainer):
     """transformers' Trainer, whose checkpoints of a hybrid adapter hold the adapter only.
 
-    `model` is optional: `train(model)` brings it. `args` defaults to `TrainingConfig`'s. Everything
-    else is as in the parent, and is passed by keyword.
+    `model` is optional: `train(model)` brings it. `args` defaults to `TrainingConfig`'s.
+    `cuda_graphs` replays the forward, the loss and the backward of a micro-batch as a CUDA graph;
+    where that cannot be, it raises `AdapterError`. Everything else is as in the parent, and is
+    passed by keyword.
     """
 
     #: The last optimizer that was not given but made; see `_renew_optimizer`.
@@ -64,10 +69,14 @@ class Trainer(ResumingTrainer):
         args: TrainingArguments | None = None,
         *,
         model_init=None,
+        cuda_graphs: bool = False,
         **kwargs: Any,
     ):
         if args is None:
             args = TrainingConfig().arguments()
+        if cuda_graphs:
+            check_arguments(args)
+        self.step_graphs = StepGraphs() if cuda_graphs else None
         if args.n_gpu > 1:
             # The parent would wrap the model in DataParallel, whose replicas cannot share one bank.
             args._n_gpu = 1
@@ -95,7 +104,7 @@ class Trainer(ResumingTrainer):
                 would be sharded (FSDP, DeepSpeed), is merged, is held in 8 bits, or acted on a
                 module that was replaced, or would get no gradient through reentrant checkpointing;
                 something beside it and its heads trains; the optimizer given is one for other
-                parameters.
+                parameters; steps are to be CUDA graphs and cannot be.
             OSError: a checkpoint cannot be written; names it.
         """
         checkpoint = kwargs.pop("resume_from_checkpoint", None)
@@ -106,13 +115,19 @@ class Trainer(ResumingTrainer):
         self._require_model()
         if _hybrid(self.model):
             self._check_adapter()
+        if self.step_graphs is not None:
+            check_model(self.model)
         self._renew_optimizer()
         begun = 0
         if checkpoint:
             hybrid = _hybrid(self.model)
             checkpoint = complete_checkpoint(checkpoint, self.args.output_dir, hybrid)
             begun = saved_state(checkpoint)["global_step"]
-        output = super().train(checkpoint or None, *args, **kwargs)
+        try:
+            output = super().train(checkpoint or None, *args, **kwargs)
+        finally:
+            if self.step_graphs is not None:
+                self.step_graphs.clear()
         # transformers 5.17 divides by the steps of the whole schedule; 5.23 keeps this attribute.
         old = not hasattr(self, "_initial_global_step")
         return of_this_call(output, begun, self.state.max_steps) if begun and old else output
@@ -192,10 +207,24 @@ class Trainer(ResumingTrainer):
             return super().compute_loss(*args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        step = partial(super().training_step, model)
+        if self.step_graphs is None:
+            loss = step(inputs, num_items_in_batch)
+        else:
+            loss = self._graphed(step, model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             add_penalty_gradient(self.model, self.accelerator.scaler)
         return loss
+
+    def _graphed(self, step, model, inputs, num_items_in_batch) -> torch.Tensor:
+        """`step`, for which a replay stands in, and what it does outside the GPU."""
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()  # of optimizers that evaluate at other parameters
+        # Where the loss is not counted by tokens, the parent divides it by the micro-batches.
+        parts = self.current_gradient_accumulation_steps
+        inputs = self._prepare_inputs(inputs)
+        return self.step_graphs.step(step, model, inputs, num_items_in_batch, parts)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and penalty_weight(self.model):

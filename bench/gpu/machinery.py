@@ -1,7 +1,7 @@
 """What else only a GPU shows, a case each: torch's machinery round the operators, fp32, a head.
 
 Inductor compiles round an operator; two runs give the same bits; a CUDA graph draws a fresh mask at
-each replay; the kernels' fp32; dX of a head held in int8.
+each replay; training by graphs is training without; the kernels' fp32; dX of a head held in int8.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,6 +26,7 @@ from artemis.benchmark.operations import (
 from artemis.benchmark.timer import captured
 from artemis_kernels import QuantizedWeight
 
+from . import trained
 from .accuracy import BALANCED, forced
 from .failures import FAILURES, failure
 
@@ -148,6 +149,12 @@ def _dx_of_a_head(
     return Verdict(error / _HEAD_LIMIT, strategy)
 
 
+def _training(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
+    dtype = torch.float32 if tiny else torch.bfloat16
+    about = _about("training", "as CUDA graphs", dtype, trained.sizes(tiny), trained.DROPOUT)
+    yield about | _tried(lambda: trained.judge(device, tiny))
+
+
 def _as_they_are(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
     yield from _of_each(_same_bits, "two runs, bit by bit", device, tiny)
     yield from _of_each(_fp32, "fp32", device, tiny, torch.float32)
@@ -159,4 +166,5 @@ def _as_they_are(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
 CASES: dict[str, Callable[[torch.device, bool], Iterator[dict[str, Any]]]] = {
     "as they are": _as_they_are,
     "compiled": partial(_of_each, _compiled, "compiled by Inductor"),
+    "trained": _training,
 }

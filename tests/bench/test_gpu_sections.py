@@ -234,6 +234,20 @@ def test_other_bits_of_a_second_run_are_seen(monkeypatch):
     assert row["passed"] is False and "y, x" in row["where"]
 
 
+def test_training_that_graphs_change_is_seen(monkeypatch):
+    usual, runs = machinery.trained.random_tokens, []
+
+    def tokens(*sizes):
+        runs.append(sizes)
+        return usual(*sizes).roll(len(runs), 0)
+
+    (row,) = machinery.check("trained", CPU, tiny=True)
+    assert row["passed"] is True and "equal, loss 6." in row["where"]
+    monkeypatch.setattr(machinery.trained, "random_tokens", tokens)
+    (row,) = machinery.check("trained", CPU, tiny=True)
+    assert row["passed"] is False and " differ, most hybrid_adapter." in row["where"]
+
+
 @interpreted
 @pytest.mark.parametrize("seeds", ["equal", "another in the backward"])
 def test_a_mask_that_is_not_drawn_anew_is_seen(monkeypatch, seeds):

@@ -173,6 +173,21 @@ def test_a_folder_that_cannot_be_written(workspace, tmp_path, capsys, place):
     assert f"training.output_dir: got '{folder}', allowed: a folder that can be written" in error
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here there are graphs")
+@pytest.mark.usefixtures("nothing_loaded")
+def test_graphs_without_a_gpu(workspace, tmp_path, capsys):
+    error = fails_in_one_line(training_file(workspace, tmp_path, cuda_graphs=True), capsys)
+    assert "cuda_graphs: got True on the device cpu, allowed:" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here there are graphs")
+def test_the_trainer_is_told_of_graphs(workspace, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run_module, "check_arguments", lambda arguments: None)
+    error = fails_in_one_line(training_file(workspace, tmp_path, cuda_graphs=True), capsys)
+    assert "cuda_graphs: got True on the device cpu" in error
+
+
 def test_the_test_of_a_folder_leaves_nothing_there(workspace, tmp_path, capsys):
     path = change(training_file(workspace, tmp_path), model=str(tmp_path / "absent"))
     assert "cannot load the model" in fails_in_one_line(path, capsys)
