@@ -25,7 +25,7 @@ from ..cuda_graph import capture
 from ..errors import AdapterError
 from ..layers.bank import find_bank
 from ..out_of_memory import is_out_of_memory
-from .masks import unpacked_rows
+from .masks import without_idle_masks
 
 #: Each holds gradients of its own; activations share their memory.
 MAX_GRAPHS = 4
@@ -131,7 +131,7 @@ class StepGraphs:
         parameters = [p for p in model.parameters() if p.requires_grad]
         call = partial(_outcome, partial(step, inputs, items), parameters)
         try:
-            with unpacked_rows(inputs):
+            with without_idle_masks(inputs):
                 (loss, gradients), replay = self._recorder.record(call)
         except RuntimeError as error:
             self.clear()

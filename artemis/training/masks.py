@@ -1,9 +1,10 @@
 """The attention mask of a step that is captured as a CUDA graph.
 
-transformers looks for several sequences packed into one row by their positions, also where the
-model counts those itself, 0, 1, 2 and so on. In a capture it cannot look, and builds a mask for
-whatever it might have found: attention then reads a tensor, and takes slower kernels than the
-causal ones that the same step takes otherwise.
+In a capture nothing can be read, so transformers builds a mask for whatever it might have found:
+padding, or several sequences packed into one row, which it looks for by their positions. It does so
+too where there is nothing to look at: a batch without a mask (up to transformers 5.17), positions
+that the model counts itself, 0, 1, 2 and so on. Attention then reads a tensor, and takes slower
+kernels than the causal ones that the same step takes outside.
 """
 
 import contextlib
@@ -14,17 +15,18 @@ from transformers import masking_utils
 
 
 @contextlib.contextmanager
-def unpacked_rows(inputs: Mapping[str, Any]) -> Iterator[None]:
-    """Let transformers know in this context that no row is packed, if `inputs` bring no positions.
+def without_idle_masks(inputs: Mapping[str, Any]) -> Iterator[None]:
+    """Have transformers build a mask, in this context, only for what `inputs` bring.
 
-    With positions of their own it does as it does in a capture, which is right for any.
+    A mask or positions of theirs are treated as in any capture, which is right whatever they hold.
     """
-    if inputs.get("position_ids") is not None:
-        yield
-        return
-    usual = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    tracing = masking_utils.is_tracing
+    answers = {"is_tracing": lambda tensor=None: tensor is not None and tracing(tensor)}
+    if inputs.get("position_ids") is None:
+        answers["find_packed_sequence_indices"] = lambda position_ids: None
+    before = {name: getattr(masking_utils, name) for name in answers}
     try:
+        vars(masking_utils).update(answers)
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = usual
+        vars(masking_utils).update(before)

@@ -19,7 +19,7 @@ from artemis.benchmark.models import Cell, build, random_tokens
 from artemis.benchmark.steps import Prepared, Step, check, prepare
 from artemis.benchmark.timer import Timer, captured
 from artemis.benchmark.turns import Spread
-from artemis.training.masks import unpacked_rows
+from artemis.training.masks import without_idle_masks
 
 from ..floors import stop_gradients_before_attention
 from . import decoding
@@ -196,7 +196,7 @@ def _worked(calls: dict[str, Any], times: dict[str, list[float]]) -> dict[str, R
 
 def _replayed(calls: dict[str, Any], timer: Timer) -> dict[str, Row]:
     """Steps replayed as CUDA graphs, which Python costs nothing, and speeds of those."""
-    with unpacked_rows({}):  # else attention gets a mask that it has not in a step as it is
+    with without_idle_masks({}):  # else attention gets a mask that it has not in a step as it is
         found = {arm: graph for arm, call in calls.items() if (graph := captured(call))}
     times = timer.interleaved(found, idle=False)
     return {

@@ -3494,9 +3494,50 @@ EXPERTS = (
     ),
 )
 
+GRAPHS_ARE_STEPS = "tests/artemis/training/test_graphs.py"
+
+GRAPHS = (
+    Fault(
+        "a graph's gradients written over before they are added up",
+        "artemis/training/graphs.py",
+        "parameter.grad = gradient.clone()",
+        "pass",
+        (GRAPHS_ARE_STEPS, "-k", "accumulated or keeps"),
+    ),
+    Fault(
+        "gradients of another graph written over, which shares its memory",
+        "artemis/training/graphs.py",
+        "if parameter.grad is gradient:",
+        "if parameter.grad is gradient and id(gradient) in map(id, graph.gradients):",
+        (GRAPHS_ARE_STEPS, "-k", "more_shapes"),
+    ),
+    Fault(
+        "a graph that goes on with the first batch",
+        "artemis/training/graphs.py",
+        "read.copy_(tensors[name])",
+        "pass",
+        (GRAPHS_ARE_STEPS, "-k", "whole_model"),
+    ),
+    Fault(
+        "a graph of ranks that are gone",
+        "artemis/training/graphs.py",
+        "        if state != self._model:",
+        "        if not self._model:",
+        (GRAPHS_ARE_STEPS, "-k", "ranks"),
+    ),
+    Fault(
+        "packed rows looked for in positions of the model's own",
+        "artemis/training/masks.py",
+        "lambda position_ids: None",
+        "masking_utils.find_packed_sequence_indices",
+        (GRAPHS_ARE_STEPS, "-k", "attention"),
+    ),
+)
+
 FAULTS = (
     *COMMANDS,
     *TRAINING,
+    *GRAPHS,
     *MASK,
     *LOSS,
     *EAGER,

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, masking_utils
 from artemis import AdapterError
 from artemis.training import RankAllocationCallback, Trainer, TrainingConfig
 from artemis.training.graphs import MAX_GRAPHS, StepGraphs, check_arguments
-from artemis.training.masks import unpacked_rows
+from artemis.training.masks import without_idle_masks
 from tests.artemis.models import bert, enable_checkpointing, llama, tokens
 from tests.artemis.training.kit import (
     GradientRecorder,
@@ -333,22 +333,31 @@ def test_models_that_are_refused(tmp_path, change, message):
 # --- the mask
 
 
-@pytest.mark.parametrize("positions", [False, True])
-def test_attention_in_a_capture_is_that_of_a_step_outside(monkeypatch, positions):
-    """Causal without a mask, unless the batch brings positions, of which nothing is known then."""
+@pytest.mark.parametrize(
+    "brings, causal",
+    [
+        ({}, True),
+        ({"position_ids": torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]] * 2)}, False),
+        ({"attention_mask": torch.ones(2, 9, dtype=torch.int64)}, False),
+    ],
+    ids=["tokens", "positions", "mask"],
+)
+def test_attention_in_a_capture(monkeypatch, brings, causal):
+    """As outside of one, causal without a mask, unless the batch brings what cannot be read."""
     masks, usual = [], torch.nn.functional.scaled_dot_product_attention
 
     def attention(*args, attn_mask=None, is_causal=False, **kwargs):
         masks.append((attn_mask is None, is_causal))
         return usual(*args, attn_mask=attn_mask, is_causal=is_causal, **kwargs)
 
+    def tracing(tensor=None):
+        return True
+
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
-    monkeypatch.setattr(masking_utils, "is_tracing", lambda tensor=None: True)
-    inputs = {"input_ids": tokens()}
-    if positions:
-        inputs["position_ids"] = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]] * 2)
-    model, found = llama(use_cache=False), masking_utils.find_packed_sequence_indices
-    with unpacked_rows(inputs):
+    monkeypatch.setattr(masking_utils, "is_tracing", tracing)
+    model, before = llama(use_cache=False), dict(vars(masking_utils))
+    inputs = {"input_ids": tokens()} | brings
+    with without_idle_masks(inputs):
         model(**inputs)
-    assert set(masks) == {(not positions, not positions)}
-    assert masking_utils.find_packed_sequence_indices is found
+    assert set(masks) == {(causal, causal)}
+    assert vars(masking_utils) == before and masking_utils.is_tracing is tracing
