@@ -113,8 +113,8 @@ def _wrong_tiles(key: str, entry: dict, chip: Chip | None) -> str:
         if not sized or not all(type(size) is int and size >= 0 for size in tile.values()):
             return f": got {tile!r}, allowed: integers for {', '.join(sorted(_FIELDS))}"
         if not tiling.is_legal(kernel, Config(**tile)):
-            least = tiling.least_step(kernel)
-            allowed = f"powers of two, tiles from 16, block_k from {least}, up to 8 warps"
+            least, step = tiling.least_tile(kernel), tiling.least_step(kernel)
+            allowed = f"powers of two, tiles from {least}, block_k from {step}, up to 8 warps"
             return f": got {tile!r}, allowed: {allowed}"
     if set(entry["ms"]) != {"chosen", "usual"}:
         return ": ms must give the times of chosen and usual"

@@ -18,13 +18,13 @@ MAX_ONE_PASS_RANK = 64
 MAX_ONE_READ_RANK = 64
 WIDEST_RANK_OF_A_WIDE_TILE = 128
 FEW_ROWS = 64
+#: Up to so many rows, and such a low-rank term, products walk along rows of W without tensor cores.
+MATVEC_ROWS, MATVEC_RANK = 4, 128
 
 # The least block_k of the kernels whose dots need more than 16 numbers in it: tensor cores take
 # 8-bit operands by 32, and a step of int4 feeds two dots with half of it each.
 _LEAST_STEPS = {"eight_bit_int8": 32, "eight_bit_fp8": 32, "weight_only_int4": 32}
 
-# Without dots: a tile may be one row.
-_OF_ROWS = ("round_rows_int8", "round_rows_fp8")
 _WIDEST_ROW = 16384  # that a program holds in registers
 
 
@@ -78,6 +78,11 @@ def is_key(text: str) -> bool:
     return found is not None and int(found[1]) == next_power_of_2(max(1, int(found[1])))
 
 
+def least_tile(kernel: str) -> int:
+    """The smallest tile that a kernel takes: a dot's, where it has one."""
+    return 1 if kernel.startswith(("matvec", "round_rows")) else 16
+
+
 def least_step(kernel: str) -> int:
     """The smallest block_k that the dots of a kernel take."""
     return _LEAST_STEPS.get(kernel, 16)
@@ -86,7 +91,7 @@ def least_step(kernel: str) -> int:
 def is_legal(kernel: str, config: Config) -> bool:
     """Whether a kernel takes these sizes: powers of two, a dot's minimum, whole parts."""
     sizes = (config.block_m, config.block_n, config.block_k, config.block_r)
-    least = 1 if kernel in _OF_ROWS else 16
+    least = least_tile(kernel)
     tiles = all(size == 0 or (size >= least and size & (size - 1) == 0) for size in sizes)
     tiles = tiles and (config.block_k == 0 or config.block_k >= least_step(kernel))
     return tiles and config.warps in (1, 2, 4, 8) and config.split >= 1 and config.stages >= 1
@@ -258,6 +263,27 @@ def _weight_only(shape: Shape, chip: Chip, bits: int) -> Config:
     return replace(tile, block_r=block_r, split=split, stages=_stages(chip, tile.stages, step))
 
 
+def _matvec(shape: Shape, chip: Chip) -> Config:
+    """Few rows of W a program: every processor has several, whose loads are under way together."""
+    # Each row of x has sums of its own.
+    tile = Config(0, 4 if shape.m == 1 else 2, 512 if shape.dtype == torch.float32 else 1024)
+    step = tile.block_k * (tile.block_n + shape.m) * shape.dtype.itemsize
+    return replace(tile, stages=_stages(chip, tile.stages, step))
+
+
+def _matvec_int4(shape: Shape, chip: Chip) -> Config:
+    """Half the bytes a step, and still 16 of them for each thread."""
+    tile = _matvec(shape, chip)
+    return tile if tile.block_n == 4 else replace(tile, block_k=2048)
+
+
+def _matvec_shrink(shape: Shape, chip: Chip) -> Config:
+    """A row of F a program, with all of its loads under way at once, or nearly."""
+    widest = 4096 if shape.m == 1 else 2048
+    block_k = max(16, min(widest, next_power_of_2(shape.k)))
+    return Config(0, 1, block_k, warps=8 if block_k == 4096 else 4, stages=1)
+
+
 def _eight_bit(shape: Shape, chip: Chip, wide: bool = False) -> Config:
     """Tile of a product [m, k] x [k, n] of 8-bit numbers; `wide`: whose sums leave it room."""
     if shape.k % 16 or shape.n % 16:
@@ -321,6 +347,12 @@ HEURISTICS: dict[str, Callable[[Shape, Chip], Config]] = {
     "shrink_backward": _shrink_backward,
     "row_block": _row_block,
     "weight_gradients": _weight_gradients,
+    # For a few rows: by what is read, a tensor, a packed format or the factor of a shrink.
+    "matvec_tensor": _matvec,
+    "matvec_int8": _matvec,
+    "matvec_fp8": _matvec,
+    "matvec_int4": _matvec_int4,
+    "matvec_shrink": _matvec_shrink,
     # Over a packed weight: by its format, which decides what is loaded, summed and decoded.
     "weight_only_int8": lambda shape, chip: _weight_only(shape, chip, 8),
     "weight_only_fp8": lambda shape, chip: _weight_only(shape, chip, 8),

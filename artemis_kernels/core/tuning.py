@@ -82,6 +82,8 @@ def choose_lora(shape: Shape, drops: bool, chip: Chip) -> tuple[str, str]:
     count. With many rows its two accumulators leave so small a tile that a second read of x is
     cheaper, however small the output.
     """
+    if walks_rows(shape):
+        return "split", "so few rows read the weight once, without tensor cores, in one launch"
     one_pass = not drops and shape.r <= tiling.MAX_ONE_PASS_RANK and shape.m <= FEW_ROWS
     if one_pass and _weight_hides_a(shape, chip):
         return "one_pass", "with few rows the weight's traffic hides the repeated x Aᵀ"
@@ -187,6 +189,16 @@ def draws_apart(shape: Shape, chip: Chip) -> bool:
     1.2 to 1.5 times as long as the vendor's and an update together.
     """
     return chip.name in _DESCRIPTORS and shape.masked and shape.m > FEW_ROWS
+
+
+def walks_rows(shape: Shape) -> bool:
+    """Whether a product with m rows of x is `ops.few_rows`': no dot, the weight read once.
+
+    Where a mask is drawn, or the rank is more than a thread can hold, it is a dot's.
+    """
+    return (
+        shape.m <= tiling.MATVEC_ROWS and shape.r <= tiling.MATVEC_RANK and not shape.masked
+    )  # fmt: skip
 
 
 def balance(chip: Chip) -> float:

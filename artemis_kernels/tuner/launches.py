@@ -14,6 +14,8 @@ from ..core.device import Chip
 from ..core.tiling import Config, Shape
 from ..ops.bottleneck_adapter.kernels import row_block
 from ..ops.bottleneck_adapter.weight_gradients import sum_gradients, weight_gradients
+from ..ops.few_rows.matvec import matvec
+from ..ops.few_rows.shrink import shrink_rows
 from ..ops.low_rank.arguments import NO_DROPOUT, UNSCALED, Dropout
 from ..ops.low_rank.expand import expand, update
 from ..ops.low_rank.expand_backward import expand_backward
@@ -22,6 +24,7 @@ from ..ops.low_rank.one_pass import one_pass
 from ..ops.low_rank.shrink import shrink
 from ..ops.low_rank.shrink_backward import shrink_backward
 from ..ops.low_rank.sum_parts import sum_parts
+from ..ops.packed.epilogue import Epilogue
 from . import packed_launches
 
 New = Callable[..., torch.Tensor]
@@ -40,6 +43,18 @@ def _shrink(shape: Shape, chip: Chip, new: New):
     x, f = new(shape.m, shape.k, dtype=shape.dtype), new(shape.r, shape.k)
     dropout = _dropout(shape, new)
     return lambda config: shrink(x, f, config=config, dropout=dropout)
+
+
+def _matvec(shape: Shape, chip: Chip, new: New):
+    m, n, k, dtype = shape.m, shape.n, shape.k, shape.dtype
+    x, weight = new(m, k, dtype=dtype), new(n, k, dtype=dtype)
+    epilogue = Epilogue(new(m, shape.r), new(n, shape.r), scale=UNSCALED)
+    return lambda config: matvec(x, weight, epilogue, config=config)
+
+
+def _matvec_shrink(shape: Shape, chip: Chip, new: New):
+    x, f = new(shape.m, shape.k, dtype=shape.dtype), new(shape.r, shape.k, dtype=shape.dtype)
+    return lambda config: shrink_rows(x, f, config=config)
 
 
 def _expand(shape: Shape, chip: Chip, new: New):
@@ -104,6 +119,8 @@ def _weight_gradients(shape: Shape, chip: Chip, new: New):
 
 LAUNCHERS = {
     "shrink": _shrink,
+    "matvec_tensor": _matvec,
+    "matvec_shrink": _matvec_shrink,
     "expand": _expand,
     "one_pass": _one_pass,
     "update": _update,

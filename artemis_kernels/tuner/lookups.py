@@ -56,7 +56,7 @@ def _lora_linear(case: Case, strategy: str, chip: Chip) -> Iterator[Lookup]:
     if strategy == "one_pass":
         yield "one_pass", Shape(m, n, k, r, dtype)
     else:
-        yield "shrink", Shape(m, k=k, r=r, dtype=dtype, masked=case.drops)
+        yield _shrunk(case, Shape(m, k=k, r=r, dtype=dtype, masked=case.drops))
         yield from _base(case, strategy, chip, r)
     if case.trains:
         yield from _hidden_gradient(case, chip)
@@ -77,7 +77,7 @@ def _adapter_linear(case: Case, strategy: str, chip: Chip) -> Iterator[Lookup]:
             yield from _base(case, strategy, chip, 0, back=True)
         return
     yield from _dense(case)
-    yield "shrink", Shape(m, k=k, r=r, dtype=dtype)
+    yield _shrunk(case, Shape(m, k=k, r=r, dtype=dtype))
     yield from _base(case, strategy, chip, r)
     if case.trains:
         yield from _hidden_gradient(case, chip)
@@ -92,7 +92,7 @@ def _bottleneck_adapter(case: Case, strategy: str, chip: Chip) -> Iterator[Looku
     if strategy == "row_block":
         yield "row_block", across
     else:
-        yield "shrink", across
+        yield _shrunk(case, across)
         yield "update", update
     if not case.trains:
         return
@@ -100,6 +100,8 @@ def _bottleneck_adapter(case: Case, strategy: str, chip: Chip) -> Iterator[Looku
         yield "expand_backward", update
         yield "shrink_backward", across
     else:
+        if strategy == "two_launch":
+            yield "shrink", across  # dz
         yield "weight_gradients", across
 
 
@@ -116,10 +118,10 @@ def _frozen_linear(case: Case, strategy: str, chip: Chip) -> Iterator[Lookup]:
         yield "one_pass", Shape(m, n, k, r, dtype)
     elif case.op == FROZEN + "plain":
         yield from _base(case, strategy, chip, 0)
-        yield "shrink", Shape(m, k=n, r=r, dtype=dtype)
+        yield _shrunk(case, Shape(m, k=n, r=r, dtype=dtype))
         yield "update", Shape(m, n, r=r, dtype=dtype)
     else:
-        yield "shrink", Shape(m, k=k, r=r, dtype=dtype)
+        yield _shrunk(case, Shape(m, k=k, r=r, dtype=dtype))
         yield from _base(case, strategy, chip, r)
 
 
@@ -131,7 +133,7 @@ def _joined(pairs: Sequence[tuple[Case, str]], chip: Chip) -> Iterator[Lookup]:
     r = sum(case.width for case, _ in pairs)
     masked = first.drops and not folds
     across = Shape(first.rows, k=first.in_features, r=r, dtype=first.torch_dtype, masked=masked)
-    yield "shrink", across
+    yield _shrunk(first, across)
     for case, strategy in pairs:
         if folds:
             yield from _dense(case)
@@ -171,7 +173,10 @@ def _base(case: Case, strategy: str, chip: Chip, r: int, back: bool = False) -> 
     how = next((how for how in PRODUCTS if strategy.endswith(how)), TENSOR)
     whole = Shape(m, n, k, r, dtype, masked)
     if how == "weight_only" and not back:
-        yield f"weight_only_{case.format}", whole
+        kernel = "matvec" if tuning.walks_rows(whole) else "weight_only"
+        yield f"{kernel}_{case.format}", whole
+    elif how == TENSOR and r and not (vendor or back) and tuning.walks_rows(whole):
+        yield "matvec_tensor", whole
     elif how in (TENSOR, "dense", "weight_only"):
         yield from _dense(case)
         if r and (vendor or tuning.draws_apart(whole, chip)):
@@ -186,6 +191,12 @@ def _base(case: Case, strategy: str, chip: Chip, r: int, back: bool = False) -> 
             yield f"finish_product_{how}", Shape(m, n, r=r, dtype=dtype, masked=masked)
         else:
             yield f"eight_bit_{how}", whole
+
+
+def _shrunk(case: Case, shape: Shape) -> Lookup:
+    """Of a shrink in the forward, whose dropout may fall on x or behind it."""
+    few = tuning.walks_rows(Shape(shape.m, masked=case.drops))
+    return "matvec_shrink" if few else "shrink", shape
 
 
 def _dense(case: Case) -> Iterator[Lookup]:

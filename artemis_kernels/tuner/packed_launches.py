@@ -9,6 +9,7 @@ import torch
 from ..core.device import Chip
 from ..core.quantized import FORMATS, QuantizedWeight, default_group_size
 from ..core.tiling import Shape
+from ..ops.few_rows.matvec import matvec
 from ..ops.low_rank.arguments import NO_DROPOUT, Dropout
 from ..ops.packed.eight_bit import eight_bit
 from ..ops.packed.epilogue import MOST_APART, Epilogue, finish
@@ -24,6 +25,12 @@ def _weight_only(format: str, shape: Shape, chip: Chip, new):
     x, weight = new(shape.m, shape.k, dtype=shape.dtype), _weight(format, shape, new)
     epilogue = _epilogue(shape, new)
     return lambda config: weight_only(x, weight, epilogue, config=config)
+
+
+def _matvec(format: str, shape: Shape, chip: Chip, new):
+    x, weight = new(shape.m, shape.k, dtype=shape.dtype), _weight(format, shape, new)
+    epilogue = _epilogue(shape, new)
+    return lambda config: matvec(x, weight, epilogue, config=config)
 
 
 def _eight_bit(format: str, shape: Shape, chip: Chip, new):
@@ -78,6 +85,7 @@ def _epilogue(shape: Shape, new) -> Epilogue:
 
 #: `(kernel, its launcher, the formats it serves)`; the name of its tiles ends in the format.
 KERNELS = (
+    ("matvec", _matvec, FORMATS),
     ("weight_only", _weight_only, FORMATS),
     ("eight_bit", _eight_bit, tuple(_NUMBERS)),
     ("round_rows", _round_rows, tuple(_NUMBERS)),

@@ -57,6 +57,7 @@ _FACTS = {
     "shrink_backward": Facts("k", "kr", lambda c, size, r: c.block_m * (c.block_k * size + r * 4)),
     "row_block": Facts("m", "mr", lambda c, size, r: c.block_k * (c.block_m * size + r * 4)),
     "weight_gradients": Facts("k", "kr", lambda c, size, r: c.block_m * (c.block_k + r) * size),
+    "matvec": Facts("n", "nk", lambda c, size, r: c.block_k * c.block_n / 2, multiplies=False),
     "weight_only": Facts(
         "mn", "nm", lambda c, size, r: c.block_k * (c.block_n / 2 + c.block_m * size)
     ),
@@ -189,12 +190,12 @@ def neighbours(kernel: str, usual: Config) -> list[Config]:
         return tuple(dict.fromkeys((size // 2 or size, size, 2 * size)))
 
     splits = (1,) if usual.split == 1 else sizes(usual.split)
+    warps = (2, 4, 8) if kernel.startswith("matvec") else (4, 8)
     stages = range(max(1, usual.stages - 1), usual.stages + 2) if usual.stages > 1 else (1,)
     found = [
-        replace(usual, block_m=m, block_n=n, block_k=k, warps=warps, stages=depth, split=split)
-        for m, n, k, warps, depth, split in product(
-            sizes(usual.block_m), sizes(usual.block_n), sizes(usual.block_k), (4, 8), stages,
-            splits,
+        replace(usual, block_m=m, block_n=n, block_k=k, warps=count, stages=depth, split=split)
+        for m, n, k, count, depth, split in product(
+            sizes(usual.block_m), sizes(usual.block_n), sizes(usual.block_k), warps, stages, splits,
         )
     ]  # fmt: skip
     return [config for config in found if tiling.is_legal(kernel, config)]

@@ -42,7 +42,7 @@ def trained(operation) -> None:
 
 def packed() -> None:
     """A weight multiplied in 8 bits and one that is unpacked; a layer at inference."""
-    weight, few = torch.randn(SIZES.n, SIZES.k), torch.randn(1, SIZES.k).to(BF16)
+    weight, few = torch.randn(SIZES.n, SIZES.k), torch.randn(8, SIZES.k).to(BF16)
     x = torch.randn(SIZES.m, SIZES.k).to(BF16).requires_grad_()
     rounded = QuantizedWeight.quantize(weight, "int8", activation_bits=8)
     artemis_kernels.quantized_linear(x, rounded, **TRITON).sum().backward()
@@ -52,6 +52,7 @@ def packed() -> None:
     only_weight = QuantizedWeight.quantize(weight, "int8", activation_bits=16)
     for held in (only_weight, weight.to(BF16)):
         artemis_kernels.frozen_linear(few, held, adapter, **TRITON)
+        artemis_kernels.frozen_linear(few[:1], held, adapter, **TRITON)
 
 
 def by_descriptors() -> None:

@@ -19,11 +19,11 @@ HOPPER = CHIPS["sm_90"]
 @pytest.mark.parametrize("on", [*GPUS, UNKNOWN, CHIPS[INTERPRETER]], ids=lambda c: c.name)
 def test_tiles_are_legal(kernel, on):
     """Powers of two, a dot's minimum of 16, parts of at least one step; on any chip."""
+    least = 1 if kernel.startswith(("matvec", "round_rows")) else 16
     for m in (0, 1, 16, 100, 8192, 1 << 20):
         for n, k, r in ((1, 1, 1), (4096, 4096, 8), (14336, 4096, 64), (4097, 333, 256)):
             for dtype in (torch.float32, torch.float16, torch.bfloat16):
                 one = tuning.config(kernel, Shape(m, n, k, r, dtype), on)
-                least = 1 if kernel.startswith("round_rows") else 16  # which has no dot
                 for size in (one.block_m, one.block_n, one.block_k, one.block_r):
                     assert size == 0 or (size >= least and size & (size - 1) == 0), one
                 assert one.split >= 1 and one.stages >= 1 and one.warps in (1, 2, 4, 8), one
@@ -86,6 +86,7 @@ def test_an_entry_that_nothing_won_is_no_choice(tmp_path, monkeypatch):
         ("expand 8192 640 320 8 bfloat16", {"block_m": 48}, "powers of two, tiles from 16"),
         ("expand 8192 640 320 8 bfloat16", {"block_m": "64"}, "integers for block_k, block_m"),
         ("weight_only_int4 8192 640 320 8 bfloat16", {"block_k": 16}, "block_k from 32"),
+        ("matvec_int8 1 640 320 8 bfloat16", {"block_k": 8}, "tiles from 1, block_k from 16"),
         ("expand 8191 640 320 8 bfloat16", {}, "is no key"),
         ("other 8192 640 320 8 bfloat16", {}, "is no key"),
     ],
@@ -119,11 +120,13 @@ def test_shipped_tables_are_read():
 @pytest.mark.parametrize(
     ("shape", "drops", "wanted"),
     [
-        (Shape(1, 4096, 4096, 16), False, "one_pass"),  # decoding
-        (Shape(1, 4096, 4096, 8), False, "one_pass"),
+        (Shape(1, 4096, 4096, 16), False, "split"),  # decoding, without a dot
+        (Shape(4, 512, 4096, 64), False, "split"),
+        (Shape(5, 4096, 4096, 16), False, "one_pass"),
+        (Shape(8, 4096, 4096, 8), False, "one_pass"),
         (Shape(64, 4096, 4096, 32), False, "one_pass"),
-        (Shape(1, 4096, 4096, 64), False, "split"),  # A read 128 times: 134 MB beside W's 34
-        (Shape(1, 512, 4096, 64), False, "one_pass"),  # a launch is more
+        (Shape(8, 4096, 4096, 64), False, "split"),  # A read 128 times: 134 MB beside W's 34
+        (Shape(8, 512, 4096, 64), False, "one_pass"),  # a launch is more
         (Shape(8192, 512, 4096, 16), False, "vendor"),  # one wave of tiles: nothing overlaps
         (Shape(8192, 512, 1024, 16), False, "split"),  # so short a sum that y is worth more
         (Shape(8192, 1024, 4096, 16), True, "split"),  # a grouped-query k or v: two waves

@@ -196,7 +196,7 @@ def test_launches_at_few_rows(kind, allowed, monkeypatch):
         (one_pass, "_one_pass"), (shrink, "_shrink"), (shrink, "_finish"), (expand, "_expand")
     ):  # fmt: skip
         monkeypatch.setattr(module, name, Counted(getattr(module, name), name, launched))
-    tensors, held, _ = layer(512, 40, None, SINGLE, 2)
+    tensors, held, _ = layer(512, 40, None, SINGLE, 5)
     if kind == "lora":
         adapter = FrozenAdapter.lora(tensors["lora_a"], tensors["lora_b"], 0.7)
     else:
@@ -204,6 +204,25 @@ def test_launches_at_few_rows(kind, allowed, monkeypatch):
         adapter = folded(held, matrices, options, SINGLE, True)
     frozen_linear(tensors["x"], held, adapter, impl="triton")
     assert 1 <= len(launched) <= allowed, launched
+
+
+@INTERPRETED
+@pytest.mark.parametrize("rows", [1, 3, 4])
+@pytest.mark.parametrize("kind", ["lora", "folds"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_few_rows_take_two_launches(format, kind, rows, launched):
+    """Over a weight of any kind, and nothing is rounded but the hidden units and y."""
+    tensors, held, exact = layer(528, 41, format, HALF, rows)
+    if kind == "lora":
+        matrices, options = (tensors["lora_a"], tensors["lora_b"]), picked(tensors, "bias")
+        adapter, op = FrozenAdapter.lora(*matrices, 0.7, **options), lora_linear
+    else:
+        matrices, options = (tensors["down"], tensors["up"]), picked(tensors, *BOTTLENECK)
+        adapter, op = folded(held, matrices, options, HALF, True), adapter_linear
+    y = frozen_linear(tensors["x"], held, adapter, impl="triton")
+    assert launched == ["_shrink_rows", "_matvec"]
+    truth, plain = both(op, tensors["x"], exact, HALF, *matrices, scale=0.7, **options)
+    kit.assert_accurate(y, truth, plain, HALF, c=2.0)
 
 
 class Counted:

@@ -63,21 +63,6 @@ def forced(strategies):
     return run
 
 
-@pytest.fixture
-def launched(monkeypatch):
-    """Names of the kernels that are launched, in order; not those that end a cut shrink."""
-    from triton.runtime.interpreter import InterpretedFunction
-
-    names, run = [], InterpretedFunction.run
-
-    def recorded(self, *arguments, **options):
-        names.extend([self.__name__] if self.__name__ != "_finish" else [])
-        return run(self, *arguments, **options)
-
-    monkeypatch.setattr(InterpretedFunction, "run", recorded)
-    return names
-
-
 @CASES
 @pytest.mark.parametrize("p", [0.0, 0.25])
 def test_the_values_of_the_reference(operation, strategies, p):
@@ -89,6 +74,19 @@ def test_the_values_of_the_reference(operation, strategies, p):
         wanted = outcome(single_calls, operation, x, members, used, impl="reference", **options)
         actual = outcome(forced(strategies), operation, x, members, used, **options)
         assert_close(actual, wanted, 1e-5)
+
+
+@BOTH
+def test_a_few_rows_join_without_a_dot(operation, launched):
+    """One shrink for all, then a matvec a member; values those of the single calls."""
+    x, members = members_of(operation, SINGLE, rows=4)
+    strategies = ["split" if operation is LORA else "folded"] * 3
+    with torch.no_grad():
+        ys = forced(strategies)(operation, x, members, 0.0, None)
+        assert launched == ["_shrink_rows", *["_matvec"] * 3]
+        wanted = single_calls(operation, x, members, impl="reference")
+    for y, one in zip(ys, wanted, strict=True):
+        torch.testing.assert_close(y, one, rtol=1e-5, atol=1e-5)
 
 
 @CASES

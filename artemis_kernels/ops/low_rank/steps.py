@@ -8,6 +8,7 @@ from torch.nn import functional
 from ...core import tuning
 from ...core.device import Chip
 from ...core.tiling import Shape
+from ..few_rows.shrink import shrink_rows
 from .arguments import NO_DROPOUT, UNSCALED, Dropout, Scale
 from .expand import expand, update
 from .expand_backward import expand_backward
@@ -42,7 +43,13 @@ def shrunk(
     dropout: Dropout = NO_DROPOUT,
     **hidden,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`shrink` of x [M, K] by f [R, K]."""
+    """`shrink` of x [M, K] by f [R, K]; of few rows by the kernel without a dot."""
+    drops, along_k = Shape(x.shape[0], masked=dropout.p > 0), f.stride(1) == 1
+    if stage != "backward" and along_k and tuning.walks_rows(drops):
+        hidden.pop("widths", None)  # they are those of masks
+        shape = Shape(x.shape[0], k=x.shape[1], r=f.shape[0], dtype=x.dtype)
+        config = tuning.config("matvec_shrink", shape, chip)
+        return shrink_rows(x, f, config=config, stage=stage, **hidden)
     masked = dropout.p > 0 and stage == "linear"
     shape = Shape(x.shape[0], k=x.shape[1], r=f.shape[0], dtype=x.dtype, masked=masked)
     config = tuning.config("shrink", shape, chip)

@@ -27,6 +27,16 @@ def numbers(codes, FORMAT: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
+def numbers_in_fp32(codes, FORMAT: tl.constexpr):
+    """`numbers` in float32, of signed bytes of fp8 2⁻⁸ times as large; a tensor's as they are."""
+    if FORMAT == "fp8":
+        # The sign, which fills what the byte is extended by, is taken out of fp16's first exponent.
+        return ((codes.to(tl.int16) << 7) & -0x4080).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        return codes.to(tl.float32)
+
+
+@triton.jit
 def low_columns(offs_byte, HALF: tl.constexpr):
     """The column of each byte's low code; its high code is HALF = g/2 columns further on."""
     return offs_byte // HALF * (2 * HALF) + offs_byte % HALF

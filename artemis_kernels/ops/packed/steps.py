@@ -2,7 +2,8 @@
 
 A strategy's last word says how a packed weight is multiplied (`core.packed_choice`):
 
-    weight_only   the packed tiles, dequantized on their way into the product (forward only)
+    weight_only   the packed tiles, dequantized on their way into the product (forward only); of
+                  few rows without tensor cores (`ops.few_rows`), which serves tensors, too
     dense         a dense copy in x's dtype, made by one pass, then what a tensor would get
     int8, fp8     rows of x (or of dY ⊙ row scale) rounded to 8 bits, 8-bit tensor cores
     int8_logits   the same, dY rounded as the gradient of logits is (`round_logits`)
@@ -23,6 +24,7 @@ from ...core import packed_choice, tuning
 from ...core.device import Chip
 from ...core.quantized import QuantizedWeight
 from ...core.tiling import Shape
+from ..few_rows.matvec import matvec
 from ..low_rank import steps
 from ..low_rank.arguments import NO_DROPOUT, UNSCALED, Dropout, Scale
 from .columns_apart import weights_apart
@@ -126,8 +128,14 @@ def expanded(
     rounded: Mapping[str, Rounded] | None = None,
 ) -> torch.Tensor:
     """`x Wᵀ + bias + s·(mask·(S Bᵀ) + bias_low)` over any base; `rounded` as in `product`."""
+    epilogue = Epilogue(s, b, bias, bias_low, scale, dropout)
     if isinstance(weight, Packed) and not _becomes_dense(weight):
-        return _packed(x, weight, Epilogue(s, b, bias, bias_low, scale, dropout), chip, rounded)
+        return _packed(x, weight, epilogue, chip, rounded)
+    if isinstance(weight, torch.Tensor) and weight.stride(1) == 1 and not vendor:
+        shape = _shape(x, weight.shape[0], epilogue)
+        if tuning.walks_rows(shape):
+            config = tuning.config("matvec_tensor", shape, chip)
+            return matvec(x, weight, epilogue, config=config)
     return steps.expanded(
         x, dense(weight, x.dtype, chip), s, b, chip, vendor=vendor, bias=bias, bias_low=bias_low,
         scale=scale, dropout=dropout,
@@ -160,6 +168,9 @@ def _packed(
     packed = weight.weight
     if weight.how == "weight_only":
         shape = _shape(x, packed.shape[0], epilogue)
+        if tuning.walks_rows(shape):
+            config = tuning.config(f"matvec_{packed.format}", shape, chip)
+            return matvec(x, packed, epilogue, config=config)
         config = tuning.config(f"weight_only_{packed.format}", shape, chip)
         return weight_only(x, packed, epilogue, config=config)
     N = packed.shape[1 if weight.transposed else 0]
