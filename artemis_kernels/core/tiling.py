@@ -309,9 +309,10 @@ def _round_rows(shape: Shape, chip: Chip) -> Config:
 
     One program reads the parts of all columns: no more of them than keep the chip busy.
     """
-    busy = 16 * chip.processors // _tiles(max(1, shape.n), 64)
+    block_n = 128 if chip.backend == "hip" else 64  # 16 bytes a lane
+    busy = 1024 * chip.processors // (block_n * _tiles(max(1, shape.n), block_n))
     split = max(1, min(64, busy, next_power_of_2(shape.m) // 256))
-    return replace(_round_rows_alone(shape, chip), block_n=64, split=split, stages=2)
+    return replace(_round_rows_alone(shape, chip), block_n=block_n, split=split, stages=2)
 
 
 def _round_rows_alone(shape: Shape, chip: Chip) -> Config:

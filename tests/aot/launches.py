@@ -12,6 +12,7 @@ from artemis.benchmark.operations import OPERATIONS, SEED, Sizes, operands, outc
 from artemis_kernels import FrozenAdapter, QuantizedWeight
 from artemis_kernels.core import call, device, tuning
 from artemis_kernels.core.tiling import Shape
+from artemis_kernels.ops.low_rank.expand import expand
 from artemis_kernels.ops.low_rank.expand_persistent import expand_persistent
 
 SIZES = Sizes(256, 64, 128, 16)
@@ -55,13 +56,14 @@ def packed() -> None:
         artemis_kernels.frozen_linear(few[:1], held, adapter, **TRITON)
 
 
-def by_descriptors() -> None:
-    """A product whose operands come by tensor maps, each encoded by the driver."""
+def product() -> None:
+    """A product whose operands come by tensor maps, each encoded by the driver, and by pointers."""
     (m, k, n, r), chip = SIZES, device.CHIPS["sm_90"]
     x, weight = torch.randn(m, k).to(BF16), torch.randn(n, k).to(BF16)
     config = tuning.config("expand", Shape(m, n, k, r, BF16), chip)
     s, b = torch.randn(m, r), torch.randn(n, r)
     expand_persistent(x, weight, s, b, config=config, programs=chip.processors)
+    expand(x, weight, s, b, config=config)
 
 
 def loss() -> None:
@@ -76,7 +78,7 @@ def main() -> None:
     for operation in OPERATIONS:
         trained(operation)
     packed()
-    by_descriptors()
+    product()
     loss()
 
 
