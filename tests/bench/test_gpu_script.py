@@ -24,7 +24,7 @@ from bench.gpu.frozen import BASES
 ROOT = Path(__file__).resolve().parents[2]
 MACHINERY = {
     "compiled by Inductor", "two runs, bit by bit", "fp32", "fresh masks of a graph",
-    "dX of an int8 head",
+    "as CUDA graphs", "dX of an int8 head",
 }  # fmt: skip
 FROZEN = [("frozen_linear", f"{of} over {base}") for of in ("lora", "bottleneck") for base in BASES]
 
