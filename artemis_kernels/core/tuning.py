@@ -196,9 +196,8 @@ def walks_rows(shape: Shape) -> bool:
 
     Where a mask is drawn, or the rank is more than a thread can hold, it is a dot's.
     """
-    return (
-        shape.m <= tiling.MATVEC_ROWS and shape.r <= tiling.MATVEC_RANK and not shape.masked
-    )  # fmt: skip
+    few = shape.m <= tiling.MATVEC_ROWS
+    return few and shape.r <= tiling.MATVEC_RANK and not shape.masked
 
 
 def balance(chip: Chip) -> float:

@@ -2404,6 +2404,75 @@ PERSISTENT = (
     ),
 )
 
+FEW_ROWS_KERNELS = f"{KERNELS}/ops/few_rows"
+MATVEC = ("tests/kernels/test_few_rows.py", "-k", "matvec or e4m3")
+
+WITHOUT_A_DOT = (
+    Fault(
+        "high codes multiply the low codes' columns",
+        f"{FEW_ROWS_KERNELS}/sums.py",
+        "x_ptrs += HALF * stride_xk",
+        "x_ptrs += 0 * stride_xk",
+        MATVEC,
+    ),
+    Fault(
+        "every row is the first",
+        f"{FEW_ROWS_KERNELS}/sums.py",
+        "min(m, M - 1) * stride_xm",
+        "0 * stride_xm",
+        MATVEC,
+    ),
+    Fault(
+        "group scales of another row",
+        f"{FEW_ROWS_KERNELS}/sums.py",
+        "offs_n[:, None] * (columns // HALF)",
+        "offs_n[:, None] * (columns // HALF - 1)",
+        MATVEC,
+    ),
+    Fault(
+        "e4m3 read a power of two too small",
+        f"{FEW_ROWS_KERNELS}/matvec.py",
+        "column * 256.0",
+        "column * 128.0",
+        MATVEC,
+    ),
+    Fault(
+        "a negative e4m3 keeps its sign in the exponent",
+        f"{PACKED}/codes.py",
+        "& -0x4080",
+        "& -0x0080",
+        MATVEC,
+    ),
+    Fault(
+        "the low-rank term of a few rows is not scaled",
+        f"{FEW_ROWS_KERNELS}/matvec.py",
+        "acc += low * effective_scale(scale, scale_ptr)",
+        "acc += low",
+        MATVEC,
+    ),
+    Fault(
+        "the last row of W is left out",
+        f"{FEW_ROWS_KERNELS}/matvec.py",
+        "tl.minimum(offs_n, N - 1)",
+        "tl.minimum(offs_n, N - 2)",
+        MATVEC,
+    ),
+    Fault(
+        "four rows take a dot",
+        f"{CORE}/tuning.py",
+        "few = shape.m <= tiling.MATVEC_ROWS",
+        "few = shape.m < tiling.MATVEC_ROWS",
+        ("tests/ops/test_frozen_linear.py", "-k", "a_few_rows"),
+    ),
+    Fault(
+        "a mask is not drawn for few rows",
+        f"{CORE}/tuning.py",
+        "shape.r <= tiling.MATVEC_RANK and not shape.masked",
+        "shape.r <= tiling.MATVEC_RANK",
+        ("tests/ops/test_groups_fused.py", "-k", "few_rows"),
+    ),
+)
+
 TUNER = f"{KERNELS}/tuner"
 TUNED_TESTS = "tests/tuner/test_tune.py"
 TILES_TESTS = "tests/tuner/test_tiles.py"
@@ -3543,6 +3612,7 @@ FAULTS = (
     *EAGER,
     *TRITON,
     *PERSISTENT,
+    *WITHOUT_A_DOT,
     *MEASURED,
     *MODEL,
     *RANKS,

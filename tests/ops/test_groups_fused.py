@@ -77,14 +77,15 @@ def test_the_values_of_the_reference(operation, strategies, p):
 
 
 @BOTH
-def test_a_few_rows_join_without_a_dot(operation, launched):
-    """One shrink for all, then a matvec a member; values those of the single calls."""
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_a_few_rows_join_without_a_dot(operation, p, launched):
+    """One shrink for all, then a matvec a member; a mask is drawn by the shrink with a dot."""
     x, members = members_of(operation, SINGLE, rows=4)
     strategies = ["split" if operation is LORA else "folded"] * 3
     with torch.no_grad():
-        ys = forced(strategies)(operation, x, members, 0.0, None)
-        assert launched == ["_shrink_rows", *["_matvec"] * 3]
-        wanted = single_calls(operation, x, members, impl="reference")
+        ys = forced(strategies)(operation, x, members, p, 7)
+        assert launched == ["_shrink" if p else "_shrink_rows", *["_matvec"] * 3]
+        wanted = single_calls(operation, x, members, impl="reference", dropout_p=p, seed=7)
     for y, one in zip(ys, wanted, strict=True):
         torch.testing.assert_close(y, one, rtol=1e-5, atol=1e-5)
 
