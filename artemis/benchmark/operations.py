@@ -173,6 +173,7 @@ def _verdicts(
         return
     slack, few = 1 + 3 / math.sqrt(exact.numel()), 2 / exact.numel()
     error, allowed = found.double() - exact, plain.double() - exact
+    allowed = allowed.where(plain.isfinite(), 0.0)  # beyond a dtype's range it excuses nothing
     for measure, c, share in ((_rms, _C, 0.25 + few), (_max, 2 * _C, 1 + few)):
         limit = slack * (c * measure(allowed) + (eps * share + of_sums) * measure(exact))
         where, size = f"{name}, {measure.__name__[1:]}", measure(error)

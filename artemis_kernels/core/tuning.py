@@ -92,9 +92,7 @@ def choose_lora(shape: Shape, drops: bool, chip: Chip) -> tuple[str, str]:
     return "split", _EPILOGUE_REASON
 
 
-def choose_adapter(
-    shape: Shape, trains: bool, chip: Chip, copied: float = 0.0
-) -> tuple[str, str]:
+def choose_adapter(shape: Shape, trains: bool, chip: Chip, copied: float = 0.0) -> tuple[str, str]:
     """Among `folded`, `folded_vendor` and `plain` for y [m, n], x [m, k], width r.
 
     Folding costs 2·r·n·k FLOPs for `D W`, in training as many again for dD, and trades passes over
