@@ -81,9 +81,8 @@ def training(records: list[Record]) -> str:
             (
                 f"{row['model']}, {row['layers']} layers", f"{row['tokens']:,}", f"`{row['arm']}`",
                 _number(row["ms"]["p50"]), _number(row.get("busy_ms")), _graph(row),
-                _number(row["speedup"].get("full-bf16", {}).get("p50")),
-                _number(row.get("busy_speedup", {}).get("full-bf16")),
-                _number(row.get("graph_speedup", {}).get("full-bf16", {}).get("p50")),
+                _of_full(row["speedup"]), _of_full(row.get("busy_speedup")),
+                _of_full(row.get("graph_speedup")),
                 _number(predicted), _number(row["peak_gb"]),
             )
         )  # fmt: skip
@@ -101,7 +100,7 @@ def decoding(records: list[Record]) -> str:
         (
             f"{row['model']}, {row['layers']} layers", str(row["tokens"]), f"`{row['arm']}`",
             _number(row["ms"]["p50"]), _number(row["eager_ms"]["p50"]),
-            _number(row["speedup"].get("full-bf16", {}).get("p50")),
+            _of_full(row["speedup"]),
             _number(_predicted(row, head)),
         )
         for row in rows
@@ -241,6 +240,31 @@ def kernels(records: list[Record]) -> str:
     return _table(["arm", "kernel", "launches", "ms"], lines, 2)
 
 
+def short(records: list[Record]) -> str:
+    """Speeds of full fine-tuning in bf16 on the widest model, for a reader in a hurry."""
+    head, rows = _last(records, "models")
+    wide = [r for r in rows if r["kind"] == "train" and r["model"] == "llama-2-7b" and "ms" in r]
+    lines = []
+    for row in wide:
+        if row["arm"] in ("peft", "hybrid", "hybrid-fp8", "hybrid-int8"):
+            speeds = (row["speedup"], row.get("busy_speedup"), row.get("graph_speedup"))
+            lines.append(
+                (f"{row['tokens']:,}", f"`{row['arm']}`", *(_of_full(one) for one in speeds))
+            )
+    if not lines:
+        return ""
+    titles = ["tokens a step", "arm", "× as Python runs it", "× by busy time", "× as a CUDA graph"]
+    lines.sort(key=lambda line: int(line[0].replace(",", "")))
+    about = f"{head['gpu']['name']}, two layers of Llama 2 7B's width; code `{head['code']}`"
+    return _table(titles, lines, 2) + f"\n{about}, {_day(head)}.\n"
+
+
+def _of_full(speeds: Record | None) -> str:
+    """Against full fine-tuning in bf16: a number, or the middle of a spread."""
+    found = (speeds or {}).get("full-bf16")
+    return _number(found["p50"] if isinstance(found, dict) else found)
+
+
 def _short(name: str) -> str:
     """A kernel's name without what its templates were given, as far as it tells anything."""
     plain = name.removeprefix("void ").replace("(anonymous namespace)::", "")
@@ -296,6 +320,7 @@ def _table(titles: Sequence[str], lines: Sequence[Sequence[str]], texts: int) ->
 
 
 SECTIONS: dict[str, Callable[[list[Record]], str]] = {
+    "gpu-short": short,
     "gpu-origin": origin,
     "gpu-accuracy": accuracy,
     "gpu-training": training,

@@ -68,6 +68,10 @@ def test_a_step_has_its_speed_by_the_clock_by_busy_time_and_as_a_graph():
         "1.1", "1.2", "1.3"
     ]  # fmt: skip
     assert float(line["predicted ×"]) > 1
+    records = [head("a"), row | {"tokens": 1024}, row, row | {"arm": "floor"}]
+    text = gpu_tables.short(records)
+    assert [each["tokens a step"] for each in cells(text.split("\n\n")[0])] == ["1,024", "8,192"]
+    assert "code `c0de`" in text and cells(text.split("\n\n")[0])[0]["× by busy time"] == "1.2"
     (line,) = cells(gpu_tables.kernels([head("a"), row]))
     assert line["kernel"] == "`at::native::add`" and line["launches"] == "3"
 
