@@ -2712,8 +2712,8 @@ TUNING = (
     Fault(
         "one pass for few rows, however often it reads A",
         f"{CORE}/tuning.py",
-        "            if _weight_hides_a(shape, chip):",
-        "            if True:",
+        "    if one_pass and _weight_hides_a(shape, chip):",
+        "    if one_pass:",
         ("tests/core/test_tuning.py", "-k", "lora_strategy"),
     ),
     Fault(
