@@ -63,7 +63,8 @@ class Shape:
     @property
     def bucket(self) -> "Shape":
         """The same with M rounded up to a power of two: what tables and heuristics see."""
-        return replace(self, m=next_power_of_2(max(1, self.m)))
+        m = next_power_of_2(max(1, self.m))
+        return self if m == self.m else replace(self, m=m)
 
     @property
     def key(self) -> str:

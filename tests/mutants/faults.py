@@ -2710,6 +2710,13 @@ TUNING = (
         ("tests/tuner/test_on_gpu.py", "-k", "enqueued_before"),
     ),
     Fault(
+        "a prepared layer expands what was not activated",
+        f"{FEW_ROWS_KERNELS}/adapted.py",
+        "expand(x, z if linear else h)",
+        "expand(x, z)",
+        ("tests/ops/test_frozen_linear.py", "-k", "takes_the_kernels"),
+    ),
+    Fault(
         "one pass for few rows, however often it reads A",
         f"{CORE}/tuning.py",
         "    if one_pass and _weight_hides_a(shape, chip):",

@@ -225,6 +225,27 @@ def test_a_few_rows_take_two_launches(format, kind, rows, launched):
     kit.assert_accurate(y, truth, plain, HALF, c=2.0)
 
 
+@INTERPRETED
+@pytest.mark.parametrize("kind", ["lora", "folds", "reads y"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_object_takes_the_kernels_of_a_call(format, kind):
+    """For any rows and any x, from what the tensors are by then."""
+    tensors, held, _ = layer(528, 41, format, HALF, 6)
+    if kind == "lora":
+        adapter = FrozenAdapter.lora(tensors["lora_a"], tensors["lora_b"], 0.7)
+    else:
+        matrices, options = (tensors["down"], tensors["up"]), picked(tensors, *BOTTLENECK)
+        adapter = folded(held, matrices, options, HALF, kind == "folds")
+    made = FrozenLinear(held, adapter, impl="triton")
+    for rows in (1, 1, 4, 5, 2):
+        x = torch.randn(rows, 528).to(HALF)
+        kit.assert_same_bits(made(x), frozen_linear(x, held, adapter, impl="triton"))
+        adapter.up.mul_(-2)
+        kit.assert_same_bits(made(x), frozen_linear(x, held, adapter, impl="triton"))
+    x = torch.randn(528, 2).to(HALF).t()  # by columns
+    kit.assert_same_bits(made(x), frozen_linear(x, held, adapter, impl="triton"))
+
+
 class Counted:
     """A kernel that notes its launches."""
 

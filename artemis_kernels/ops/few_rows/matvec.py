@@ -14,6 +14,8 @@ few rows of W, so that every processor has several programs, one of which waits 
 another adds; K is not cut, so that nothing is left to be summed by another launch.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -78,24 +80,38 @@ def matvec(
     config: Config,
 ) -> torch.Tensor:
     """Return y [M, N] in x's dtype; of the epilogue its low-rank term and its biases."""
-    (M, _), N = x.shape, weight.shape[0]
-    y = x.new_empty(M, N)
-    if M == 0:
-        return y
-    s, b, R = epilogue.s, epilogue.b, epilogue.rank
-    bias, bias_low = epilogue.bias, epilogue.bias_low
-    _matvec[(triton.cdiv(N, config.block_n),)](
-        x_ptr=x, s_ptr=s, b_ptr=b, y_ptr=y, scale_ptr=epilogue.scale.tensor,
-        bias_ptr=None if bias is None else bias.contiguous(),
-        bias_low_ptr=None if bias_low is None else bias_low.contiguous(),
-        M=M, N=N, R=R, stride_xm=x.stride(0), stride_xk=x.stride(1),
-        stride_sm=0 if s is None else s.stride(0), stride_bn=0 if b is None else b.stride(0),
-        stride_br=0 if b is None else b.stride(1), scale=epilogue.scale.number,
-        BLOCK_M=next_power_of_2(M), BLOCK_N=config.block_n, BLOCK_R=next_power_of_2(max(1, R)),
-        STAGES=config.stages, num_warps=config.warps, enable_fp_fusion=True,
+    if x.shape[0] == 0:
+        return x.new_empty(0, weight.shape[0])
+    return prepared(weight, epilogue, x.shape[0], config)(x, epilogue.s)
+
+
+def prepared(
+    weight: torch.Tensor | QuantizedWeight, epilogue: Epilogue, rows: int, config: Config
+) -> Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]:
+    """`matvec` of any x and s of so many rows: what does not depend on them is made once."""
+    N, b, bias, bias_low = weight.shape[0], epilogue.b, epilogue.bias, epilogue.bias_low
+    R = 0 if b is None else b.shape[1]
+    grid = (triton.cdiv(N, config.block_n),)
+    fixed = {
+        "b_ptr": b, "scale": epilogue.scale.number, "scale_ptr": epilogue.scale.tensor,
+        "bias_ptr": None if bias is None else bias.contiguous(),
+        "bias_low_ptr": None if bias_low is None else bias_low.contiguous(),
+        "M": rows, "N": N, "R": R, "stride_bn": 0 if b is None else b.stride(0),
+        "stride_br": 0 if b is None else b.stride(1), "BLOCK_M": next_power_of_2(rows),
+        "BLOCK_N": config.block_n, "BLOCK_R": next_power_of_2(max(1, R)), "STAGES": config.stages,
+        "num_warps": config.warps, "enable_fp_fusion": True,
         **weight_arguments(weight, config.block_k),
-    )  # fmt: skip
-    return y
+    }  # fmt: skip
+
+    def launch(x: torch.Tensor, s: torch.Tensor | None) -> torch.Tensor:
+        y = x.new_empty(rows, N)
+        _matvec[grid](
+            x_ptr=x, s_ptr=s, y_ptr=y, stride_xm=x.stride(0), stride_xk=x.stride(1),
+            stride_sm=0 if s is None else s.stride(0), **fixed,
+        )  # fmt: skip
+        return y
+
+    return launch
 
 
 def weight_arguments(weight: torch.Tensor | QuantizedWeight, block_k: int) -> dict:

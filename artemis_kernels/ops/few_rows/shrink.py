@@ -6,6 +6,8 @@ are so small that the time is that of a few loads one after the other: K is not 
 which another launch would have to add.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -49,19 +51,35 @@ def shrink_rows(
     with_h: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return S, or z, [M, R] in fp32 and, if asked for, h [M, R] in x's dtype."""
-    M, R = x.shape[0], f.shape[0]
-    out = x.new_empty(M, R, dtype=torch.float32)
-    h = x.new_empty(M, R) if with_h else None
-    if M == 0:
-        return out, h
-    arguments = weight_arguments(f, config.block_k)
+    if x.shape[0] == 0:
+        empty = x.new_empty(0, f.shape[0])
+        return empty.float(), empty if with_h else None
+    return prepared(f, x.shape[0], config, stage, bias, activation, with_h)(x)
+
+
+def prepared(
+    f: torch.Tensor, rows: int, config: Config, stage: str = "linear",
+    bias: torch.Tensor | None = None, activation: str = "identity", with_h: bool = False,
+) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]:  # fmt: skip
+    """`shrink_rows` of any x of so many rows: what does not depend on it is made once."""
+    R = f.shape[0]
+    grid = (triton.cdiv(R, config.block_n),)
+    fixed = {
+        "bias_ptr": None if bias is None else bias.contiguous(), "M": rows, "R": R,
+        "STAGE": stage, "ACTIVATION": activation, "STAGES": config.stages,
+        "BLOCK_M": next_power_of_2(rows), "BLOCK_R": config.block_n, "num_warps": config.warps,
+        "enable_fp_fusion": True, **weight_arguments(f, config.block_k),
+    }  # fmt: skip
     for unused in ("group_scale_ptr", "group_offset_ptr", "column_ptr"):
-        del arguments[unused]
-    _shrink_rows[(triton.cdiv(R, config.block_n),)](
-        x_ptr=x, bias_ptr=None if bias is None else bias.contiguous(), out_ptr=out, h_ptr=h,
-        M=M, R=R, stride_xm=x.stride(0), stride_xk=x.stride(1), stride_outm=out.stride(0),
-        STAGE=stage, ACTIVATION=activation, STAGES=config.stages,
-        BLOCK_M=next_power_of_2(M), BLOCK_R=config.block_n,
-        num_warps=config.warps, enable_fp_fusion=True, **arguments,
-    )  # fmt: skip
-    return out, h
+        del fixed[unused]
+
+    def launch(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        out = x.new_empty(rows, R, dtype=torch.float32)
+        h = x.new_empty(rows, R) if with_h else None
+        _shrink_rows[grid](
+            x_ptr=x, out_ptr=out, h_ptr=h, stride_xm=x.stride(0), stride_xk=x.stride(1),
+            stride_outm=R, **fixed,
+        )  # fmt: skip
+        return out, h
+
+    return launch

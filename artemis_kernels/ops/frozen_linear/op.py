@@ -1,6 +1,7 @@
 """`frozen_linear`: an adapted layer at inference, its constants prepared, in one call."""
 
 import functools
+from collections.abc import Callable
 
 import torch
 
@@ -90,7 +91,8 @@ class FrozenLinear:
         in_one = [path.strategy.startswith("one_call") for path in paths]
         self._most_rows = in_one.index(False)
         self._few_rows = frozen.FewRows(weight, adapter) if self._most_rows else None
-        self._planned = 0, paths[0]  # of so many rows: checking and choosing take 80 µs
+        # Of so many rows: the path, and what takes it. Checking and choosing take 80 µs.
+        self._planned = 0, paths[0], None
 
     def __reduce__(self):
         """A copy is made anew: where it is unpickled there may be other passes."""
@@ -105,14 +107,23 @@ class FrozenLinear:
             return self._few_rows(x)
         planned = self._planned  # once: another thread may be here
         if rows != planned[0]:
-            planned = rows, plan(x, self.weight, self.adapter, impl=self.impl)
+            path = plan(x, self.weight, self.adapter, impl=self.impl)
+            planned = rows, path, self._prepared(path, rows)
             self._planned = planned
-        path = planned[1]
+        _, path, run = planned
         if path.impl == "reference":
             return frozen_linear(x, self.weight, self.adapter, impl=self.impl)
-        x_rows = x.reshape(rows, x.shape[-1])
-        y = computed(x_rows, self.weight, self.adapter, path.impl, path.strategy)
+        y = run(x.reshape(rows, x.shape[-1]))
         return y.reshape(*x.shape[:-1], y.shape[1])
+
+    def _prepared(self, path: call.Path, rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What computes y [rows, out] of x [rows, in] by a path."""
+        if path.impl == "triton" and path.strategy in ("split", "split_weight_only"):
+            from ..few_rows import adapted  # imports triton
+
+            if (run := adapted.prepared(self.weight, self.adapter, rows)) is not None:
+                return run
+        return lambda x: computed(x, self.weight, self.adapter, path.impl, path.strategy)
 
     def _takes(self, x: torch.Tensor) -> bool:
         """Whether x is as planned for but for its rows, and there is no more to see to."""
