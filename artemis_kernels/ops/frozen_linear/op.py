@@ -91,8 +91,9 @@ class FrozenLinear:
         in_one = [path.strategy.startswith("one_call") for path in paths]
         self._most_rows = in_one.index(False)
         self._few_rows = frozen.FewRows(weight, adapter) if self._most_rows else None
-        # Of so many rows: the path, and what takes it. Checking and choosing take 80 µs.
-        self._planned = 0, paths[0], None
+        # Of so many rows: the path, what takes it, and the address of the numbers that this reads.
+        # Checking and choosing take 80 µs.
+        self._planned = 0, paths[0], None, 0
 
     def __reduce__(self):
         """A copy is made anew: where it is unpickled there may be other passes."""
@@ -106,11 +107,13 @@ class FrozenLinear:
         if rows <= self._most_rows:
             return self._few_rows(x)
         planned = self._planned  # once: another thread may be here
-        if rows != planned[0]:
+        packed = isinstance(self.weight, QuantizedWeight)
+        address = (self.weight.data if packed else self.weight).data_ptr()
+        if rows != planned[0] or address != planned[3]:
             path = plan(x, self.weight, self.adapter, impl=self.impl)
-            planned = rows, path, self._prepared(path, rows)
+            planned = rows, path, self._prepared(path, rows), address
             self._planned = planned
-        _, path, run = planned
+        _, path, run, _ = planned
         if path.impl == "reference":
             return frozen_linear(x, self.weight, self.adapter, impl=self.impl)
         y = run(x.reshape(rows, x.shape[-1]))
