@@ -19,7 +19,7 @@ from .tiling import FEW_ROWS, Config, Shape
 _BALANCE = {8: 156.0, 9: 240.0, 10: 281.0}
 
 # How far Triton's product stays behind the vendor's: with pointer loads in 16 bits, and in 8 bits.
-# Measured on an H200 (docs/benchmarks.md, On a GPU), assumed elsewhere: the newer the tensor cores,
+# Measured on an H200 (docs/gpu.md), assumed elsewhere: the newer the tensor cores,
 # the more they need what pointer loads do not give.
 _VENDOR_GAP = {8: 0.05, 9: 0.20, 10: 0.25}
 _EIGHT_BIT_GAP = {8: 0.05, 9: 0.30, 10: 0.25}
@@ -28,6 +28,7 @@ _EIGHT_BIT_GAP = {8: 0.05, 9: 0.30, 10: 0.25}
 # take less time. What a driver makes of a descriptor shows at a launch only, where nothing can
 # stand in for it, so that pointers are the default until a chip has run both.
 _DESCRIPTORS = frozenset({"sm_90"})
+
 # Rows a processor from which one launch of row blocks beats two that are cut finer: at 62 on an
 # H200 it took 1.4 times as long.
 _ROWS_OF_BLOCKS = 256
@@ -35,7 +36,7 @@ _ROWS_OF_BLOCKS = 256
 # Bytes that memory moves during one launch more, 3 µs at 2 to 5 TB/s: what a launch may save.
 _LAUNCH_BYTES = 8e6
 
-_VENDOR_REASON = "in so long a product the vendor's GEMM gains more than another pass over y costs"
+_VENDOR_REASON = "the vendor's GEMM gains more than another pass over y costs"
 _EPILOGUE_REASON = "starting the accumulator from the low-rank term saves a pass over y"
 
 
