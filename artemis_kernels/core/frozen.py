@@ -131,6 +131,11 @@ class FrozenAdapter:
         return self.down.shape[0]
 
     @property
+    def is_linear(self) -> bool:
+        """Whether its units are `x Fᵀ` as they are, as LoRA's."""
+        return self.activation == "identity" and self.bias_down is None
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of all constants."""
         return self.down.dtype

@@ -38,6 +38,21 @@ def test_expand_persistent(shape, transposed, by):
     assert_close(y, x.double() @ weight.double().T + bias.double() + 0.75 * low)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_mask_is_drawn_behind_the_vendors_product(masked):
+    """On the chip where it was measured; without one the term is in the product."""
+    m, k, n, r = 70, 32, 48, 16
+    x, weight, s, b = (torch.randn(shape) for shape in ((m, k), (n, k), (m, r), (n, r)))
+    by = dropout() if masked else NO_DROPOUT
+    with mock.patch.object(steps, "expand", wraps=steps.expand) as fused:
+        y = steps.expanded(x, weight, s, b, CHIPS["sm_90"], vendor=False, dropout=by)
+    assert fused.called == (not masked)  # fp32: by pointers
+    assert_close(y, x.double() @ weight.double().T + dropped(s.double() @ b.double().T, by))
+    shape = Shape(m, n, k, r, masked=masked)
+    assert tuning.draws_apart(shape, CHIPS["sm_90"]) == masked
+    assert not tuning.draws_apart(shape, CHIPS["sm_80"])
+
+
 def test_no_descriptors_without_alignment():
     x, weight = torch.randn(8, 16), torch.randn(8, 16)
     assert has_descriptors(x, weight) and has_descriptors(x, torch.randn(16, 8).t())

@@ -108,12 +108,17 @@ def test_transpose_moves_every_byte(n, k, dtype):
         kit.assert_same_bits(out, wanted)
 
 
+WHOLE_ROWS = replace(TINY, block_m=2, block_k=512)  # in registers; else in steps along them
+BY_STEPS_OR_WHOLE = pytest.mark.parametrize("config", [TINY, WHOLE_ROWS], ids=["steps", "whole"])
+
+
+@BY_STEPS_OR_WHOLE
 @pytest.mark.parametrize("factor", [False, True], ids=["x", "scaled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("m", "k"), [(1, 1), (5, 33), (35, 300)], ids=str)
-def test_int8_rows_are_those_of_the_eager_path(m, k, dtype, factor):
+def test_int8_rows_are_those_of_the_eager_path(m, k, dtype, factor, config):
     x, by = torch.randn(m, k).to(dtype), torch.rand(k) + 0.5 if factor else None
-    mine, wanted = round_rows(x, torch.int8, by, config=TINY), eager.round_rows(x, by)
+    mine, wanted = round_rows(x, torch.int8, by, config=config), eager.round_rows(x, by)
     apart = [] if wanted.apart is None else wanted.apart.tolist()
     counted = [] if mine.apart is None else mine.columns[mine.apart.any(0)].tolist()
     assert sorted(apart) == sorted(counted)
@@ -122,11 +127,12 @@ def test_int8_rows_are_those_of_the_eager_path(m, k, dtype, factor):
     assert (mine.q != wanted.q).float().mean() < 0.002  # on the edge of two levels
 
 
+@BY_STEPS_OR_WHOLE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("factor", [False, True], ids=["x", "scaled"])
-def test_fp8_rows(dtype, factor):
+def test_fp8_rows(dtype, factor, config):
     x, by = torch.randn(35, 100).to(dtype), torch.rand(100) + 0.5 if factor else None
-    mine = round_rows(x, torch.float8_e4m3fn, by, config=TINY)
+    mine = round_rows(x, torch.float8_e4m3fn, by, config=config)
     v = x.float() if by is None else x.float() * by
     torch.testing.assert_close(mine.scale, v.abs().amax(1) / 448, rtol=1e-6, atol=0)
     assert mine.apart is None and mine.q.dtype == torch.float8_e4m3fn
@@ -136,12 +142,13 @@ def test_fp8_rows(dtype, factor):
     assert (error <= v.abs() * 2.0**-4 * 1.001 + mine.scale[:, None] * 2.0**-10 * 1.001).all()
 
 
+@BY_STEPS_OR_WHOLE
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
-def test_rows_that_are_not_numbers_and_rows_of_nothing(dtype):
+def test_rows_that_are_not_numbers_and_rows_of_nothing(dtype, config):
     x = torch.randn(6, 40)
     x[0], x[1] = 0, 1e-38
     x[3, 5], x[4, 6] = torch.nan, -torch.inf
-    mine = round_rows(x, dtype, None, config=TINY)
+    mine = round_rows(x, dtype, None, config=config)
     assert (mine.scale[:2] == 0).all() and (mine.q[:2].float() == 0).all()
     broken = mine.scale.isnan()
     if mine.apart is not None:

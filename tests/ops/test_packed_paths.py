@@ -232,6 +232,35 @@ def chosen(
     return how, vendor
 
 
+def test_folding_counts_the_copies_of_a_packed_weight():
+    """Of a gate, on an H200; over a tensor 2,048 rows are enough (tests/core/test_tuning.py)."""
+    with torch.device("meta"):
+        weight = QuantizedWeight(
+            torch.empty(11008, 4096, dtype=torch.float8_e4m3fn), torch.empty(11008), None, "fp8",
+            None,
+        )  # fmt: skip
+    wanted = {2048: "plain_vendor_fp8", 8192: "folded_vendor_fp8"}
+    for rows, strategy in wanted.items():
+        found = packed_choice.adapter_strategy(weight, rows, 64, True, BF16, CHIPS["sm_90"])
+        assert found[0] == strategy
+
+
+def test_fp8_sums_are_kept_precise_where_they_are_long_and_in_dx(monkeypatch):
+    asked = []
+
+    def product(q, w, row, column, *, out_dtype, use_fast_accum):
+        asked.append((q.shape[1], use_fast_accum))
+        return (q.float() @ w.float() * row * column).to(out_dtype)
+
+    monkeypatch.setattr(torch, "_scaled_mm", product)
+    for k in (64, steps._LONG_SUM + 16):
+        weight = QuantizedWeight.quantize(torch.randn(32, k), "fp8", activation_bits=8)
+        packed = steps.Packed(weight, "fp8", vendor=True)
+        steps.product(torch.randn(2, k), packed, None, CHIPS["interpreter"])
+    steps.product(torch.randn(2, 32), packed.t(), None, CHIPS["interpreter"])
+    assert asked == [(64, True), (steps._LONG_SUM + 16, False), (32, False)]
+
+
 def test_choices():
     assert chosen("sm_90", 1, "int8") == chosen("sm_90", 64, "int4") == ("weight_only", False)
     assert chosen("sm_90", 4096, "int8") == ("int8", False)

@@ -28,7 +28,7 @@ def prepared(
         return None
     if not tuning.walks_rows(shape):
         return None
-    linear = adapter.activation == "identity" and adapter.bias_down is None
+    linear = adapter.is_linear
     reduce = shrink.prepared(
         adapter.down, rows,
         tuning.config("matvec_shrink", Shape(rows, k=K, r=R, dtype=adapter.dtype), chip),

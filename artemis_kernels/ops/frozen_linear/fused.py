@@ -47,7 +47,7 @@ def forward(
 
 def hidden(x: torch.Tensor, adapter: FrozenAdapter, chip: device.Chip) -> torch.Tensor:
     """`act(x Fᵀ + c)` [M, r] in fp32, by one launch."""
-    if adapter.activation == "identity" and adapter.bias_down is None:
+    if adapter.is_linear:
         return shrunk(x, adapter.down, chip)[0]
     return shrunk(
         x, adapter.down, chip, stage="forward", bias=adapter.bias_down, with_h=True,

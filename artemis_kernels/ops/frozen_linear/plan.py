@@ -90,8 +90,7 @@ def _kind(adapter: FrozenAdapter) -> str:
     """
     if adapter.reads_output or not adapter.rank:
         return "plain"
-    linear = adapter.activation == "identity" and adapter.bias_down is None
-    return "lora" if linear else "folded"
+    return "lora" if adapter.is_linear else "folded"
 
 
 def _check_adapter(x, weight, adapter) -> None:

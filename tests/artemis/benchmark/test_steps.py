@@ -127,6 +127,18 @@ def test_full_fine_tuning_in_int8_multiplies_every_layer_but_the_head_so():
     assert type(rounded.model.lm_head.weight) is nn.Parameter
 
 
+def test_a_base_in_fp8_is_measured_by_default_where_there_is_a_gpu(monkeypatch):
+    for there in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert ARMS["hybrid-fp8"].installed == there
+    monkeypatch.undo()
+    step = Step("train", "hybrid-fp8", CELL)
+    prepared = prepare(step)
+    assert check(step, prepared).passed
+    layers = [m for n, m in prepared.step.model.named_modules() if n.endswith("_proj")]
+    assert {layer.weight.format for layer in layers} == {"fp8"}
+
+
 def test_full_fine_tuning_in_int8_needs_torchao(monkeypatch):
     loaded = [name for name in sys.modules if name.startswith("torchao.")]
     for name in ("torchao", *loaded):
