@@ -232,7 +232,7 @@ def kernels(records: list[Record]) -> str:
     """What a GPU spends a training step of 8,192 tokens on: the longest kernels of each arm."""
     _, rows = _last(records, "models")
     lines = [
-        (f"`{row['arm']}`", f"`{_short(name)}`", str(count), _number(ms))
+        (f"`{row['arm']}`", f"`{_kernel_name(name)}`", str(count), _number(ms))
         for row in rows
         if row["kind"] == "train" and row["model"] == "llama-2-7b" and row["tokens"] == 8192
         for name, count, ms in row.get("kernels", [])[:6]
@@ -265,7 +265,7 @@ def _of_full(speeds: Record | None) -> str:
     return _number(found["p50"] if isinstance(found, dict) else found)
 
 
-def _short(name: str) -> str:
+def _kernel_name(name: str) -> str:
     """A kernel's name without what its templates were given, as far as it tells anything."""
     plain = name.removeprefix("void ").replace("(anonymous namespace)::", "")
     return plain.split("<")[0].split("(")[0][:60]

@@ -2684,7 +2684,7 @@ TUNING = (
     Fault(
         "a folded bottleneck takes LoRA's entries",
         f"{KERNELS}/ops/frozen_linear/plan.py",
-        'return "lora" if linear else "folded"',
+        'return "lora" if adapter.is_linear else "folded"',
         'return "lora"',
         (TUNED_TESTS, "-k", "its_own_entries"),
     ),
