@@ -15,9 +15,12 @@ from .ops.adapter_linear.op import adapter_linear
 from .ops.bottleneck_adapter.op import bottleneck_adapter
 from .ops.cross_entropy.op import cross_entropy
 from .ops.frozen_linear.op import FrozenLinear, frozen_linear
+from .ops.gated_activation.op import gated_activation
 from .ops.lora_linear.group import lora_linear_group
 from .ops.lora_linear.op import lora_linear
 from .ops.quantized_linear.op import quantized_linear
+from .ops.rms_norm.op import rms_norm
+from .ops.rotary_embedding.op import rotary_embedding
 from .tuner import choices, tune
 
 __all__ = [
@@ -35,10 +38,13 @@ __all__ = [
     "dropout_mask",
     "explain",
     "frozen_linear",
+    "gated_activation",
     "has_fast_bf16",
     "lora_linear",
     "lora_linear_group",
     "new_seed",
     "quantized_linear",
+    "rms_norm",
+    "rotary_embedding",
     "tune",
 ]

@@ -147,6 +147,14 @@ def _signatures(handle: ctypes.CDLL) -> Iterator[tuple[str, str]]:
             f"artemis_cross_entropy_backward_{dtype}",
             "pointer pointer pointer pointer pointer size size size threads",
         )
+        yield f"artemis_rms_norm_forward_{dtype}", f"{'pointer ' * 3}size size factor threads"
+        yield f"artemis_rms_norm_backward_{dtype}", f"{'pointer ' * 5}size size factor threads"
+        yield f"artemis_gated_forward_{dtype}", "pointer pointer pointer size flag threads"
+        yield f"artemis_gated_backward_{dtype}", f"{'pointer ' * 5}size flag threads"
+        yield (
+            f"artemis_rotary_{dtype}",
+            f"pointer {sizes} pointer pointer pointer {sizes} {sizes} size size flag threads",
+        )
         if has(handle, "int8_product"):
             yield (
                 f"artemis_int8_product_{dtype}",

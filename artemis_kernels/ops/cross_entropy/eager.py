@@ -9,14 +9,7 @@ Kept for the backward: the logits themselves, and `most` and `log_sum` of each r
 
 import torch
 
-from ...core import call, native
-
-
-def path(logits: torch.Tensor, reason: str) -> call.Path:
-    """Which of the two ways serves these logits, and why; not to be traced."""
-    if native.library_for(logits) is None:
-        return call.Path("eager", "plain", f"{reason} and there is no compiled pass for them")
-    return call.Path("eager", "compiled", f"{reason} and there is a compiled pass for them")
+from ...core import native
 
 
 def forward(

@@ -5,6 +5,7 @@ import torch
 from ...core import call, checks
 from ...core.registration import Operation, define, differentiate, once
 from ...core.types import Choice, Cost
+from .. import passes
 from . import eager, reference
 
 NAME = "cross_entropy"
@@ -57,12 +58,7 @@ def plan(logits, target, *, ignore_index=-100, reduction="mean", impl=None) -> c
     """Check the arguments of `cross_entropy` and choose its path; runs nothing."""
     _check(logits, target, ignore_index, reduction)
     checks.options(NAME, 0.0, impl)
-    impl, reason = call.implementation(NAME, impl, logits.dtype, logits.device, False)
-    if impl == "reference":
-        return call.Path(impl, "composed", reason)
-    if impl == "triton":
-        return call.Path(impl, "rows", reason)
-    return call.Path(impl, "passes", reason)  # compiled or not: the operator sees to it
+    return passes.chosen(NAME, impl, logits)
 
 
 def _check(logits, target, ignore_index, reduction) -> None:
@@ -89,9 +85,7 @@ def _check(logits, target, ignore_index, reduction) -> None:
 
 def explain(logits, target, **options) -> Choice:
     """The path `cross_entropy` takes for these arguments, why, and what it costs."""
-    path = plan(logits, target, **options)
-    if path.impl == "eager":
-        path = eager.path(logits, path.reason)
+    path = passes.told(plan(logits, target, **options), logits)
     return Choice(NAME, *path, cost(target.numel(), logits.shape[-1], logits.dtype.itemsize))
 
 
