@@ -9,21 +9,22 @@
 INLINE REAL NAME(decay)(REAL x) {
     REAL within = x < (REAL)-87 ? (REAL)-87 : x;
     REAL n = NAME(nearest)(within * (REAL)1.4426950408889634);
-    REAL r = (within - n * (REAL)0.693145751953125) - n * (REAL)1.4286068203094172e-6;
+    REAL r = NAME(fma)(n, (REAL)-0.693145751953125, within);
+    r = NAME(fma)(n, (REAL)-1.4286068203094172e-6, r);
     REAL sum = (REAL)(1.0 / 5040);
-    sum = sum * r + (REAL)(1.0 / 720);
-    sum = sum * r + (REAL)(1.0 / 120);
-    sum = sum * r + (REAL)(1.0 / 24);
-    sum = sum * r + (REAL)(1.0 / 6);
-    sum = sum * r + (REAL)0.5;
-    sum = sum * r + 1;
-    sum = sum * r + 1;
+    sum = NAME(fma)(sum, r, (REAL)(1.0 / 720));
+    sum = NAME(fma)(sum, r, (REAL)(1.0 / 120));
+    sum = NAME(fma)(sum, r, (REAL)(1.0 / 24));
+    sum = NAME(fma)(sum, r, (REAL)(1.0 / 6));
+    sum = NAME(fma)(sum, r, (REAL)0.5);
+    sum = NAME(fma)(sum, r, 1);
+    sum = NAME(fma)(sum, r, 1);
     return x < (REAL)-87 ? 0 : sum * NAME(power_of_two)(n);
 }
 
 /* sigmoid(v) and sigmoid(-v), neither by subtraction. */
 INLINE void NAME(gates)(REAL v, REAL *open, REAL *shut) {
-    REAL e = NAME(decay)(v < 0 ? v : -v), large = 1 / (1 + e), small = e / (1 + e);
+    REAL e = NAME(decay)(v < 0 ? v : -v), large = 1 / (1 + e), small = e * large;
     *open = v < 0 ? small : large;
     *shut = v < 0 ? large : small;
 }
@@ -50,15 +51,15 @@ INLINE void NAME(silu)(REAL z, REAL *value, REAL *slope) {
 INLINE void NAME(gelu)(REAL z, REAL *value, REAL *slope) {
     REAL a = z < 0 ? -z : z, t = 1 / (1 + a * (REAL)0.25);
     REAL sum = (REAL)0.01657988951;
-    sum = sum * t - (REAL)0.06279344171;
-    sum = sum * t + (REAL)0.05165529977;
-    sum = sum * t + (REAL)0.02843202268;
-    sum = sum * t + (REAL)0.01271488077;
-    sum = sum * t + (REAL)0.08665534068;
-    sum = sum * t + (REAL)0.07199992268;
-    sum = sum * t + (REAL)0.09551561897;
-    sum = sum * t + (REAL)0.09949256772;
-    sum = sum * t + (REAL)0.09974790301;
+    sum = NAME(fma)(sum, t, (REAL)-0.06279344171);
+    sum = NAME(fma)(sum, t, (REAL)0.05165529977);
+    sum = NAME(fma)(sum, t, (REAL)0.02843202268);
+    sum = NAME(fma)(sum, t, (REAL)0.01271488077);
+    sum = NAME(fma)(sum, t, (REAL)0.08665534068);
+    sum = NAME(fma)(sum, t, (REAL)0.07199992268);
+    sum = NAME(fma)(sum, t, (REAL)0.09551561897);
+    sum = NAME(fma)(sum, t, (REAL)0.09949256772);
+    sum = NAME(fma)(sum, t, (REAL)0.09974790301);
     REAL bell = NAME(decay)(z * z * (REAL)-0.5);
     REAL tail = bell * sum * t, below = z < 0 ? tail : 1 - tail;
     *value = z * below;

@@ -5,6 +5,16 @@
 
 #include "numbers.h"
 
+static inline float fma_f(float a, float b, float c) { return FMA(a, b, c); }
+
+static inline double fma_d(double a, double b, double c) {
+#ifdef __FP_FAST_FMA
+    return fma(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
 static inline float nearest_f(float x) { return rintf(x); }
 static inline double nearest_d(double x) { return rint(x); }
 
