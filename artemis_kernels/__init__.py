@@ -12,6 +12,7 @@ from .core.types import Choice, Cost, Unavailable
 from .ops import explain
 from .ops.adapter_linear.group import adapter_linear_group
 from .ops.adapter_linear.op import adapter_linear
+from .ops.attention.op import attention
 from .ops.bottleneck_adapter.op import bottleneck_adapter
 from .ops.cross_entropy.op import cross_entropy
 from .ops.frozen_linear.op import FrozenLinear, frozen_linear
@@ -32,6 +33,7 @@ __all__ = [
     "Unavailable",
     "adapter_linear",
     "adapter_linear_group",
+    "attention",
     "bottleneck_adapter",
     "choices",
     "cross_entropy",

@@ -21,13 +21,15 @@ def explain(op: str | Callable, *args, **kwargs) -> Choice:
     Args:
         op: a public operation (`lora_linear`, `adapter_linear`, `bottleneck_adapter`,
             `quantized_linear`, `frozen_linear`, `lora_linear_group`, `adapter_linear_group`,
-            `cross_entropy`, `rms_norm`, `gated_activation`, `rotary_embedding`) or its name.
+            `cross_entropy`, `rms_norm`, `gated_activation`, `rotary_embedding`,
+            `attention`) or its name.
 
     Raises:
         ValueError: an unknown operation; and whatever the call itself would refuse.
     """
     from .adapter_linear import group as adapter_linear_group
     from .adapter_linear import op as adapter_linear
+    from .attention import op as attention
     from .bottleneck_adapter import op as bottleneck_adapter
     from .cross_entropy import op as cross_entropy
     from .frozen_linear import op as frozen_linear
@@ -41,7 +43,7 @@ def explain(op: str | Callable, *args, **kwargs) -> Choice:
     operations = (
         lora_linear, adapter_linear, bottleneck_adapter, quantized_linear, frozen_linear,
         lora_linear_group, adapter_linear_group, cross_entropy, rms_norm,
-        gated_activation, rotary_embedding,
+        gated_activation, rotary_embedding, attention,
     )  # fmt: skip
     known = {module.NAME: module for module in operations}
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))

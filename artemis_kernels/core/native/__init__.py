@@ -155,6 +155,9 @@ def _signatures(handle: ctypes.CDLL) -> Iterator[tuple[str, str]]:
             f"artemis_rotary_{dtype}",
             f"pointer {sizes} pointer pointer pointer {sizes} {sizes} size size flag threads",
         )
+        scores = f"{sizes} size size pointer size size flag factor threads"
+        yield f"artemis_softmax_forward_{dtype}", f"pointer pointer {scores}"
+        yield f"artemis_softmax_backward_{dtype}", f"pointer pointer pointer {scores}"
         if has(handle, "int8_product"):
             yield (
                 f"artemis_int8_product_{dtype}",
