@@ -4,6 +4,7 @@ from .allocation import ModuleAllocation, RankAllocation, set_dynamic_rank_alloc
 from .automatic import RankChoice, choose_ranks
 from .config import HybridAdapterConfig
 from .errors import AdapterError
+from .fusing import FusionReport, fuse_model, unfuse_model
 from .hybrid import add_hybrid_adapter_to_model, load_hybrid_adapter, load_peft_adapter
 from .importance import analyze_layer_importance
 from .interchange import ExportReport, export_adapter
@@ -24,6 +25,7 @@ __all__ = [
     "AdapterError",
     "AdapterFile",
     "ExportReport",
+    "FusionReport",
     "HybridAdapterConfig",
     "LayerReport",
     "MergeReport",
@@ -36,6 +38,7 @@ __all__ = [
     "analyze_layer_importance",
     "choose_ranks",
     "export_adapter",
+    "fuse_model",
     "load_hybrid_adapter",
     "load_peft_adapter",
     "load_quantized",
@@ -45,4 +48,5 @@ __all__ = [
     "read_adapter",
     "save_quantized",
     "set_dynamic_rank_allocation",
+    "unfuse_model",
 ]

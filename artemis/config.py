@@ -136,6 +136,8 @@ class HybridAdapterConfig:
         "a list of module names, or null",
         default=None,
     )
+    #: whether the base's own norms, gated MLPs and rotary embeddings are fused (`fuse_model`)
+    fuse_model: bool = flag(False)
     #: path of the operations; None: the best that applies
     impl: str | None = choice(None, *IMPLEMENTATIONS, default=None)
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from .config import HybridAdapterConfig
 from .errors import AdapterError
+from .fusing import check_unfusable, fuse_model, is_fused, unfuse_model
 from .initialization import start_from_weights
 from .injection import check_free, check_removable, eject, inject
 from .interchange import adopt, holds_lora, read_files
@@ -32,7 +33,8 @@ def add_hybrid_adapter_to_model(model: nn.Module, config: HybridAdapterConfig) -
     computes what it did before, until it is trained. It gains the methods save_adapter_parameters,
     load_adapter_parameters, merge_adapter, unmerge_adapter, disable_adapter, remove_adapter and
     print_trainable_parameters. With `enabled: false` the model is returned as it is. Parameters are
-    drawn from torch's generator.
+    drawn from torch's generator. With `fuse_model: true` the base is fused as well, which changes
+    its results by rounding.
 
     Raises `AdapterError` before anything is changed: nothing matches, a target is no linear layer,
     the model has an adapter already, ...
@@ -50,8 +52,7 @@ def add_hybrid_adapter_to_model(model: nn.Module, config: HybridAdapterConfig) -
     bank.reset_parameters()
     if config.init == "svd":
         start_from_weights(model, bank)
-    _attach(model)
-    return model
+    return _complete(model)
 
 
 def load_hybrid_adapter(
@@ -113,13 +114,19 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 def remove_adapter(model: nn.Module) -> None:
     """Take the adapter out: classes, weights and `requires_grad` of the base are as before.
 
-    A merged adapter is unmerged first. Heads keep what they learned: they were trained in place.
-    Modules that were put in the place of adapted ones stay as they are. Raises `AdapterError`,
-    before anything is changed, where modules carry a forward of their own by now.
+    A merged adapter is unmerged first, and what `fuse_model: true` fused is unfused. Heads keep
+    what they learned: they were trained in place. Modules that were put in the place of adapted
+    ones stay as they are. Raises `AdapterError`, before anything is changed, where modules carry a
+    forward of their own by now.
     """
     check_removable(model)
+    fused = find_bank(model).fused_model
+    if fused:
+        check_unfusable(model)
     unmerge_adapter(model)
     eject(model)
+    if fused:
+        unfuse_model(model)
     for name in _METHODS:
         delattr(model, name)
 
@@ -147,15 +154,19 @@ def _with_adapter(
     """`model` with an adapter and heads of `tensors`, which were checked."""
     inject(model, config, plan)
     copy_tensors(model, plan.heads, tensors)
-    _attach(model)
-    return model
+    return _complete(model)
 
 
-def _attach(model: nn.Module) -> None:
-    """Give `model` the adapter's methods.
+def _complete(model: nn.Module) -> nn.Module:
+    """`model`, which has its bank, with the adapter's methods, and fused where that is wanted.
 
     As partials in the instance: its class stays the very class that transformers looks up by name
     and identity, and, unlike bound methods, partials pickle and follow a deepcopy to the copy.
     """
     for name, function in _METHODS.items():
         setattr(model, name, partial(function, model))
+    bank = find_bank(model)
+    if bank.config.fuse_model and not any(map(is_fused, model.modules())):
+        fuse_model(model)
+        bank.fused_model = True
+    return model

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from . import architectures
 from .config import HybridAdapterConfig
 from .errors import AdapterError, listed
+from .fusing import is_fused
 from .layers.adapted import adapt, has_own_forward, restore
 from .layers.bank import BANK, AdapterBank, find_bank
 from .layers.blocks import BlockSite
@@ -103,7 +104,7 @@ def _check_injection(model: nn.Module, plan: Plan) -> None:
     _check_loaded(model)
     for spec in plan.sites:
         module = model.get_submodule(spec.path)
-        if "forward" in vars(module):
+        if "forward" in vars(module) and not is_fused(module):
             raise AdapterError(
                 f"{spec.path} carries a forward of its own (as accelerate sets it for a device_map"
                 " of several devices, and for offloading), which would bypass the adapter; allowed:"

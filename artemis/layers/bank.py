@@ -101,6 +101,8 @@ class AdapterBank(nn.Module):
         self.head_hooks: tuple[RemovableHandle, ...] = ()
         #: Of its tensors, for inference.
         self.casts = Casts()
+        #: The configuration had the model fused, not the user, whose fusing stays.
+        self.fused_model = False
         #: Held in 8 bits: it computes, and can be neither trained nor written.
         self.for_use_only = False
         #: As modules, though only their `p` is read: so whoever sets every dropout reaches these.

@@ -3610,10 +3610,72 @@ GRAPHS = (
     ),
 )
 
+FUSED_MODELS = "tests/artemis/test_fusing.py"
+
+FUSING = (
+    Fault(
+        "code compared without the functions that it calls",
+        "artemis/fusing/originals.py",
+        "same_code(function.__globals__.get(name), original.__globals__.get(name))",
+        "True",
+        (FUSED_MODELS, "-k", "what_is_fused or code"),
+    ),
+    Fault(
+        "code compared without its defaults",
+        "artemis/fusing/originals.py",
+        "and function.__defaults__ == original.__defaults__",
+        "",
+        (FUSED_MODELS, "-k", "what_is_fused or code"),
+    ),
+    Fault(
+        "Llama's own norm trusted unseen",
+        "artemis/fusing/originals.py",
+        'return _close(y, rms_norm(x, weight, 0.1, impl="reference"))',
+        "return True",
+        (FUSED_MODELS, "-k", "another_meaning"),
+    ),
+    Fault(
+        "an activation's hooks passed over",
+        "artemis/fusing/activations.py",
+        "if not isinstance(act_fn, nn.Module) or _is_altered(act_fn):",
+        "if not isinstance(act_fn, nn.Module):",
+        (FUSED_MODELS, "-k", "activation"),
+    ),
+    Fault(
+        "an approximated GELU taken for the exact one",
+        "artemis/fusing/activations.py",
+        '"gelu_new": "gelu_tanh"',
+        '"gelu_new": "gelu"',
+        (FUSED_MODELS, "-k", "activation"),
+    ),
+    Fault(
+        "cos in a wider dtype rounded to q's",
+        "artemis/fusing/forwards.py",
+        "and (cos.dtype == q.dtype or torch.is_autocast_enabled(q.device.type))",
+        "",
+        (FUSED_MODELS, "-k", "rotary"),
+    ),
+    Fault(
+        "our rotary embedding within a compiled graph",
+        "artemis/fusing/forwards.py",
+        "forward = type(module).forward if compiling else _with_rotary(type(module))",
+        "forward = _with_rotary(type(module))",
+        (FUSED_MODELS, "-k", "rotary or compiled"),
+    ),
+    Fault(
+        "the user's own fusing undone with the adapter",
+        "artemis/hybrid.py",
+        "if bank.config.fuse_model and not any(map(is_fused, model.modules())):",
+        "if bank.config.fuse_model:",
+        (FUSED_MODELS, "-k", "users_own"),
+    ),
+)
+
 FAULTS = (
     *COMMANDS,
     *TRAINING,
     *GRAPHS,
+    *FUSING,
     *MASK,
     *LOSS,
     *EAGER,
