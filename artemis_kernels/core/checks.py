@@ -8,8 +8,15 @@ from .quantized import QuantizedWeight
 from .types import IMPLEMENTATIONS
 
 
-def tensor(op: str, name: str, value: object, shape: tuple[int | None, ...], like: torch.Tensor):
-    """Refuse a parameter that is not a floating tensor of `shape` on x's device (None = any)."""
+def tensor(
+    op: str,
+    name: str,
+    value: object,
+    shape: tuple[int | None, ...],
+    like: torch.Tensor,
+    of: str = "x",
+):
+    """Refuse what is no floating tensor of `shape` (None = any) where `like`, named `of`, is."""
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
         raise TypeError(f"{op}: {name} must be a floating-point tensor, got {kind}")
@@ -17,7 +24,7 @@ def tensor(op: str, name: str, value: object, shape: tuple[int | None, ...], lik
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{op}: {name} must have shape ({wanted}), got {tuple(value.shape)}")
     if value.device != like.device:
-        raise ValueError(f"{op}: {name} is on {value.device}, but x is on {like.device}")
+        raise ValueError(f"{op}: {name} is on {value.device}, but {of} is on {like.device}")
 
 
 def _fits(have: torch.Size, wanted: tuple[int | None, ...]) -> bool:
@@ -61,10 +68,10 @@ def weight_dtype(op: str, value: torch.Tensor | QuantizedWeight, x: torch.Tensor
         same_dtype(op, "weight", value, x.dtype)
 
 
-def same_dtype(op: str, name: str, value, dtype: torch.dtype) -> None:
+def same_dtype(op: str, name: str, value, dtype: torch.dtype, of: str = "x") -> None:
     """Refuse a large operand of another dtype: casting it at every call would cost the gain."""
     if isinstance(value, torch.Tensor) and value.dtype != dtype:
-        raise TypeError(f"{op}: {name} is {value.dtype}, but x is {dtype}; cast one of them once")
+        raise TypeError(f"{op}: {name} is {value.dtype}, but {of} is {dtype}; cast one once")
 
 
 def options(op: str, dropout_p: float, impl: str | None, activation: str = "identity") -> None:

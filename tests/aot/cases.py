@@ -5,8 +5,9 @@ an odd reduction. Each case is `launch(chip)`, on meta tensors, with the configu
 chip would get.
 """
 
-from tests.aot import few_rows_cases, loss_cases, low_rank_cases, packed_cases
+from tests.aot import few_rows_cases, loss_cases, low_rank_cases, model_cases, packed_cases
 
 CASES = (
     *low_rank_cases.CASES, *few_rows_cases.CASES, *packed_cases.CASES, *loss_cases.CASES,
+    *model_cases.CASES,
 )  # fmt: skip

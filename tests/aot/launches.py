@@ -71,6 +71,16 @@ def loss() -> None:
     artemis_kernels.cross_entropy(logits, torch.arange(8), **TRITON).backward()
 
 
+def between_products() -> None:
+    x, weight = torch.randn(8, 100, dtype=BF16, requires_grad=True), torch.ones(100, dtype=BF16)
+    artemis_kernels.rms_norm(x, weight.requires_grad_(), **TRITON).sum().backward()
+    artemis_kernels.gated_activation(x, x, **TRITON).sum().backward()
+    q = torch.randn(2, 4, 8, 64, dtype=BF16, requires_grad=True)
+    table = torch.randn(1, 8, 64, dtype=BF16)
+    q, k = artemis_kernels.rotary_embedding(q, q[:, :1], table, table, **TRITON)
+    (q.sum() + k.sum()).backward()
+
+
 def main() -> None:
     triton.runtime.driver.set_active(Driver())
     device.CHIPS[device.INTERPRETER] = device.CHIPS["sm_90"]
@@ -80,6 +90,7 @@ def main() -> None:
     packed()
     product()
     loss()
+    between_products()
 
 
 if __name__ == "__main__":

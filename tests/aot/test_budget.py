@@ -30,7 +30,7 @@ CASE = {case.name: case for case in CASES}
 NO_PRODUCT = (
     "_finish", "_sum_parts", "_sum_gradients", "_unpack", "_transpose", "_round_rows",
     "_round_logits", "_column_max", "_set_apart", "_weights_apart", "_forward", "_backward",
-    "_matvec", "_shrink_rows",
+    "_matvec", "_shrink_rows", "_rotary",
 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ KERNELS = {
     "_shrink", "_expand", "_update", "_expand_backward", "_shrink_backward", "_sum_parts",
     "_weight_gradients", "_sum_gradients", "_eight_bit", "_round_rows", "_transpose",
     "_weight_only", "_one_pass", "_expand_persistent", "_matvec", "_shrink_rows", "_forward",
-    "_backward",
+    "_backward", "_rotary",
 }  # fmt: skip
 NVIDIA = importlib.util.find_spec("triton") and importlib.util.find_spec("triton.backends.nvidia")
 

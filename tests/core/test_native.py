@@ -79,10 +79,15 @@ def test_a_lack_of_passes_is_told_once_and_explained(dtype, monkeypatch, tmp_pat
     with pytest.warns(RuntimeWarning, match="slower than by compiled passes") as told:
         lora = artemis_kernels.explain("lora_linear", x, x, x, x[:, :4], 1.0)
         loss = artemis_kernels.explain("cross_entropy", logits=x, target=torch.ones(4).long())
+        gate = artemis_kernels.explain("gated_activation", gate=x, up=x)
+        heads = x.expand(1, 2, 4, 6)
+        turn = artemis_kernels.explain(
+            "rotary_embedding", q=heads, k=heads, cos=x[None], sin=x[None]
+        )
         assert_dropout_works()
     assert len(told) == 1
     why = f"; no compiled passes: {native.library().reason}"
-    assert lora.reason.endswith(why) and loss.reason.endswith(why)
+    assert all(choice.reason.endswith(why) for choice in (lora, loss, gate, turn))
 
 
 def test_nobody_misses_passes_that_were_never_written(monkeypatch):

@@ -14,6 +14,9 @@ from artemis_kernels import FrozenAdapter, FrozenLinear, QuantizedWeight
 from artemis_kernels.core import adapter_passes, dropped, eight_bit, thin_products
 from artemis_kernels.core.units import Units
 from artemis_kernels.ops.cross_entropy import eager as cross_entropy
+from artemis_kernels.ops.gated_activation import eager as gated
+from artemis_kernels.ops.rms_norm import eager as rms_norm
+from artemis_kernels.ops.rotary_embedding import eager as rotary
 
 torch.set_num_threads(2)
 dropout = dropped.Dropout(0.1, torch.tensor([3]))
@@ -38,6 +41,10 @@ def passes(m, k, n):
             logits = x.to(dtype)
             _, kept = cross_entropy.forward(logits, targets, -100)
             cross_entropy.backward(x[:, 0], logits, targets, kept, -100)
+            heads = logits[None, None]
+            rms_norm.backward(rms_norm.forward(logits, w[0], 1e-6), logits, w[0], 1e-6, True)
+            gated.backward(gated.forward(logits, logits, "silu"), logits, logits, "silu")
+            rotary.backward(*rotary.forward(heads, heads, x[None], x[None]), x[None], x[None])
             eight_bit.linear(x.to(dtype), held["int8"].data, held["int8"].scale, None)
         thin_products.multiply(few, turned)
         thin_products.multiply(narrow, turned[:, :4])

@@ -27,7 +27,7 @@ def rotary_embedding(
     Args:
         q: [B, H, T, D], floating, D even.
         k: [B, G, T, D], of q's dtype.
-        cos, sin: [B, T, D] or [1, T, D], any floating dtype, frozen.
+        cos, sin: [B, T, D] or [1, T, D], both, any floating dtype, frozen.
         impl: None for the best that applies, or "triton", "eager", "reference".
 
     Returns:
@@ -49,16 +49,16 @@ def plan(q, k, cos, sin, *, impl=None) -> call.Path:
     """Check the arguments of `rotary_embedding` and choose its path; runs nothing."""
     checks.tensor(NAME, "q", q, (None,) * 4, q)
     B, _, T, D = q.shape
-    checks.tensor(NAME, "k", k, (B, None, T, D), q)
+    checks.tensor(NAME, "k", k, (B, None, T, D), q, "q")
     if D % 2:
         raise ValueError(f"{NAME}: q must have an even last dimension, got {tuple(q.shape)}")
-    checks.same_dtype(NAME, "k", k, q.dtype)
-    for name, value in (("cos", cos), ("sin", sin)):
-        checks.tensor(NAME, name, value, (None, T, D), q)
-        if value.shape[0] not in (1, B):
-            raise ValueError(
-                f"{NAME}: {name} must have shape (1 or {B}, {T}, {D}), got {tuple(value.shape)}"
-            )
+    checks.same_dtype(NAME, "k", k, q.dtype, "q")
+    checks.tensor(NAME, "cos", cos, (None, T, D), q, "q")
+    if cos.shape[0] not in (1, B):
+        raise ValueError(
+            f"{NAME}: cos must have shape (1 or {B}, {T}, {D}), got {tuple(cos.shape)}"
+        )
+    checks.tensor(NAME, "sin", sin, tuple(cos.shape), q, "q")
     checks.options(NAME, 0.0, impl)
     if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
         if impl not in (None, "reference"):
