@@ -94,6 +94,111 @@ LOSS = (
     ),
 )
 
+NORM = "tests/ops/test_rms_norm.py"
+GATED = "tests/ops/test_gated_activation.py"
+ROTARY = "tests/ops/test_rotary_embedding.py"
+
+BETWEEN_PRODUCTS = (
+    Fault(
+        "eps left out of a mean of squares, C",
+        f"{CORE}/native/rms_norm.c",
+        "total / (double)n + eps",
+        "total / (double)n",
+        (NORM, "-k", "any_size"),
+    ),
+    Fault(
+        "a part of a norm's dw holding its last row alone, C",
+        f"{CORE}/native/rms_norm.c",
+        "sum[j] += LOAD(d[j]) * LOAD(row[j]) * r",
+        "sum[j] = LOAD(d[j]) * LOAD(row[j]) * r",
+        (NORM,),
+    ),
+    Fault(
+        "eps left out of the backward of a norm, Triton",
+        f"{KERNELS}/ops/rms_norm/kernels.py",
+        "r = tl.rsqrt(_mean(x * x, N) + eps)",
+        "r = tl.rsqrt(_mean(x * x, N))",
+        (NORM, "-k", "any_size"),
+    ),
+    Fault(
+        "a mean over the block, not the row, Triton",
+        f"{KERNELS}/ops/rms_norm/kernels.py",
+        "tl.cast(N, tl.float32)",
+        "tile.shape[1]",
+        (NORM,),
+    ),
+    Fault(
+        "a part of a long row's dw read before it is written, Triton",
+        f"{KERNELS}/ops/rms_norm/kernels.py",
+        "mask=(offs_n < N) & (start > 0)",
+        "mask=offs_n < N",
+        (NORM, "-k", "outside"),
+    ),
+    Fault(
+        "the rows of dw's last part left out, Triton",
+        f"{KERNELS}/ops/rms_norm/kernels.py",
+        "_backward[(triton.cdiv(M, rows),)]",
+        "_backward[(max(M // rows, 1),)]",
+        (NORM, "-k", "parts"),
+    ),
+    Fault(
+        "the slope of a gate missing, C",
+        f"{CORE}/native/gated.c",
+        "(float)(d * LOAD(u[from + i]) * slope[i])",
+        "(float)(d * LOAD(u[from + i]))",
+        (GATED,),
+    ),
+    Fault(
+        "the slope of a gate missing, Triton",
+        f"{KERNELS}/ops/gated_activation/kernels.py",
+        "dg = dy * u * activation_slope(g, ACTIVATION)",
+        "dg = dy * u",
+        (GATED,),
+    ),
+    Fault(
+        "the last block of a gated activation left out, Triton",
+        f"{KERNELS}/ops/gated_activation/kernels.py",
+        "_forward[(triton.cdiv(count, BLOCK),)]",
+        "_forward[(count // BLOCK,)]",
+        (GATED,),
+    ),
+    Fault(
+        "heads turned further by the backward, C",
+        f"{CORE}/native/rotary.c",
+        "second * c2[i] - first * s[i]",
+        "second * c2[i] + first * s[i]",
+        (ROTARY,),
+    ),
+    Fault(
+        "halves of sin swapped in the backward, Triton",
+        f"{KERNELS}/ops/rotary_embedding/kernels.py",
+        "y_1 = x_1 * cos_1 + x_2 * sin_2",
+        "y_1 = x_1 * cos_1 + x_2 * sin_1",
+        (ROTARY,),
+    ),
+    Fault(
+        "heads turned further by the backward, Triton",
+        f"{KERNELS}/ops/rotary_embedding/kernels.py",
+        "y_2 = x_2 * cos_2 - x_1 * sin_1",
+        "y_2 = x_2 * cos_2 + x_1 * sin_1",
+        (ROTARY,),
+    ),
+    Fault(
+        "the first table for every sequence, Triton",
+        f"{KERNELS}/ops/rotary_embedding/kernels.py",
+        "0 if len(cos) == 1 else T * D",
+        "0",
+        (ROTARY,),
+    ),
+    Fault(
+        "a sin for all beside a cos for each",
+        f"{KERNELS}/ops/rotary_embedding/op.py",
+        "tuple(cos.shape), q",
+        "(None, T, D), q",
+        (ROTARY, "-k", "refusals"),
+    ),
+)
+
 MASK = (
     Fault(
         "mask threshold off by one",
@@ -3678,6 +3783,7 @@ FAULTS = (
     *FUSING,
     *MASK,
     *LOSS,
+    *BETWEEN_PRODUCTS,
     *EAGER,
     *TRITON,
     *PERSISTENT,

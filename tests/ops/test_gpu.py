@@ -8,9 +8,7 @@ import torch
 import artemis_kernels
 from tests import kit
 from tests.kit import Sizes, logits_gradient
-from tests.ops import test_gated_activation as gated
-from tests.ops import test_rms_norm as norm
-from tests.ops import test_rotary_embedding as rotary
+from tests.ops import gated_activation, rms_norm, rotary_embedding
 from tests.ops.operations import BF16, HALF, OPERATIONS, SINGLE, Path, follow_reference
 
 pytestmark = pytest.mark.gpu
@@ -66,25 +64,27 @@ def test_cross_entropy(shape, dtype):
     "shape", [(7, 1), (300, 128), (65, 4097), (600, 4096), (3, 20000)], ids=str
 )
 def test_rms_norm(shape, dtype):
-    given = on_gpu(norm.operands(*shape, dtype))
+    given = on_gpu(rms_norm.operands(*shape, dtype))
     run = partial(artemis_kernels.rms_norm, impl="triton")
-    norm.assert_right(norm.gradients(run, *given), *given)
+    rms_norm.assert_right(rms_norm.gradients(run, *given), *given)
 
 
 @pytest.mark.parametrize("dtype", [BF16, HALF, SINGLE], ids=str)
 @pytest.mark.parametrize("activation", kit.ACTIVATIONS)
 def test_gated_activation(activation, dtype):
-    given = on_gpu(gated.operands(33, 1025, dtype=dtype))
+    given = on_gpu(gated_activation.operands(33, 1025, dtype=dtype))
     run = partial(artemis_kernels.gated_activation, impl="triton")
-    gated.assert_right(gated.gradients(run, *given, activation), *given, activation)
+    gated_activation.assert_right(
+        gated_activation.gradients(run, *given, activation), *given, activation
+    )
 
 
 @pytest.mark.parametrize("dtype", [BF16, HALF, SINGLE], ids=str)
 @pytest.mark.parametrize("shape", [(2, 33, 8, 17, 128), (1, 3, 1, 5, 80), (2, 1, 1, 1, 2)], ids=str)
 def test_rotary_embedding(shape, dtype):
-    given = on_gpu(rotary.operands(*shape, dtype))
+    given = on_gpu(rotary_embedding.operands(*shape, dtype))
     run = partial(artemis_kernels.rotary_embedding, impl="triton")
-    rotary.assert_right(rotary.gradients(run, *given), *given)
+    rotary_embedding.assert_right(rotary_embedding.gradients(run, *given), *given)
 
 
 def on_gpu(tensors) -> list[torch.Tensor]:

@@ -9,6 +9,7 @@ import torch
 from artemis_kernels import Unavailable, explain, rms_norm
 from artemis_kernels.core import native
 from tests import kit
+from tests.ops.rms_norm import EPS, assert_right, formula, gradients, operands
 from tests.ops.rows import (
     BF16,
     DOUBLE,
@@ -22,7 +23,6 @@ from tests.ops.rows import (
     impl_of,
 )
 
-EPS = 1e-6
 # Rows and columns: none, one of each, short rows that share a program, past the passes' blocks and
 # sums, past what registers hold in the backward and in the forward.
 SHAPES = [
@@ -31,43 +31,11 @@ SHAPES = [
 ]  # fmt: skip
 
 
-def operands(m: int, n: int, dtype=SINGLE, spread=1.0):
-    x, weight, dy = torch.randn(m, n) * spread, 1 + torch.randn(n) / 4, torch.randn(m, n)
-    return x.to(dtype), weight.to(dtype), dy.to(dtype)
-
-
 @pytest.fixture(params=PATHS)
 def norm(request, monkeypatch):
     """The operation by a path."""
     impl = impl_of(request.param, monkeypatch)
     return lambda x, weight, eps=EPS: rms_norm(x, weight, eps, impl=impl(x, weight))
-
-
-def formula(x, weight, eps=EPS):
-    return weight * x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
-
-
-def gradients(run, x, weight, dy, eps=EPS):
-    """y, dx and dw of `run`, their arguments in the layout given and left as they were."""
-    leaves = x.detach().requires_grad_(), weight.detach().requires_grad_()
-    before = x.clone()
-    y = run(*leaves, eps)
-    y.backward(dy)
-    kit.assert_same_bits(x.detach(), before, "x, an input")
-    return y.detach(), leaves[0].grad, leaves[1].grad
-
-
-def assert_right(got, x, weight, dy, eps=EPS):
-    """Against the formula; the terms of dx are both summands, those of dw are of its rows."""
-    wide = x.double(), weight.double(), dy.double()
-    y, dx, dw = gradients(formula, *wide, eps)
-    r = 1 / (wide[0].square().mean(-1, keepdim=True) + eps).sqrt()
-    normal, g = wide[0] * r, wide[2] * wide[1]
-    along = (g * normal).abs().mean(-1, keepdim=True)
-    assert got[0].dtype == got[1].dtype == x.dtype and got[2].dtype == weight.dtype
-    assert_rounded_once(got[0], y, y.abs(), "y")
-    assert_rounded_once(got[1], dx, r * (g.abs() + normal.abs() * along), "dx")
-    assert_rounded_once(got[2], dw, (wide[2] * normal).abs().sum(0), "dw")
 
 
 @DTYPES
