@@ -13,7 +13,15 @@ from artemis.benchmark.arms import ARMS, BASELINE
 from artemis.benchmark.records import Record
 
 from .command_tables import in_order
-from .model_tables import by_model, full, is_extrapolated, name_of, speedup, speedup_range
+from .model_tables import (
+    by_model,
+    fastest,
+    full,
+    is_extrapolated,
+    name_of,
+    speedup,
+    speedup_range,
+)  # fmt: skip
 from .promises import MEMORY, SPEED
 
 SHOWN = ("peft", "hybrid", "hybrid-int8")
@@ -46,9 +54,10 @@ def bars(rows: Sequence[Record]) -> list[Bar]:
 def _bar(model: str, by: dict[str, Record], arm: str) -> Bar:
     speed = speedup(by, arm)
     low = high = speed
-    if is_extrapolated(by[arm]):
-        low, high = speedup_range(full(by)["ms"], by[arm]["ms"])
-    peaks = [by[name].get("memory", {}).get("peak") for name in (arm, BASELINE)]
+    own = fastest(by, arm)
+    if is_extrapolated(own):
+        low, high = speedup_range(full(by)["ms"], own["ms"])
+    peaks = [row.get("memory", {}).get("peak") for row in (own, by[BASELINE])]
     return Bar(model, arm, speed, low, high, None if None in peaks else peaks[0] / peaks[1])
 
 

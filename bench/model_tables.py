@@ -1,9 +1,9 @@
 """Training in short, a model a row, from the rows of `artemis bench train`.
 
 Two tables: `models` shows what the hybrid gains, `baselines` its speed against other ways to
-train. *Full* is full fine-tuning under bf16 autocast by whichever loss is faster there,
-transformers' or ours: the loss is not what an adapter is about, and where two arms differ by less
-than a run does, the faster one makes no promise too large.
+train. Each way is shown at its fastest: on a fused model or as transformers made it, full
+fine-tuning by transformers' loss or by ours. Neither is what an adapter is about, and where two
+arms differ by less than a run does, the faster one makes no promise too large.
 An extrapolated time multiplies what a layer's errs by. So each speedup of an extrapolated model has
 its range: where the two times err in opposite directions, each by its own p20–p80.
 """
@@ -19,6 +19,7 @@ TOKENS = 1024
 _FULL = (BASELINE, "full-autocast-lean")
 _SHOWN = ("peft", "hybrid", "hybrid-int8")
 _BEST, _WITH_HEAD = "hybrid-int8", "hybrid-int8-head"
+_FUSED = "-fused"
 _RANGES = "In brackets: the speedup if both times err in opposite directions, each by its p20–p80."
 
 
@@ -35,9 +36,9 @@ def baselines(rows: Sequence[Record]) -> str:
 def _table(columns: Sequence[Column], rows: Sequence[Record]) -> str:
     """At `TOKENS` tokens a step, without empty columns; below it, how models were extrapolated."""
     whole = [by for by in by_model(rows) if {BASELINE, _BEST} <= by.keys()]
-    lines = [{**by[_BEST], "by": by} for by in whole]
+    lines = [{**best(by), "by": by} for by in whole]
     made = piped(filled(columns, lines), lines)
-    parts = [by[_BEST] for by in whole if is_extrapolated(by[_BEST])]
+    parts = [line for line in lines if is_extrapolated(line)]
     if not parts:
         return made
     measured = "\n".join(f"- {note}" for note in notes(parts))
@@ -63,26 +64,37 @@ def is_extrapolated(row: Record) -> bool:
     return row.get("how", "").startswith("extrapolated")
 
 
+def fastest(by: dict[str, Record], *arms: str) -> Record | None:
+    """Of a model's rows, the fastest of some arms, on a fused model or not; None: there is none."""
+    rows = [by[name] for arm in arms for name in (arm, arm + _FUSED) if name in by]
+    return min(rows, key=lambda row: row["ms"]["p50"], default=None)
+
+
 def full(by: dict[str, Record]) -> Record:
-    """Of a model's arms, full fine-tuning under bf16 autocast at its fastest."""
-    return min((by[arm] for arm in _FULL if arm in by), key=lambda row: row["ms"]["p50"])
+    """Full fine-tuning under bf16 autocast at its fastest."""
+    return fastest(by, *_FULL)
+
+
+def best(by: dict[str, Record]) -> Record:
+    """The hybrid over int8 at its fastest."""
+    return fastest(by, _BEST)
 
 
 def speedup(by: dict[str, Record], arm: str) -> float:
-    """How many times as fast as `full` an arm of the same model is."""
-    return by[arm]["speedup"][full(by)["arm"]]
+    """How many times as fast as `full` an arm of the same model is, both at their fastest."""
+    return fastest(by, arm)["speedup"][full(by)["arm"]]
 
 
 def saved(by: dict[str, Record], baseline: str = BASELINE) -> float | None:
     """The share of a baseline's peak that the hybrid over int8 does not need."""
-    other, own = by.get(baseline), by[_BEST]
+    other, own = fastest(by, baseline), best(by)
     measured = other and "memory" in other and "memory" in own
     return 1 - own["memory"]["peak"] / other["memory"]["peak"] if measured else None
 
 
 def _samples(arm: str) -> Callable[[Record], str]:
     def cell(row: Record) -> str:
-        measured = row["by"].get(arm)
+        measured = fastest(row["by"], arm)
         return f"{measured['samples_per_second']:,.3g}" if measured else ""
 
     return cell
@@ -93,9 +105,9 @@ def _times(baseline: str | None = None, arm: str = _BEST) -> Callable[[Record], 
 
     def cell(row: Record) -> str:
         by = row["by"]
-        if not {arm, baseline or BASELINE} <= by.keys():
+        other, own = fastest(by, baseline) if baseline else full(by), fastest(by, arm)
+        if other is None or own is None:
             return ""
-        other, own = by[baseline] if baseline else full(by), by[arm]
         times = own["speedup"].get(other["arm"], other["ms"]["p50"] / own["ms"]["p50"])
         if not is_extrapolated(row):
             return f"{times:.2f}"
@@ -122,7 +134,7 @@ def _saved(baseline: str) -> Callable[[Record], str]:
 _MODEL = Column("model", name_of, words=True)
 _MODELS = (
     _MODEL,
-    Column("full fine-tuning", lambda row: _samples(full(row["by"])["arm"])(row)),
+    Column("full fine-tuning", lambda row: f"{full(row['by'])['samples_per_second']:,.3g}"),
     *(Column(ARMS[arm].what, _samples(arm)) for arm in _SHOWN),
     Column("int8 base: speedup", _times()),
     Column("less memory", _saved(BASELINE)),

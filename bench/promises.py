@@ -5,7 +5,7 @@ from artemis.benchmark.records import Record
 from artemis.benchmark.tables import Column, piped
 
 from .command_tables import rows_here
-from .model_tables import by_model, is_extrapolated, name_of, saved, speedup
+from .model_tables import best, by_model, is_extrapolated, name_of, saved, speedup
 
 Figures = list[tuple[str, float]]  # where, how much
 
@@ -55,7 +55,7 @@ def _inference(rows: list[Record]) -> Record:
 
 
 def _throughput(models: list[dict[str, Record]]) -> Record:
-    found = [(_label(by[_ARM]), speedup(by, _ARM)) for by in models]
+    found = [(_label(best(by)), speedup(by, _ARM)) for by in models]
     return {
         "promised": f"{SPEED}× the training throughput",
         "measured": f"{_range(found, '{:.2f}×')} full fine-tuning",
@@ -64,7 +64,7 @@ def _throughput(models: list[dict[str, Record]]) -> Record:
 
 
 def _memory(models: list[dict[str, Record]]) -> Record:
-    shares = [(_label(by[_ARM]), saved(by)) for by in models]
+    shares = [(_label(best(by)), saved(by)) for by in models]
     found = [(where, share) for where, share in shares if share is not None]
     return {
         "promised": f"{MEMORY:.0%} less memory",
@@ -75,9 +75,9 @@ def _memory(models: list[dict[str, Record]]) -> Record:
 
 def _compute(models: list[dict[str, Record]]) -> Record:
     def of(key: str) -> Figures:
-        return [(_label(by[_ARM]), by[_ARM][key]) for by in models]
+        return [(_label(best(by)), best(by)[key]) for by in models]
 
-    times = [(_label(by[_ARM]), 1 / speedup(by, _ARM)) for by in models]
+    times = [(_label(best(by)), 1 / speedup(by, _ARM)) for by in models]
     return {
         "promised": f"{COMPUTE:.0%} of the training compute",
         "measured": f"a step: {_range(of('flops_relative'), '{:.0%}')} of the FLOPs,"

@@ -15,9 +15,11 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from .. import attention
 from ..architectures import output_head
 from ..config import HybridAdapterConfig
 from ..errors import AdapterError
+from ..fusing import fuse_model
 from ..hybrid import add_hybrid_adapter_to_model
 from ..quantization import quantize_adapter_model
 from ..training import attention_for, lean_loss
@@ -37,7 +39,8 @@ def base_of(model: nn.Module) -> PreTrainedModel:
 class TrainingStep:
     """Forward, loss, backward and fused AdamW on whatever of `model` requires a gradient.
 
-    Every arm runs the attention that is fastest for its precision: `attention_for`.
+    An arm whose model is not fused runs transformers' attention, the one that is fastest for its
+    precision: `attention_for`.
     """
 
     def __init__(
@@ -49,9 +52,10 @@ class TrainingStep:
     ):
         self.model, self.batch, self.autocast = model, batch, autocast
         self._loss = lean_loss if trainers_loss else contextlib.nullcontext
-        computes_in = torch.bfloat16 if autocast else next(model.parameters()).dtype
-        attention = attention_for(computes_in, batch.device, batch.shape[1])
-        base_of(model).set_attn_implementation(attention)
+        if base_of(model).config._attn_implementation != attention.NAME:  # not fused
+            computes_in = torch.bfloat16 if autocast else next(model.parameters()).dtype
+            fastest = attention_for(computes_in, batch.device, batch.shape[1])
+            base_of(model).set_attn_implementation(fastest)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = self._adamw() if self.trained else None
 
@@ -103,6 +107,7 @@ class Arm:
     `state_bytes` is what a weight of the base costs at the peak of a step, for planning. `trains`,
     `infers`: it is measured in training, at inference.
     `recomputes`: it trades time for memory, which `artemis bench memory` shows by default.
+    `is_fused`: its norms, gates and rotary embeddings are ours, unless it is compiled.
     `trainers_loss`: as Artemis' trainer computes it, not as transformers does. `needs`: a package;
     without it the arm is none of the default ones. `on_gpu`: nor is it without a GPU. `counted`:
     what stands for it where FLOPs are counted, of products that torch cannot count.
@@ -120,6 +125,7 @@ class Arm:
     trains: bool = True
     infers: bool = True
     recomputes: bool = False
+    is_fused: bool = False
     trainers_loss: bool = False
     needs: str | None = None
     on_gpu: bool = False
@@ -226,6 +232,13 @@ def checkpointed(model: PreTrainedModel, adapt: Adapt) -> nn.Module:
     return adapted
 
 
+def fused(model: PreTrainedModel, adapt: Adapt) -> nn.Module:
+    """Adapt; then norms, gates and rotary embeddings by Artemis' operations."""
+    adapted = adapt(model)
+    fuse_model(adapted)
+    return adapted
+
+
 def peft_lora(model: PreTrainedModel, dropout: float = 0.0) -> nn.Module:
     """PEFT's LoRA on all seven projections in its fastest setting: adapters in the base's dtype."""
     try:
@@ -252,6 +265,18 @@ def _checkpointed(arm: Arm) -> Arm:
     )
 
 
+def _fused(arm: Arm) -> Arm:
+    """The same arm on a fused model; its reference is not."""
+    return replace(
+        arm,
+        name=f"{arm.name}-fused",
+        what=f"{arm.what}, fused",
+        adapt=partial(fused, adapt=arm.adapt),
+        is_fused=True,
+        counted=arm.counted or arm.reference or arm.adapt,
+    )
+
+
 _REFERENCE = partial(hybrid, impl="reference")
 #: Relative error of gradients over a base in 8 bits: 0.02 to 0.10 were seen at widths 64 to 1,024,
 #: and 0.65 and more from width 512 on where dX was dropped in one layer of seven.
@@ -262,56 +287,60 @@ _FP8_TOLERANCE = 0.5
 _INT4_TOLERANCE = 0.6
 _FP32, _BF16 = torch.float32, torch.bfloat16
 
+_PLAIN = (
+    Arm("full-fp32", "full fine-tuning, fp32", _FP32, full, 16),
+    Arm(
+        "full-autocast", "full fine-tuning, bf16 autocast", _FP32, full, 18, autocast=True,
+        infers=False,
+    ),
+    Arm(
+        "full-autocast-lean", "full fine-tuning, bf16 autocast, Artemis' loss", _FP32, full, 18,
+        autocast=True, infers=False, trainers_loss=True,
+    ),
+    Arm("full-bf16", "full fine-tuning, all bf16", _BF16, full, 8),
+    Arm(
+        "full-int8", "full fine-tuning, all bf16, int8 products (torchao)", _BF16, full_int8, 8,
+        infers=False, needs="torchao", counted=full,
+    ),
+    Arm(
+        "plain-int8", "plain model, int8", _BF16, plain_int8, 2, reference=full,
+        tolerance=_INT8_TOLERANCE, trains=False,
+    ),
+    Arm(
+        "peft", "PEFT LoRA, all linear, bf16", _BF16, peft_lora, 2,
+        reference=partial(lora, dropout=0.0, impl="reference", adapter_dtype="model"),
+        masks=False, needs="peft",
+    ),
+    Arm(
+        "hybrid", "hybrid, bf16 base", _BF16, hybrid, 2, reference=_REFERENCE,
+        trainers_loss=True,
+    ),
+    Arm(
+        "hybrid-int8", "hybrid, int8 base", _BF16, partial(hybrid_quantized, bits=8), 2,
+        reference=_REFERENCE, tolerance=_INT8_TOLERANCE, trainers_loss=True,
+    ),
+    Arm(
+        "hybrid-int8-head", "hybrid, int8 base and head", _BF16,
+        partial(hybrid_quantized, bits=8, include_head=True), 2,
+        reference=_REFERENCE, tolerance=_INT8_TOLERANCE, trainers_loss=True,
+    ),
+    Arm(
+        "hybrid-fp8", "hybrid, fp8 base", _BF16,
+        partial(hybrid_quantized, bits=8, format="fp8"), 2,
+        reference=_REFERENCE, tolerance=_FP8_TOLERANCE, trainers_loss=True, on_gpu=True,
+    ),
+    Arm(
+        "hybrid-int4", "hybrid, int4 base", _BF16, partial(hybrid_quantized, bits=4), 2,
+        reference=_REFERENCE, tolerance=_INT4_TOLERANCE, trains=False,
+    ),
+)  # fmt: skip
+#: Those of them that are measured on a fused model as well.
+_FUSED = ("full-autocast-lean", "full-bf16", "peft", "hybrid", "hybrid-int8", "hybrid-fp8")
 ARMS = {
     arm.name: arm
-    for arm in (
-        Arm("full-fp32", "full fine-tuning, fp32", _FP32, full, 16),
-        Arm(
-            "full-autocast", "full fine-tuning, bf16 autocast", _FP32, full, 18, autocast=True,
-            infers=False,
-        ),
-        Arm(
-            "full-autocast-lean", "full fine-tuning, bf16 autocast, Artemis' loss", _FP32, full, 18,
-            autocast=True, infers=False, trainers_loss=True,
-        ),
-        Arm("full-bf16", "full fine-tuning, all bf16", _BF16, full, 8),
-        Arm(
-            "full-int8", "full fine-tuning, all bf16, int8 products (torchao)", _BF16, full_int8, 8,
-            infers=False, needs="torchao", counted=full,
-        ),
-        Arm(
-            "plain-int8", "plain model, int8", _BF16, plain_int8, 2, reference=full,
-            tolerance=_INT8_TOLERANCE, trains=False,
-        ),
-        Arm(
-            "peft", "PEFT LoRA, all linear, bf16", _BF16, peft_lora, 2,
-            reference=partial(lora, dropout=0.0, impl="reference", adapter_dtype="model"),
-            masks=False, needs="peft",
-        ),
-        Arm(
-            "hybrid", "hybrid, bf16 base", _BF16, hybrid, 2, reference=_REFERENCE,
-            trainers_loss=True,
-        ),
-        Arm(
-            "hybrid-int8", "hybrid, int8 base", _BF16, partial(hybrid_quantized, bits=8), 2,
-            reference=_REFERENCE, tolerance=_INT8_TOLERANCE, trainers_loss=True,
-        ),
-        Arm(
-            "hybrid-int8-head", "hybrid, int8 base and head", _BF16,
-            partial(hybrid_quantized, bits=8, include_head=True), 2,
-            reference=_REFERENCE, tolerance=_INT8_TOLERANCE, trainers_loss=True,
-        ),
-        Arm(
-            "hybrid-fp8", "hybrid, fp8 base", _BF16,
-            partial(hybrid_quantized, bits=8, format="fp8"), 2,
-            reference=_REFERENCE, tolerance=_FP8_TOLERANCE, trainers_loss=True, on_gpu=True,
-        ),
-        Arm(
-            "hybrid-int4", "hybrid, int4 base", _BF16, partial(hybrid_quantized, bits=4), 2,
-            reference=_REFERENCE, tolerance=_INT4_TOLERANCE, trains=False,
-        ),
-    )
-}  # fmt: skip
+    for plain in _PLAIN
+    for arm in ((plain, _fused(plain)) if plain.name in _FUSED else (plain,))
+}
 #: Those of them whose memory is shown with activation checkpointing as well.
 _CHECKPOINTED = ("full-autocast", "full-bf16", "hybrid", "hybrid-int8")
 ARMS |= {arm.name: arm for arm in map(_checkpointed, map(ARMS.get, _CHECKPOINTED))}

@@ -186,11 +186,16 @@ def _settings(
 def _training(args: argparse.Namespace, recomputing: bool, compiled: bool = False):
     """`recomputing`: whether arms with activation checkpointing are among the default ones.
 
-    Not all of those can be compiled, and `compiled` allows none.
+    Not all of those can be compiled, and `compiled` allows none; nor fused ones, which the compiler
+    makes of the others.
     """
     check_integer("--sequence", args.sequence, 2)
     tokens = args.tokens or ([1024, 2048, 8192, 32768] if args.full else [1024])
-    arms = tuple(name for name in TRAINING if not (compiled and ARMS[name].recomputes))
+    arms = tuple(
+        name
+        for name in TRAINING
+        if not (compiled and (ARMS[name].recomputes or ARMS[name].is_fused))
+    )
     default = tuple(
         name for name in arms if ARMS[name].installed and (recomputing or not ARMS[name].recomputes)
     )

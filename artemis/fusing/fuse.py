@@ -8,6 +8,7 @@ from torch import nn
 
 from ..errors import AdapterError, listed
 from ..layers.adapted import has_own_forward
+from .attention import fuse_attention, unfuse_attention
 from .forwards import FORWARDS
 from .originals import GATE, NORM, ROTARY, examine
 from .report import FusionReport, Left
@@ -17,7 +18,8 @@ def fuse_model(model: nn.Module) -> FusionReport:
     """Let `model` compute its norms, gated MLPs and rotary embeddings by `artemis_kernels`.
 
     In place: modules that compute what Llama's do, known by their code, get a forward of their
-    own; tensors, names, classes and hooks stay. Results change by rounding only, since the
+    own; tensors, names, classes and hooks stay. On a CPU, where attention is "sdpa", it becomes
+    "artemis" too. Results change by rounding only, since the
     operations round once. What is compiled or exported is transformers' own code. Modules that are
     fused already stay so.
 
@@ -41,7 +43,7 @@ def fuse_model(model: nn.Module) -> FusionReport:
             module.forward = partial(FORWARDS[kind], module)
         fused[kind] += 1
     return FusionReport(
-        fused[NORM], fused[GATE], fused[ROTARY],
+        fused[NORM], fused[GATE], fused[ROTARY], fuse_attention(model),
         tuple(Left(name, count, reason) for (name, reason), count in left.items()),
     )  # fmt: skip
 
@@ -57,6 +59,7 @@ def unfuse_model(model: nn.Module) -> None:
     for module in model.modules():
         if is_fused(module):
             del module.forward
+    unfuse_attention(model)
 
 
 def check_unfusable(model: nn.Module) -> None:

@@ -19,18 +19,22 @@ class FusionReport:
     Attributes:
         norms, gates, rotary: modules that are fused now: RMS norms, gated MLPs, and attentions
             with their rotary embedding.
+        attention: whether the model attends by `artemis_kernels.attention` now.
         left: modules that resemble these and are as they were: `(class_name, count, reason)`.
     """
 
     norms: int
     gates: int
     rotary: int
+    attention: bool
     left: tuple[Left, ...]
 
     def __str__(self) -> str:
         lines = [
             f"{self.norms} norms, {self.gates} gated MLPs and {self.rotary} rotary embeddings fused"
         ]
+        if self.attention:
+            lines.append("  attention: artemis, where it was sdpa")
         lines += [
             f"  {class_name} ({count}), as it was: {reason}"
             for class_name, count, reason in self.left

@@ -26,10 +26,13 @@ from . import decoding
 from .busy import work_of
 from .failures import FAILURES, failure, out_of_memory
 
-TRAINING = ("full-autocast", "full-bf16", "floor", "peft", "hybrid", "hybrid-fp8", "hybrid-int8")
+TRAINING = (
+    "full-autocast", "full-bf16", "full-bf16-fused", "floor", "peft", "hybrid", "hybrid-fused",
+    "hybrid-fp8", "hybrid-fp8-fused", "hybrid-int8",
+)  # fmt: skip
 DECODING = ("full-bf16", "peft", "hybrid", "hybrid-int8", "hybrid-int4")
 OURS = "hybrid"  # how the names of Artemis' arms begin
-FULL = ("full-autocast", "full-bf16")  # what speeds are against
+FULL = ("full-autocast", "full-bf16", "full-bf16-fused")  # what speeds are against
 _CHECKED_TOKENS = 64  # of each sequence
 _GRAPHS_UP_TO = 8192  # tokens: the graph of each arm keeps its activations, all at once
 _SHOWN_KERNELS = 24
