@@ -1,10 +1,12 @@
-"""Which attention is faster, torch's fused one or the plain one, in training and for one token.
+"""Which attention is faster, torch's fused one, the plain one or ours, in training, for prompts and
+for one token.
 
     python -m bench.attention --out bench/results/cpu_attention.jsonl
 
-Times, with both, in turns, by precision and length: forward and dX of a frozen model, which every
-arm of every benchmark runs, as `artemis.training.attention_for` decides by; and a token decoded
-after as many others, where each query head has keys of its own and where four share them.
+Times, with each, in turns, by precision and length: forward and dX of a frozen model, which every
+arm of every benchmark runs, as `artemis.training.attention_for` decides by; a prompt read; and a
+token decoded after as many others, where each query head has keys of its own and where four share
+them.
 """
 
 import argparse
@@ -29,7 +31,7 @@ from .floors import stop_gradients_before_attention
 
 SIZES = Architecture(hidden=512, intermediate=1376, layers=4, vocabulary=256)
 HEADS, KEY_VALUE_HEADS = 8, (8, 2)
-ATTENTIONS = ("sdpa", "eager")
+ATTENTIONS = ("sdpa", "eager", "artemis")
 TOKENS = 1024
 LENGTHS = (128, 256, 512, 1024)
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -47,7 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     kept = keep_freed_memory()
     for precision, length in itertools.product(PRECISIONS, options.lengths):
-        records = [trained(precision, length, options.rounds)]
+        records = [
+            trained(precision, length, options.rounds),
+            read(precision, length, options.rounds),
+        ]
         records += [decoded(precision, length, heads, options.rounds) for heads in KEY_VALUE_HEADS]
         for record in records:
             print(json.dumps(record), flush=True)
@@ -68,6 +73,24 @@ def trained(precision: str, length: int, rounds: int) -> Record:
     times = interleaved({name: step(name) for name in ATTENTIONS}, rounds)
     shape = {"precision": precision, "sequence": length, "tokens": TOKENS}
     return {"kind": "attention", **shape, "ms": _spreads(times)}
+
+
+def read(precision: str, length: int, rounds: int) -> Record:
+    """Milliseconds of one prompt."""
+    model = build(SIZES, PRECISIONS[precision], length).eval()
+    prompt = random_tokens(SIZES.vocabulary, 1, length)
+
+    def run(attention: str) -> Callable[[], None]:
+        def forward() -> None:
+            model.set_attn_implementation(attention)
+            with torch.inference_mode():
+                model(input_ids=prompt, logits_to_keep=1)
+
+        return forward
+
+    times = interleaved({name: run(name) for name in ATTENTIONS}, rounds)
+    shape = {"precision": precision, "sequence": length}
+    return {"kind": "attention-prompt", **shape, "ms": _spreads(times)}
 
 
 def decoded(precision: str, length: int, key_value_heads: int, rounds: int) -> Record:

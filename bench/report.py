@@ -87,6 +87,7 @@ def demo(records: list[Record]) -> str:
 
 SECTIONS: dict[str, Callable[[list[Record]], str]] = {
     "attention": step_tables.attention,
+    "attention-prompt": step_tables.attention_of_a_prompt,
     "attention-token": step_tables.attention_of_a_token,
     "training-step": step_tables.training_step,
     "training-step-ratios": step_tables.training_step_ratios,

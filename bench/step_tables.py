@@ -87,39 +87,46 @@ def _step_row(arm: Record, tokens: int) -> str:
 
 
 def attention(records: list[Record]) -> str:
-    """Either attention at each length; the last measurement of each counts."""
-    last = {(r["precision"], r["sequence"]): r for r in records if r.get("kind") == "attention"}
-    if not last:
-        return ""
-    rows = [
-        f"| {precision} | {length:,} | {ms['sdpa']['p50']:,.0f} | {ms['eager']['p50']:,.0f} |"
-        for (precision, length), ms in ((key, record["ms"]) for key, record in last.items())
-    ]
-    header = [
-        "| precision | tokens a sequence | fused, ms | plain, ms |",
-        "| --- | ---: | ---: | ---: |",
-    ]
-    return "\n".join([*header, *rows, "", origin(next(iter(last.values()))), ""])
+    """Each attention in training, by length."""
+    return _attentions(records, "attention", ("precision", "tokens a sequence"), ",.0f")
+
+
+def attention_of_a_prompt(records: list[Record]) -> str:
+    """Each attention where a prompt is read."""
+    return _attentions(records, "attention-prompt", ("precision", "tokens"), ",.1f")
 
 
 def attention_of_a_token(records: list[Record]) -> str:
-    """Either attention for one token; the last measurement of each case counts."""
+    """Each attention for one token."""
+    about = ("precision", "heads", "of keys and values", "tokens before")
+    return _attentions(records, "attention-token", about, ".2f")
+
+
+_FIELDS = {
+    "precision": "precision", "heads": "heads", "of keys and values": "key_value_heads",
+    "tokens a sequence": "sequence", "tokens": "sequence", "tokens before": "sequence",
+}  # fmt: skip
+_ATTENTIONS = {"sdpa": "torch's fused, ms", "eager": "plain, ms", "artemis": "ours, ms"}
+
+
+def _attentions(records: list[Record], kind: str, about: tuple[str, ...], form: str) -> str:
+    """A case a row, a column each; the last measurement of each case counts."""
     last = {
-        (r["precision"], r["key_value_heads"], r["sequence"]): r
-        for r in records
-        if r.get("kind") == "attention-token"
+        tuple(record[_FIELDS[title]] for title in about): record
+        for record in records
+        if record.get("kind") == kind
     }
     if not last:
         return ""
-    rows = [
-        f"| {precision} | {record['heads']} | {shared} | {length:,} |"
-        f" {record['ms']['sdpa']['p50']:.2f} | {record['ms']['eager']['p50']:.2f} |"
-        for (precision, shared, length), record in sorted(last.items())
-    ]
-    header = [
-        "| precision | heads | of keys and values | tokens before | fused, ms | plain, ms |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    rows = []
+    for case, record in sorted(last.items()):
+        times = (record["ms"].get(name) for name in _ATTENTIONS)
+        cells = [f"{each:,}" if isinstance(each, int) else each for each in case]
+        cells += ["" if ms is None else f"{ms['p50']:{form}}" for ms in times]
+        rows.append(f"| {' | '.join(cells)} |")
+    titles = (*about, *_ATTENTIONS.values())
+    rule = "| --- |" + " ---: |" * (len(titles) - 1)
+    header = [f"| {' | '.join(titles)} |", rule]
     return "\n".join([*header, *rows, "", origin(next(iter(last.values()))), ""])
 
 

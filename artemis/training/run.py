@@ -63,6 +63,8 @@ def run_training(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     if settings.cuda_graphs:
         check_arguments(arguments)
     attention = attention_for(dtype, default_device(), config.data.sequence_length)
+    if hybrid and config.hybrid_adapter.fuse_model:
+        attention = "sdpa"  # which fusing replaces
     checkpoint = prepare_output(config, resume)
     model, tokenizer = load_base(config.model, dtype if hybrid else torch.float32, attention)
     if packed_numbers(model) and not hybrid:
