@@ -228,6 +228,22 @@ def loss(records: list[Record]) -> str:
     return _table(["rows", "classes", "ms", "× torch"], lines, 2)
 
 
+def between(records: list[Record]) -> str:
+    """Norms, gates and rotary embeddings beside torch's composition and the copy's bandwidth."""
+    _, rows = _last(records, "groups")
+    rows = [row for row in rows if row["kind"] == "between"]
+    lines = [
+        (
+            f"`{op}`", f"{what}, {size}", which, *_speeds(by, by[_OURS], ("torch",)),
+            _number(by[_OURS]["of_copy"]), _number(by.get("torch", {}).get("of_copy")),
+        )
+        for (op, what, size, which), by in _cases(rows, ("op", "what", "size", "pass")).items()
+        if "ms" in by.get(_OURS, {})
+    ]  # fmt: skip
+    titles = ["operation", "of", "pass", "ms", "× torch", "of the copy's bandwidth", "torch's"]
+    return _table(titles, lines, 3)
+
+
 def kernels(records: list[Record]) -> str:
     """What a GPU spends a training step of 8,192 tokens on: the longest kernels of each arm."""
     _, rows = _last(records, "models")
@@ -332,4 +348,5 @@ SECTIONS: dict[str, Callable[[list[Record]], str]] = {
     "gpu-packed": packed,
     "gpu-products": products,
     "gpu-loss": loss,
+    "gpu-between": between,
 }

@@ -5,11 +5,12 @@
     TRITON_INTERPRET=1 python -m bench.gpu --device cpu --tiny --out /tmp/gpu  # every line, no GPU
 
 Most important first: accuracy of every strategy in bf16 and fp16; the products whose measured times
-decide the defaults; tuning; operations beside their peers, groups of layers and the loss, packed
-weights; training steps and decoding. Each section runs in processes of its own, so that one that
-crashes or runs out of time leaves what it had; all write JSON lines, one by one, to OUT/gpu.jsonl,
-and OUT/gpu_summary.md sums up. Where no kernel is accurate nothing is timed. Exit status 1 where
-anything of Artemis is inaccurate, in time or not, or a section breaks off.
+decide the defaults; tuning; operations beside their peers; groups of layers, the loss and what
+stands between products; packed weights; training steps and decoding. Each section runs in processes
+of its own, so that one that crashes or runs out of time leaves what it had; all write JSON lines,
+one by one, to OUT/gpu.jsonl, and OUT/gpu_summary.md sums up. Where no kernel is accurate nothing is
+timed. Exit status 1 where anything of Artemis is inaccurate, in time or not, or a section breaks
+off.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """What else only a GPU shows, a case each: torch's machinery round the operators, fp32, a head.
 
 Inductor compiles round an operator; two runs give the same bits; a CUDA graph draws a fresh mask at
-each replay; training by graphs is training without; the kernels' fp32; dX of a head held in int8.
+each replay; training by graphs is training without; the kernels' fp32; dX of a head held in int8;
+what stands between a transformer's products.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from artemis.benchmark.operations import (
 from artemis.benchmark.timer import captured
 from artemis_kernels import QuantizedWeight
 
-from . import trained
+from . import between, trained
 from .accuracy import BALANCED, forced
 from .failures import FAILURES, failure
 
@@ -167,4 +168,5 @@ CASES: dict[str, Callable[[torch.device, bool], Iterator[dict[str, Any]]]] = {
     "as they are": _as_they_are,
     "compiled": partial(_of_each, _compiled, "compiled by Inductor"),
     "trained": _training,
+    "between": between.check,
 }

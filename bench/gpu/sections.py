@@ -37,10 +37,12 @@ def rows_of(name: str, part: str, device: torch.device, tiny: bool, rounds: int)
     if name == "accuracy":
         return _proved(*part.split("/"), device, tiny)
     if name == "groups":
+        from .between import between
         from .groups import groups
         from .loss import losses
 
-        return chain(losses(device, tiny, rounds), groups(device, tiny, rounds))
+        parts = (losses, between, groups)
+        return chain.from_iterable(part(device, tiny, rounds) for part in parts)
     if name == "products":
         from .products import products as rows
     elif name == "tuning":

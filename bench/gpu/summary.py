@@ -37,6 +37,11 @@ _TABLES = {
         "rows|classes|provider|ms|of graphs|eager ms|× torch|error ÷ limit",
         "rows classes provider ms graph eager_ms over_torch error",
     ),
+    ("groups", "between"): (
+        "Between the products of Llama 2 7B",
+        "operation||size|pass|provider|ms|of graphs|eager ms|× torch|GB/s|of a copy|error ÷ limit",
+        "op what size pass provider ms graph eager_ms over_torch gbs of_copy error",
+    ),
     ("packed", "packed"): (
         "LoRA over a packed base",
         "rows|in|out|backward|base|strategy|ms|of graphs|÷ 16-bit bare|predicted ms|÷ predicted"

@@ -24,8 +24,9 @@ from bench.gpu.frozen import BASES
 ROOT = Path(__file__).resolve().parents[2]
 MACHINERY = {
     "compiled by Inductor", "two runs, bit by bit", "fp32", "fresh masks of a graph",
-    "as CUDA graphs", "dX of an int8 head",
+    "as CUDA graphs", "dX of an int8 head", "rows",
 }  # fmt: skip
+BETWEEN = {"rms_norm", "gated_activation", "rotary_embedding"}
 FROZEN = [("frozen_linear", f"{of} over {base}") for of in ("lora", "bottleneck") for base in BASES]
 
 
@@ -66,6 +67,12 @@ def test_every_section_runs_and_leaves_its_rows(tmp_path):
     assert all(row["passed"] and row["over_joined"] > 0 for row in groups)
     losses = {row["provider"]: row for row in found["groups"] if row["kind"] == "loss"}
     assert losses.keys() == {"artemis", "torch"} and losses["artemis"]["passed"]
+    between = [row for row in found["groups"] if row["kind"] == "between"]
+    assert {(row["op"], row["pass"]) for row in between} == {
+        (op, which) for op in BETWEEN for which in ("forward", "both")
+    }
+    assert all(row.get("passed", True) and row["of_copy"] > 0 for row in between)
+    assert {row["op"] for row in found["accuracy"] if row["strategy"] == "rows"} == BETWEEN
     packed = [row for row in found["packed"] if row["kind"] == "packed"]
     assert {"bare", *(f"artemis, {f}" for f in ("int8", "fp8", "int4"))} <= {
         row["provider"] for row in packed

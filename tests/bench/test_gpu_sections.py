@@ -13,6 +13,7 @@ from bench import tuned
 from bench.gpu import __main__ as script
 from bench.gpu import (
     accuracy,
+    between,
     frozen,
     groups,
     loss,
@@ -78,7 +79,8 @@ def test_a_broken_loss_leaves_torch_beside_it(monkeypatch):
 def test_a_loss_that_torch_has_no_memory_for_leaves_all_else_of_its_section(monkeypatch):
     monkeypatch.setattr(loss, "_plain", raising(NO_MEMORY))
     rows = list(rows_of("groups", "", CPU, tiny=True, rounds=1))
-    torchs, ours, *joined = rows
+    torchs, ours = (row for row in rows if row["kind"] == "loss")
+    joined = [row for row in rows if row["kind"] == "group"]
     assert torchs["provider"] == "torch" and torchs["passed"] is None and "ms" not in torchs
     assert ours["kind"] == "loss" and ours["passed"] and ours["ms"]["p50"] > 0
     assert len(joined) >= 6 and all(row["passed"] and "ms" in row for row in joined)
@@ -283,6 +285,49 @@ def test_a_loss_that_is_no_number_is_wrong(monkeypatch):
     monkeypatch.setattr(loss, "_ours", lambda x, target: right(x, target) + torch.nan)
     rows = {row["provider"]: row for row in loss.losses(CPU, tiny=True, rounds=1)}
     assert rows["artemis"]["passed"] is False
+
+
+@interpreted
+@pytest.mark.parametrize("wrong", ["results", "gradients"])
+@pytest.mark.parametrize("op", ["rms_norm", "gated_activation", "rotary_embedding"])
+def test_what_is_off_between_products_is_seen(monkeypatch, op, wrong):
+    usual = between._by
+
+    def off(name, impl):
+        right, share = usual(name, impl), 1e-4 if (name, impl) == (op, "triton") else 0.0
+
+        def run(x, *given):
+            if wrong == "gradients":  # the same number, of another slope
+                return right(x + share * (x - x.detach()), *given)
+            results = right(x, *given)
+            many = results if isinstance(results, tuple) else (results,)
+            return tuple((1 + share) * result for result in many)
+
+        return run
+
+    monkeypatch.setattr(between, "_by", off)
+    checked = [row for row in between.check(CPU, tiny=True) if row["dtype"] == "float32"]
+    assert {row["op"] for row in checked if not row["passed"]} == {op}
+    timed = [row for row in between.between(CPU, True, 1) if row.get("provider") == "artemis"]
+    assert {row["op"] for row in timed if not row["passed"]} == {op}
+    assert all(("ms" in row) is row["passed"] for row in timed)
+
+
+@interpreted
+def test_torch_without_memory_between_products_leaves_ours(monkeypatch):
+    monkeypatch.setitem(between._COMPOSED, "rms_norm", raising(NO_MEMORY))
+    rows = [row for row in between.between(CPU, True, 1) if row.get("op") == "rms_norm"]
+    for row in rows:
+        assert ("ms" in row) is (row["provider"] == "artemis") and "over_torch" not in row
+
+
+def test_a_broken_norm_is_told_beside_the_others(monkeypatch):
+    monkeypatch.setattr(between, "norm", raising(BROKEN))
+    rows = [row for row in between.between(CPU, True, 1) if row["kind"] == "between"]
+    broken = [row for row in rows if row["op"] == "rms_norm"]
+    assert [row["passed"] for row in broken] == [False, False]
+    assert all("no such kernel" in row["where"] for row in broken)
+    assert {row["op"] for row in rows} == {"rms_norm", "gated_activation", "rotary_embedding"}
 
 
 def rows_where(monkeypatch, arm: str, how) -> dict[tuple[str, str], dict]:

@@ -55,6 +55,23 @@ def test_what_was_not_timed_has_no_time():
     assert gpu_tables.layers(whole) == ""
 
 
+def passes(provider: str, ms: float, of_copy: float) -> dict:
+    about = {"op": "rms_norm", "what": "weight frozen", "size": "8192×4096", "pass": "both"}
+    return about | {
+        "kind": "between", "section": "groups", "run": "a", "provider": provider,
+        "ms": {"p50": ms}, "of_copy": of_copy,
+    }  # fmt: skip
+
+
+def test_between_products_beside_torch_and_a_copy():
+    rows = [head("a"), passes("torch", 6.0, 0.15), passes("artemis", 2.0, 0.9)]
+    (line,) = cells(gpu_tables.between(rows))
+    assert line["× torch"] == "3" and line["ms"] == "2" and line["torch's"] == "0.15"
+    assert line["of"] == "weight frozen, 8192×4096" and line["of the copy's bandwidth"] == "0.9"
+    broken = {name: cell for name, cell in rows[2].items() if name not in ("ms", "of_copy")}
+    assert gpu_tables.between([head("a"), rows[1], broken]) == ""
+
+
 def test_a_step_has_its_speed_by_the_clock_by_busy_time_and_as_a_graph():
     row = {
         "kind": "train", "section": "models", "run": "a", "model": "llama-2-7b", "layers": 2,
