@@ -10,16 +10,15 @@ import importlib.util
 import platform
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 INTERPRETER = "interpreter"
 
 
-@dataclass(frozen=True)
-class Chip:
+class Chip(NamedTuple):
     """A kernel target: its name and the three facts that tile sizes depend on.
 
     `name` is `sm_90`, `gfx942`, ... or `interpreter`; `shared_bytes` is what one program may use.

@@ -219,21 +219,20 @@ def _tiles(name: str, chip: Chip) -> dict[str, tuple[Config, Config, str]]:
     }
 
 
-def tiles(kernel: str, shape: Shape, chip: Chip) -> tuple[Config, str] | None:
-    """The measured configuration of a kernel for a bucketed shape, if there is one.
+@functools.cache
+def tiles(kernel: str, shape: Shape, chip: Chip) -> tuple[Config, str]:
+    """The configuration of a kernel for a bucketed shape, and where it comes from.
 
-    With the table it stands in: "user's" or "shipped". An entry holds where what it beat is the
-    heuristic's.
+    That is the "user's" or the "shipped" table, where it has an entry that beat what the heuristic
+    says; else "default", which is the heuristic.
     """
+    usual = tiling.heuristic(kernel, shape, chip)
     measured = {} if chip.name == INTERPRETER else _tiles(chip.name, chip)
-    entry = measured.get(f"{kernel} {shape.key}") if measured else None
-    if entry is None:
-        return None
-    chosen, beaten, whose = entry
-    return (chosen, whose) if beaten == tiling.heuristic(kernel, shape, chip) else None
+    chosen, beaten, whose = measured.get(f"{kernel} {shape.key}", (usual, usual, "default"))
+    return (chosen, whose) if beaten == usual else (usual, "default")
 
 
 def reload() -> None:
     """Let the next call read the tables again."""
-    for cached in (_merged, _strategies, _tiles):
+    for cached in (_merged, _strategies, _tiles, tiles):
         cached.cache_clear()

@@ -9,6 +9,7 @@ import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -45,8 +46,7 @@ class Config:
     stages: int = 3
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """What a configuration may depend on.
 
     Sizes (0 where a kernel has no such dimension), the dtype of x, and whether a dropout mask is
@@ -63,8 +63,7 @@ class Shape:
     @property
     def bucket(self) -> "Shape":
         """The same with M rounded up to a power of two: what tables and heuristics see."""
-        m = next_power_of_2(max(1, self.m))
-        return self if m == self.m else replace(self, m=m)
+        return Shape(next_power_of_2(max(1, self.m)), *self[1:])
 
     @property
     def key(self) -> str:

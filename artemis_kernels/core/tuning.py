@@ -47,8 +47,7 @@ def config(kernel: str, shape: Shape, chip: Chip) -> Config:
 
 def config_and_origin(kernel: str, shape: Shape, chip: Chip) -> tuple[Config, str]:
     """`config`, and where it comes from: "default", or the "user's" or "shipped" table."""
-    shape = shape.bucket
-    return tables.tiles(kernel, shape, chip) or (tiling.heuristic(kernel, shape, chip), "default")
+    return tables.tiles(kernel, shape.bucket, chip)
 
 
 def lora_strategy(

@@ -62,8 +62,8 @@ def _started() -> subprocess.Popen:
 
 
 def _job(kernel: str, shape: Shape, config: Config, chip: Chip) -> str:
-    sizes = asdict(shape) | {"dtype": str(shape.dtype).removeprefix("torch.")}
-    return json.dumps([kernel, sizes, asdict(config), asdict(chip)])
+    sizes = shape._asdict() | {"dtype": str(shape.dtype).removeprefix("torch.")}
+    return json.dumps([kernel, sizes, asdict(config), chip._asdict()])
 
 
 def _answer(process: subprocess.Popen, job: str) -> list[int] | None:

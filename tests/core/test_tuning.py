@@ -50,8 +50,8 @@ def test_a_measured_table_wins(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "USER_TABLES", path.parent)
     tables.reload()
     assert tuning.config("expand", shape, HOPPER) == measured
-    assert tuning.config("expand", replace(shape, m=8191), HOPPER) == measured
-    assert tuning.config("expand", replace(shape, k=352), HOPPER) != measured
+    assert tuning.config("expand", shape._replace(m=8191), HOPPER) == measured
+    assert tuning.config("expand", shape._replace(k=352), HOPPER) != measured
     assert tuning.config("expand", shape, CHIPS["sm_80"]) != measured
     tables.reload()
 
@@ -223,7 +223,7 @@ def test_bytes_behind_an_output():
     ids=str,
 )
 def test_one_read_of_dy_or_two(change, wanted):
-    assert tuning.one_read(replace(WIDE, **change), HOPPER) == wanted
+    assert tuning.one_read(WIDE._replace(**change), HOPPER) == wanted
 
 
 def test_public_choices_take_a_device():

@@ -117,4 +117,4 @@ def test_parts_fill_the_chip():
     assert joint == replace(one, split=one.split // 2) and joint.split > 1
     programs = 2 * (4096 // joint.block_k) * joint.split
     assert chip.processors < programs <= 2 * chip.processors
-    assert both(replace(shape, m=64), chip).split == 1
+    assert both(shape._replace(m=64), chip).split == 1

@@ -2845,8 +2845,8 @@ TUNING = (
     Fault(
         "tiles that won against a heuristic of long ago",
         f"{CORE}/tables.py",
-        "if beaten == tiling.heuristic(kernel, shape, chip) else None",
-        "if beaten else None",
+        "(chosen, whose) if beaten == usual",
+        "(chosen, whose) if beaten",
         ("tests/core/test_tuning.py", "-k", "what_it_beat"),
     ),
     Fault(

@@ -77,7 +77,7 @@ def test_tiles_worth_compiling_hold_what_a_dot_takes(kernel, chip):
     if kernel.startswith("matvec"):
         pytest.skip("there is no dot in it")
     dots = {"eight_bit_int8": 32, "eight_bit_fp8": 32, "weight_only_int4": 2 * 16}
-    for shape in (*ODD, SHAPE, replace(SHAPE, m=1)):
+    for shape in (*ODD, SHAPE, SHAPE._replace(m=1)):
         for config in tiles.likely(kernel, shape, CHIPS[chip]):
             sizes = (config.block_m, config.block_n, config.block_k, config.block_r)
             if not kernel.startswith("round_rows"):  # which has no dot
@@ -154,7 +154,7 @@ def test_default_tiles_that_do_not_run_leave_no_entry(tmp_path, needed):
 
 def test_candidates_are_compiled_ahead_of_what_is_timed(tmp_path):
     """By a pool's `map`: at most so many a kernel, in the order of lookups."""
-    wanted = (("expand", SHAPE), ("shrink", replace(SHAPE, n=0)))
+    wanted = (("expand", SHAPE), ("shrink", SHAPE._replace(n=0)))
     compiled, behind = [], []
 
     def resources(kernel, shape, config):
@@ -182,7 +182,7 @@ def test_candidates_are_compiled_ahead_of_what_is_timed(tmp_path):
 
 
 def test_an_interrupted_search_goes_on(tmp_path):
-    wanted = (("expand", SHAPE), ("shrink", replace(SHAPE, n=0)))
+    wanted = (("expand", SHAPE), ("shrink", SHAPE._replace(n=0)))
     timed = []
 
     def interrupted(kernel, shape, configs):
@@ -221,9 +221,9 @@ def test_the_cost_model_counts_padding_waves_and_reads():
         return tiles.cost("expand", shape, replace(usual, **change), HOPPER)
 
     assert cost(block_m=16, block_n=16) > 2 * cost()  # reads again
-    half_empty, full = (cost(replace(SHAPE, m=m), block_m=256) for m in (300, 512))
+    half_empty, full = (cost(SHAPE._replace(m=m), block_m=256) for m in (300, 512))
     assert half_empty > 1.5 * full  # padding
-    few = replace(SHAPE, m=128, n=1024)
+    few = SHAPE._replace(m=128, n=1024)
     assert cost(few, block_n=256) > cost(few, block_n=64)  # unfilled waves
 
 
