@@ -101,6 +101,11 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def cdiv(size: int, block: int) -> int:
+    """Blocks that cover a size. (Triton's is made for kernels: a microsecond at each launch.)"""
+    return -(-size // block)
+
+
 def whole_rank(r: int) -> int:
     """A tile that covers the rank: a dot needs 16, so rank 8 is padded inside the kernel."""
     return max(16, next_power_of_2(r))
@@ -145,7 +150,7 @@ def _shrink(shape: Shape, chip: Chip) -> Config:
     # F arrives in fp32, twice the bytes of x: beside a wide one the step along k is halved.
     block_k = 32 if fp32 or shape.k % 8 else 128 if block_r <= 32 else 64
     split = _parts_to_fill(
-        chip, _tiles(shape.m, block_m) * _tiles(shape.r, block_r), shape.k // block_k
+        chip, cdiv(shape.m, block_m) * cdiv(shape.r, block_r), shape.k // block_k
     )
     stages = _stages(chip, 3, block_k * (block_m * shape.dtype.itemsize + block_r * 4))
     # Where k is cut, the stage's mask and z come later, in small tiles.
@@ -173,7 +178,7 @@ def _product(shape: Shape, chip: Chip) -> Config:
     elif shape.masked or shape.r > WIDEST_RANK_OF_A_WIDE_TILE or chip.generation >= 100:
         # Two programs a processor: one draws its mask, or stores, while the other multiplies.
         tile = Config(128, 128, 64, warps=8)
-    elif 2 * _tiles(shape.m, 128) * _tiles(shape.n, 256) < chip.processors:
+    elif 2 * cdiv(shape.m, 128) * cdiv(shape.n, 256) < chip.processors:
         tile = Config(128, 128, 64, warps=8, stages=4)
     else:
         tile = Config(128, 256, 64, warps=8)
@@ -205,7 +210,7 @@ def _update(shape: Shape, chip: Chip) -> Config:
 def _expand_backward(shape: Shape, chip: Chip) -> Config:
     fp32 = shape.dtype == torch.float32
     block_m, block_n = min(64 if fp32 else 128, max(16, shape.m)), 32 if fp32 else 64
-    split = _parts_to_fill(chip, _tiles(shape.m, block_m), shape.n // block_n)
+    split = _parts_to_fill(chip, cdiv(shape.m, block_m), shape.n // block_n)
     columns = block_m * shape.dtype.itemsize + whole_rank(shape.r) * 4
     stages = _stages(chip, 3, block_n * columns)
     warps = 8 if block_m == 128 else 4
@@ -220,7 +225,7 @@ def _shrink_backward(shape: Shape, chip: Chip) -> Config:
     if block_r <= 32 and not fp32 and shape.k % 16 == 0 and chip.generation // 10 == 9:
         block_m, block_k = min(32, block_m), 256  # longer lines: up to 1.6 times as fast, measured
     split = _parts_to_fill(
-        chip, _tiles(shape.k, block_k) * _tiles(shape.r, block_r), shape.m // block_m
+        chip, cdiv(shape.k, block_k) * cdiv(shape.r, block_r), shape.m // block_m
     )
     stages = _stages(chip, 3, block_m * (block_k * shape.dtype.itemsize + block_r * 4))
     return Config(block_m, block_k=block_k, block_r=block_r, split=split, stages=stages)
@@ -231,7 +236,7 @@ def _weight_gradients(shape: Shape, chip: Chip) -> Config:
     tile = _shrink_backward(shape, chip)
     if shape.dtype == torch.float32:
         tile = replace(tile, warps=8)
-    programs = 2 * _tiles(shape.k, tile.block_k) * _tiles(shape.r, tile.block_r)
+    programs = 2 * cdiv(shape.k, tile.block_k) * cdiv(shape.r, tile.block_r)
     return replace(tile, split=_parts_to_fill(chip, programs, shape.m // tile.block_m))
 
 
@@ -241,7 +246,7 @@ def _row_block(shape: Shape, chip: Chip) -> Config:
     if shape.dtype == torch.float32:
         block_m, block_k = 16, 32
     else:
-        block_m = 32 if _tiles(shape.m, 64) < 2 * chip.processors else 64
+        block_m = 32 if cdiv(shape.m, 64) < 2 * chip.processors else 64
     stages = _stages(chip, 3, block_k * (block_m * shape.dtype.itemsize + block_r * 4))
     # On Blackwell dz and h beside the tile of out spill, with 4.
     warps = 8 if block_r > 64 or chip.generation >= 100 else 4
@@ -256,7 +261,7 @@ def _weight_only(shape: Shape, chip: Chip, bits: int) -> Config:
         tile = Config(max(16, shape.m), 64, 128, stages=4)
     else:
         tile = Config(64, 128, 64, warps=8)
-    programs = _tiles(shape.m, tile.block_m) * _tiles(shape.n, tile.block_n)
+    programs = cdiv(shape.m, tile.block_m) * cdiv(shape.n, tile.block_n)
     split = _parts_to_fill(chip, programs, shape.k // tile.block_k) if shape.m <= FEW_ROWS else 1
     step = tile.block_k * (tile.block_n * bits // 8 + tile.block_m * shape.dtype.itemsize)
     block_r = rank_block(shape.r, 32)
@@ -296,7 +301,7 @@ def _eight_bit(shape: Shape, chip: Chip, wide: bool = False) -> Config:
         tile = Config(128, 64, 128, warps=8, stages=4)
     else:
         tile = Config(128, 128, 128, warps=8, stages=4)
-        fills = 2 * _tiles(shape.m, 128) * _tiles(shape.n, 256) >= chip.processors
+        fills = 2 * cdiv(shape.m, 128) * cdiv(shape.n, 256) >= chip.processors
         if wide and fills and not shape.masked and chip.generation // 10 == 9:
             tile = replace(tile, block_n=256)  # 1.18 times as fast, measured
     stage = (tile.block_m + tile.block_n) * tile.block_k
@@ -310,7 +315,7 @@ def _round_rows(shape: Shape, chip: Chip) -> Config:
     One program reads the parts of all columns: no more of them than keep the chip busy.
     """
     block_n = 128 if chip.backend == "hip" else 64  # 16 bytes a lane
-    busy = 1024 * chip.processors // (block_n * _tiles(max(1, shape.n), block_n))
+    busy = 1024 * chip.processors // (block_n * cdiv(max(1, shape.n), block_n))
     split = max(1, min(64, busy, next_power_of_2(shape.m) // 256))
     return replace(_round_rows_alone(shape, chip), block_n=block_n, split=split, stages=2)
 
@@ -371,10 +376,6 @@ HEURISTICS: dict[str, Callable[[Shape, Chip], Config]] = {
     "transpose_int8": _transpose,
     "transpose_fp8": _transpose,
 }
-
-
-def _tiles(size: int, block: int) -> int:
-    return -(-size // block)
 
 
 def _multiplies_from_registers(chip: Chip) -> bool:

@@ -24,7 +24,7 @@ from ..core.device import Chip
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: the kernel and its keyword arguments, options (`num_warps`, ...) included."""
+    """One launch: the kernel and its arguments by name, options (`num_warps`, ...) included."""
 
     kernel: JITFunction
     arguments: dict
@@ -51,8 +51,7 @@ def captured() -> Iterator[list[Launch]]:
     launches, run = [], JITFunction.run
 
     def record(self, *args, grid, warmup, **kwargs):
-        assert not args, f"{self.__name__} is launched with positional arguments"
-        launches.append(Launch(self, kwargs))
+        launches.append(Launch(self, dict(zip(self.arg_names, args, strict=False)) | kwargs))
 
     JITFunction.run = record
     try:

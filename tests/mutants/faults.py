@@ -629,8 +629,8 @@ TRITON = (
     Fault(
         "no program sums columns where there is no rank",
         f"{LOW_RANK}/shrink_backward.py",
-        "max(triton.cdiv(R, config.block_r), 1)",
-        "triton.cdiv(R, config.block_r)",
+        "max(cdiv(R, config.block_r), 1)",
+        "cdiv(R, config.block_r)",
         ("tests/ops/test_bottleneck_adapter.py::test_no_width",),
     ),
     Fault(

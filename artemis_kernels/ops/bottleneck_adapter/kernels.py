@@ -26,8 +26,8 @@ import triton
 import triton.language as tl
 
 from ...core.tiles import effective_scale
-from ...core.tiling import Config, whole_rank
-from ..low_rank.arguments import NO_DROPOUT, UNSCALED, Dropout, Scale
+from ...core.tiling import Config, cdiv, whole_rank
+from ..low_rank.arguments import NO_DROPOUT, UNSCALED, Dropout, Scale, contiguous, strides
 from ..low_rank.hidden import finish_hidden
 
 
@@ -108,19 +108,15 @@ def row_block(
     h = x.new_empty(M, R) if with_h else None
     if M == 0:
         return out, hidden, h
-    _row_block[(triton.cdiv(M, config.block_m),)](
-        x_ptr=x, f_ptr=f, e_ptr=e, residual_ptr=residual,
-        bias_ptr=None if bias is None else bias.contiguous(),
-        bias_out_ptr=None if bias_out is None else bias_out.contiguous(),
-        z_ptr=z, hidden_ptr=hidden, h_ptr=h, out_ptr=out, scale_ptr=scale.tensor,
-        M=M, K=K, R=R,
-        stride_xm=x.stride(0), stride_xk=x.stride(1), stride_fr=f.stride(0), stride_fk=f.stride(1),
-        stride_ek=e.stride(0), stride_er=e.stride(1),
-        stride_residual_m=0 if residual is None else residual.stride(0),
-        stride_residual_k=0 if residual is None else residual.stride(1),
-        scale=scale.number, STAGE=stage, ACTIVATION=activation,
-        BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=whole_rank(R),
+    seed, threshold, rescale, paired = dropout.arguments(M, R)
+    _row_block[(cdiv(M, config.block_m),)](
+        x, f, e, residual, contiguous(bias), contiguous(bias_out), z, hidden, h, out,
+        seed, scale.tensor,
+        M, K, R,
+        *x.stride(), *f.stride(), *e.stride(),
+        *strides(residual),
+        scale.number, threshold, rescale,
+        stage, activation, paired, config.block_m, config.block_k, whole_rank(R),
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
-        **dropout.arguments(M, R),
     )  # fmt: skip
     return out, hidden, h

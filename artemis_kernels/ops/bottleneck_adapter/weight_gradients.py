@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 
 from ...core.tiles import effective_scale
-from ...core.tiling import Config
-from ..low_rank.arguments import UNSCALED, Scale
+from ...core.tiling import Config, cdiv
+from ..low_rank.arguments import UNSCALED, Scale, contiguous, strides
 from ..low_rank.over_rows import over_rows
 
 _BLOCK_P = 16
@@ -127,12 +127,11 @@ def weight_gradients(
     parts = x.new_empty(P, S, dtype=torch.float32)
     if M == 0:
         return parts
-    grid = (2 * triton.cdiv(K, config.block_k), triton.cdiv(R, config.block_r), P)
-    _weight_gradients[grid](
-        x_ptr=x, dy_ptr=dy, dz_ptr=dz, h_ptr=h, part_ptr=parts, M=M, K=K, R=R, S=S,
-        stride_xm=x.stride(0), stride_xk=x.stride(1),
-        stride_dym=dy.stride(0), stride_dyk=dy.stride(1), WITH_SUMS=with_sums, PARTS=P,
-        BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=config.block_r,
+    _weight_gradients[(2 * cdiv(K, config.block_k), cdiv(R, config.block_r), P)](
+        x, dy, dz, h, parts,
+        M, K, R, S,
+        *x.stride(), *dy.stride(),
+        with_sums, P, config.block_m, config.block_k, config.block_r,
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return parts
@@ -153,16 +152,15 @@ def sum_gradients(
     `against` is (U, b_u or None): return the gradient of s without its float part, 0-d fp32.
     """
     (P, S), (R, K) = parts.shape, ddown.shape
-    blocks = triton.cdiv(S, _BLOCK)
+    blocks = cdiv(S, _BLOCK)
     up, bias_up = against or (None, None)
     dots = None if against is None else parts.new_empty(blocks)
     _sum_gradients[(blocks,)](
-        part_ptr=parts, ddown_ptr=ddown, dup_ptr=dup, dbias_down_ptr=dbias_down,
-        dbias_up_ptr=dbias_up, up_ptr=up,
-        bias_up_ptr=None if bias_up is None else bias_up.contiguous(), dots_ptr=dots,
-        scale_ptr=scale.tensor, P=P, K=K, R=R, S=S,
-        stride_uk=0 if up is None else up.stride(0), stride_ur=0 if up is None else up.stride(1),
-        scale=scale.number, BLOCK_P=_BLOCK_P, BLOCK=_BLOCK,
+        parts, ddown, dup, dbias_down, dbias_up, up, contiguous(bias_up), dots, scale.tensor,
+        P, K, R, S,
+        *strides(up),
+        scale.number,
+        _BLOCK_P, _BLOCK,
         num_warps=4, num_stages=3, enable_fp_fusion=True,
     )  # fmt: skip
     return None if dots is None else dots.sum()

@@ -34,24 +34,25 @@ class Dropout(NamedTuple):
     def rescale(self) -> float:
         return rng.keep_scale(self.p) if self.p else 1.0
 
-    def arguments(self, rows: int, *columns: int) -> dict:
-        """Kernel arguments for the mask of a [rows, columns] tensor; no seed, no dropout.
+    def arguments(self, rows: int, *columns: int) -> tuple[torch.Tensor | None, int, float, bool]:
+        """A kernel's seed_ptr, threshold, rescale and PAIRED for the mask of a [rows, columns].
 
-        Several `columns` are those of tensors side by side.
+        No seed, no dropout. Several `columns` are those of tensors side by side.
         """
-        return {
-            "seed_ptr": self.seed if self.p else None,
-            "threshold": rng.threshold(self.p),
-            "rescale": self.rescale,
-            "PAIRED": all(n % 2 == 0 and rows * n <= _PAIRED_ELEMENTS for n in columns),
-        }
+        if not self.p:
+            return None, 0, 1.0, True
+        paired = all(n % 2 == 0 and rows * n <= _PAIRED_ELEMENTS for n in columns)
+        return self.seed, rng.threshold(self.p), self.rescale, paired
 
 
-def scale_arguments(scale: Scale | None) -> dict:
-    """Kernel arguments of a scale that may be absent: then nothing is multiplied."""
-    if scale is None:
-        return {"scale": None, "scale_ptr": None}
-    return {"scale": scale.number, "scale_ptr": scale.tensor}
+def strides(x: torch.Tensor | None) -> tuple[int, int]:
+    """Those of a matrix that may be absent."""
+    return (0, 0) if x is None else x.stride()
+
+
+def contiguous(bias: torch.Tensor | None) -> torch.Tensor | None:
+    """A bias as kernels read it: without a stride."""
+    return None if bias is None else bias.contiguous()
 
 
 NO_DROPOUT = Dropout()

@@ -23,9 +23,9 @@ import triton
 import triton.language as tl
 
 from ...core.tiles import grouped_tile
-from ...core.tiling import Config
-from .arguments import NO_DROPOUT, UNSCALED, Dropout, Scale
-from .low_rank_tile import add_biases, low_rank_arguments, low_rank_tile
+from ...core.tiling import Config, cdiv
+from .arguments import NO_DROPOUT, UNSCALED, Dropout, Scale, contiguous, strides
+from .low_rank_tile import add_biases, low_rank_tile
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -115,17 +115,19 @@ def expand(
     dropout: Dropout = NO_DROPOUT,
 ) -> torch.Tensor:
     """Return y [M, N] in x's dtype; dropout masks the low-rank term."""
-    (M, K), N = x.shape, weight.shape[0]
+    (M, K), (N, R) = x.shape, b.shape
     y = x.new_empty(M, N)
     if M == 0:
         return y
-    grid = (triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)
-    _expand[grid](
-        x_ptr=x, w_ptr=weight, y_ptr=y, bias_ptr=None if bias is None else bias.contiguous(), K=K,
-        stride_xm=x.stride(0), stride_xk=x.stride(1),
-        stride_wn=weight.stride(0), stride_wk=weight.stride(1),
-        EVEN_K=K % config.block_k == 0, GROUP_M=8, BLOCK_K=config.block_k,
-        **low_rank_arguments(s, b, M, N, bias_low, scale, dropout, config),
+    seed, threshold, rescale, paired = dropout.arguments(M, N)
+    _expand[(cdiv(M, config.block_m) * cdiv(N, config.block_n),)](
+        x, weight, s, b, contiguous(bias), contiguous(bias_low), y, seed, scale.tensor,
+        M, N, K, R,
+        *x.stride(), *weight.stride(), s.stride(0), *b.stride(),
+        scale.number, threshold, rescale,
+        paired, K % config.block_k == 0, cdiv(R, config.block_r), 8,
+        config.block_m, config.block_n, config.block_k, config.block_r,
+        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return y
 
@@ -146,15 +148,17 @@ def update(
 
     Written to `out` if given, which may be the residual: a tile is read before it is stored.
     """
-    M, N = s.shape[0], b.shape[0]
+    M, (N, R) = s.shape[0], b.shape
     y = s.new_empty(M, N, dtype=dtype) if out is None else out
     if M == 0:
         return y
-    grid = (triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)
-    _update[grid](
-        residual_ptr=residual, y_ptr=y,
-        stride_residual_m=0 if residual is None else residual.stride(0),
-        stride_residual_n=0 if residual is None else residual.stride(1),
-        **low_rank_arguments(s, b, M, N, bias_low, scale, dropout, config),
+    seed, threshold, rescale, paired = dropout.arguments(M, N)
+    _update[(cdiv(M, config.block_m) * cdiv(N, config.block_n),)](
+        residual, s, b, contiguous(bias_low), y, seed, scale.tensor,
+        M, N, R,
+        *strides(residual), s.stride(0), *b.stride(),
+        scale.number, threshold, rescale,
+        paired, cdiv(R, config.block_r), config.block_m, config.block_n, config.block_r,
+        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return y

@@ -24,8 +24,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ...core.tiling import Config, whole_rank
-from .arguments import NO_DROPOUT, Dropout, Scale, scale_arguments
+from ...core.tiling import Config, cdiv, whole_rank
+from .arguments import NO_DROPOUT, Dropout, Scale
 from .hidden import finish_hidden, hidden_units
 from .shrink import finish
 
@@ -104,29 +104,26 @@ def expand_backward(
     dropout (of the hidden units) belongs to the backward stage.
     """
     (M, N), R = dy.shape, b.shape[1]
-    P = triton.cdiv(M, config.block_m)
+    P = cdiv(M, config.block_m)
     out = dy.new_empty(M, R, dtype=torch.float32) if out is None else out
     db = dy.new_empty(P, N, R, dtype=torch.float32)
     columns = dy.new_empty(P, N, dtype=torch.float32) if with_columns else None
     if M == 0:
         return out, db, columns
-    hidden = {
-        "z_ptr": z,
-        "stride_zm": z.stride(0),
-        "STAGE": stage,
-        "ACTIVATION": activation,
-        **scale_arguments(scale),
-        **dropout.arguments(M, R),
-    }
     sums = out if config.split == 1 else dy.new_empty(config.split, M, R, dtype=torch.float32)
+    number, scale_ptr = scale or (None, None)
+    seed, threshold, rescale, paired = dropout.arguments(M, R)
     _expand_backward[(P, config.split)](
-        dy_ptr=dy, b_ptr=b, out_ptr=sums, db_ptr=db, columns_ptr=columns, M=M, N=N, R=R,
-        stride_dym=dy.stride(0), stride_dyn=dy.stride(1),
-        stride_bn=b.stride(0), stride_br=b.stride(1), stride_outm=out.stride(0),
-        EVEN_N=N % config.block_n == 0, SPLIT_N=config.split,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=whole_rank(R),
-        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True, **hidden,
+        dy, b, z, sums, db, columns, seed, scale_ptr,
+        M, N, R,
+        *dy.stride(), *b.stride(), z.stride(0), out.stride(0),
+        number, threshold, rescale,
+        stage, activation, paired, N % config.block_n == 0,
+        config.split, config.block_m, config.block_n, whole_rank(R),
+        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
     )  # fmt: skip
     if config.split > 1:
-        finish(sums, out, {**hidden, "bias_ptr": None, "h_ptr": None, "widths": None})
+        finish(
+            sums, out, stage=stage, z=z, activation=activation, dropout=dropout, scale=scale
+        )  # fmt: skip
     return out, db, columns

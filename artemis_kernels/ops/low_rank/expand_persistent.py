@@ -23,9 +23,9 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...core.tiles import grouped_tile
-from ...core.tiling import Config
-from .arguments import NO_DROPOUT, UNSCALED, Dropout, Scale
-from .low_rank_tile import add_biases, low_rank_arguments, low_rank_tile
+from ...core.tiling import Config, cdiv
+from .arguments import NO_DROPOUT, UNSCALED, Dropout, Scale, contiguous
+from .low_rank_tile import add_biases, low_rank_tile
 
 _ALIGNMENT = 16  # bytes, of an address and of every stride but the last: CUDA, cuTensorMapEncode
 
@@ -90,20 +90,25 @@ def expand_persistent(
     dropout: Dropout = NO_DROPOUT,
 ) -> torch.Tensor:
     """Return y [M, N] in x's dtype by at most `programs` programs; needs `has_descriptors`."""
-    (M, K), N = x.shape, weight.shape[0]
+    (M, K), (N, R) = x.shape, b.shape
     y = x.new_empty(M, N)
     if M == 0:
         return y
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
-    programs = min(programs, triton.cdiv(M, block_m) * triton.cdiv(N, block_n))
+    programs = min(programs, cdiv(M, block_m) * cdiv(N, block_n))
     transposed = weight.stride(1) != 1
     described = (weight.t(), [block_k, block_n]) if transposed else (weight, [block_n, block_k])
+    seed, threshold, rescale, paired = dropout.arguments(M, N)
     _expand_persistent[(programs,)](
-        x_desc=TensorDescriptor.from_tensor(x, [block_m, block_k]),
-        w_desc=TensorDescriptor.from_tensor(*described),
-        y_desc=TensorDescriptor.from_tensor(y, [block_m, block_n]),
-        bias_ptr=None if bias is None else bias.contiguous(), K=K, programs=programs,
-        TRANSPOSED=transposed, GROUP_M=8, BLOCK_K=block_k,
-        **low_rank_arguments(s, b, M, N, bias_low, scale, dropout, config),
+        TensorDescriptor.from_tensor(x, [block_m, block_k]),
+        TensorDescriptor.from_tensor(*described),
+        TensorDescriptor.from_tensor(y, [block_m, block_n]),
+        s, b, contiguous(bias), contiguous(bias_low), seed, scale.tensor,
+        M, N, K, R, programs,
+        s.stride(0), *b.stride(),
+        scale.number, threshold, rescale,
+        paired, transposed, cdiv(R, config.block_r), 8,
+        block_m, block_n, block_k, config.block_r,
+        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return y

@@ -1,4 +1,4 @@
-"""What products with a low-rank term share: the term's tile, its biases, its launch arguments.
+"""What products with a low-rank term share: the term's tile and its biases.
 
 The accumulator of a tile of y starts from `s·mask·(S Bᵀ)`; the biases join it before the store.
 
@@ -8,13 +8,10 @@ The accumulator of a tile of y starts from `s·mask·(S Bᵀ)`; the biases join 
 | bias_low | [N]    | any float                    | contiguous |
 """
 
-import torch
 import triton
 import triton.language as tl
 
 from ...core.tiles import effective_scale, keep_mask
-from ...core.tiling import Config
-from .arguments import Dropout, Scale
 
 
 @triton.jit
@@ -54,26 +51,3 @@ def add_biases(acc, bias_ptr, bias_low_ptr, scale_ptr, scale, offs_n, mask_n):
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     return acc
-
-
-def low_rank_arguments(
-    s: torch.Tensor,
-    b: torch.Tensor,
-    M: int,
-    N: int,
-    bias_low: torch.Tensor | None,
-    scale: Scale,
-    dropout: Dropout,
-    config: Config,
-) -> dict:
-    """The arguments of a launch that these functions read, and what every launch sets."""
-    R = s.shape[1]
-    return {
-        "s_ptr": s, "b_ptr": b, "bias_low_ptr": None if bias_low is None else bias_low.contiguous(),
-        "scale": scale.number, "scale_ptr": scale.tensor, "M": M, "N": N, "R": R,
-        "stride_sm": s.stride(0), "stride_bn": b.stride(0), "stride_br": b.stride(1),
-        "RANK_BLOCKS": triton.cdiv(R, config.block_r),
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_R": config.block_r,
-        "num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True,
-        **dropout.arguments(M, N),
-    }  # fmt: skip

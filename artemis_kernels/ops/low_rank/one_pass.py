@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 
 from ...core.tiles import effective_scale, grouped_tile
-from ...core.tiling import Config, whole_rank
-from .arguments import UNSCALED, Scale
+from ...core.tiling import Config, cdiv, whole_rank
+from .arguments import UNSCALED, Scale, contiguous
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -93,18 +93,13 @@ def one_pass(
     s = x.new_empty(M, R, dtype=torch.float32)
     if M == 0:
         return y, s
-    grid = (triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)
-    _one_pass[grid](
-        x_ptr=x, w_ptr=weight, a_ptr=a, b_ptr=b,
-        bias_ptr=None if bias is None else bias.contiguous(),
-        y_ptr=y, s_ptr=s, scale_ptr=scale.tensor,
-        M=M, N=N, K=K, R=R,
-        stride_xm=x.stride(0), stride_xk=x.stride(1),
-        stride_wn=weight.stride(0), stride_wk=weight.stride(1),
-        stride_ar=a.stride(0), stride_ak=a.stride(1), stride_bn=b.stride(0), stride_br=b.stride(1),
-        scale=scale.number, EVEN_K=K % config.block_k == 0, GROUP_M=8,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-        BLOCK_R=whole_rank(R),
+    _one_pass[(cdiv(M, config.block_m) * cdiv(N, config.block_n),)](
+        x, weight, a, b, contiguous(bias), y, s, scale.tensor,
+        M, N, K, R,
+        *x.stride(), *weight.stride(), *a.stride(), *b.stride(),
+        scale.number,
+        K % config.block_k == 0, 8,
+        config.block_m, config.block_n, config.block_k, whole_rank(R),
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return y, s

@@ -27,8 +27,8 @@ import triton
 import triton.language as tl
 
 from ...core.tiles import keep_mask
-from ...core.tiling import Config
-from .arguments import NO_DROPOUT, Dropout, Scale, scale_arguments
+from ...core.tiling import Config, cdiv, whole_rank
+from .arguments import NO_DROPOUT, Dropout, Scale, contiguous, strides
 from .hidden import finish_hidden
 
 
@@ -134,39 +134,49 @@ def shrink(
     h = x.new_empty(M, R) if with_h else None
     if M == 0:
         return out, h
-    hidden = {
-        "bias_ptr": None if bias is None else bias.contiguous(),
-        "z_ptr": z,
-        "h_ptr": h,
-        "stride_zm": 0 if z is None else z.stride(0),
-        "STAGE": stage,
-        "ACTIVATION": activation,
-        "widths": widths,
-        **scale_arguments(scale),
-        **dropout.arguments(M, *((K,) if stage == "linear" else widths or (R,))),
-    }
     parts = out if config.split == 1 else x.new_empty(config.split, M, R, dtype=torch.float32)
-    grid = (triton.cdiv(M, config.block_m) * triton.cdiv(R, config.block_r), config.split)
-    _shrink[grid](
-        x_ptr=x, f_ptr=f, out_ptr=parts, M=M, K=K, R=R,
-        stride_xm=x.stride(0), stride_xk=x.stride(1), stride_fr=f.stride(0), stride_fk=f.stride(1),
-        stride_outm=out.stride(0), EVEN_K=K % config.block_k == 0, SPLIT_K=config.split,
-        BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=config.block_r,
+    number, scale_ptr = scale or (None, None)
+    drawn = (K,) if stage == "linear" else widths or (R,)
+    seed, threshold, rescale, paired = dropout.arguments(M, *drawn)
+    _shrink[(cdiv(M, config.block_m) * cdiv(R, config.block_r), config.split)](
+        x, f, contiguous(bias), z, parts, h, seed, scale_ptr,
+        M, K, R, widths,
+        *x.stride(), *f.stride(), strides(z)[0], out.stride(0),
+        number, threshold, rescale,
+        stage, activation, paired, K % config.block_k == 0,
+        config.split, config.block_m, config.block_k, config.block_r,
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
-        **hidden,
     )  # fmt: skip
     if config.split > 1:
-        finish(parts, out, hidden)
+        finish(parts, out, h, stage=stage, bias=bias, z=z, activation=activation, dropout=dropout,
+               widths=widths, scale=scale)  # fmt: skip
     return out, h
 
 
-def finish(parts: torch.Tensor, out: torch.Tensor, hidden: dict) -> None:
-    """Add the [P, M, R] sums in order and take the total through its stage into `out`."""
+def finish(
+    parts: torch.Tensor,
+    out: torch.Tensor,
+    h: torch.Tensor | None = None,
+    *,
+    stage: str,
+    z: torch.Tensor | None,
+    activation: str,
+    dropout: Dropout,
+    scale: Scale | None,
+    bias: torch.Tensor | None = None,
+    widths: tuple[int, ...] | None = None,
+) -> None:
+    """Add the [P, M, R] sums in order and take the total through its stage into `out` and `h`."""
     P, M, R = parts.shape
-    BLOCK_R = min(64, max(16, triton.next_power_of_2(R)))
-    BLOCK_M = 1024 // BLOCK_R
-    _finish[(triton.cdiv(M, BLOCK_M), triton.cdiv(R, BLOCK_R))](
-        part_ptr=parts, out_ptr=out, stride_outm=out.stride(0), M=M, R=R, parts=P,
-        BLOCK_M=BLOCK_M, BLOCK_R=BLOCK_R, num_warps=4, num_stages=1, enable_fp_fusion=True,
-        **hidden,
+    block_r = min(64, whole_rank(R))
+    block_m = 1024 // block_r
+    number, scale_ptr = scale or (None, None)
+    seed, threshold, rescale, paired = dropout.arguments(M, *(widths or (R,)))
+    _finish[(cdiv(M, block_m), cdiv(R, block_r))](
+        parts, contiguous(bias), z, out, h, seed, scale_ptr,
+        M, R, widths, P,
+        strides(z)[0], out.stride(0),
+        number, threshold, rescale,
+        stage, activation, paired, block_m, block_r,
+        num_warps=4, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...core.tiling import Config
+from ...core.tiling import Config, cdiv
 from .arguments import NO_DROPOUT, Dropout
 from .over_rows import over_rows
 
@@ -64,13 +64,14 @@ def shrink_backward(
     columns = x.new_empty(P, K, dtype=torch.float32) if with_columns else None
     if M == 0:
         return df, columns
-    tiles_r = max(triton.cdiv(R, config.block_r), 1)  # x's columns are summed at any rank
-    grid = (triton.cdiv(K, config.block_k), tiles_r, P)
-    _shrink_backward[grid](
-        x_ptr=x, s_ptr=s, df_ptr=df, columns_ptr=columns, M=M, K=K, R=R,
-        stride_xm=x.stride(0), stride_xk=x.stride(1), stride_sm=s.stride(0), PARTS=P,
-        BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=config.block_r,
+    tiles_r = max(cdiv(R, config.block_r), 1)  # x's columns are summed at any rank
+    seed, threshold, rescale, paired = dropout.arguments(M, K)
+    _shrink_backward[(cdiv(K, config.block_k), tiles_r, P)](
+        x, s, df, columns, seed,
+        M, K, R,
+        *x.stride(), s.stride(0),
+        threshold, rescale,
+        paired, P, config.block_m, config.block_k, config.block_r,
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
-        **dropout.arguments(M, K),
     )  # fmt: skip
     return df, columns

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 
 from ...core.tiles import effective_scale
-from .arguments import UNSCALED, Scale
+from ...core.tiling import cdiv
+from .arguments import UNSCALED, Scale, strides
 
 _BLOCK_P = 16
 _BLOCK = 128
@@ -60,15 +61,14 @@ def sum_parts(
 ) -> torch.Tensor | None:
     """Write `s·Σ parts` into `out`; return `Σ parts ⊙ other`, unscaled, as a 0-d fp32 tensor."""
     P, A, B = parts.shape
-    blocks = triton.cdiv(A * B, _BLOCK)
+    blocks = cdiv(A * B, _BLOCK)
     dots = None if other is None else parts.new_empty(blocks)
     _sum_parts[(blocks,)](
-        part_ptr=parts, other_ptr=other, out_ptr=out, dots_ptr=dots, scale_ptr=scale.tensor,
-        P=P, A=A, B=B,
-        stride_other_a=0 if other is None else other.stride(0),
-        stride_other_b=0 if other is None else other.stride(1),
-        stride_out_a=out.stride(0), stride_out_b=out.stride(1),
-        scale=scale.number, BLOCK_P=_BLOCK_P, BLOCK=_BLOCK,
+        parts, other, out, dots, scale.tensor,
+        P, A, B,
+        *strides(other), *out.stride(),
+        scale.number,
+        _BLOCK_P, _BLOCK,
         num_warps=4, num_stages=3, enable_fp_fusion=True,
     )  # fmt: skip
     return None if dots is None else dots.sum()

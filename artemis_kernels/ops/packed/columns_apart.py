@@ -28,7 +28,8 @@ import triton
 import triton.language as tl
 
 from ...core.eight_bit_rows import APART, FEWEST_PER_COLUMN_APART
-from ...core.tiling import Config
+from ...core.tiling import Config, cdiv
+from ..low_rank.arguments import contiguous
 from .epilogue import MOST_APART
 
 _BLOCK_K = 4096  # columns that one program looks at together: 16 a thread
@@ -154,10 +155,12 @@ def column_max(x: torch.Tensor, *, config: Config) -> torch.Tensor:
     """The largest magnitude in each column of a range of rows, fp32 [P, K]; nan does not count."""
     M, K = x.shape
     parts = x.new_empty(config.split, K, dtype=torch.float32)
-    _column_max[(triton.cdiv(K, config.block_n), config.split)](
-        x_ptr=x, out_ptr=parts, M=M, K=K, stride_xm=x.stride(0), stride_xk=x.stride(1),
-        SPLIT_M=config.split, BLOCK_M=32, BLOCK_K=config.block_n, num_warps=config.warps,
-        num_stages=config.stages, enable_fp_fusion=True,
+    _column_max[(cdiv(K, config.block_n), config.split)](
+        x, parts,
+        M, K,
+        *x.stride(),
+        config.split, 32, config.block_n,
+        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return parts
 
@@ -170,9 +173,11 @@ def set_apart(parts: torch.Tensor, factor: torch.Tensor | None) -> Apart:
     columns = parts.new_empty(A, dtype=torch.int64)
     counts = parts.new_empty(A, dtype=torch.int8)
     _set_apart[(1,)](
-        part_ptr=parts, factor_ptr=None if factor is None else factor.contiguous(),
-        kept_ptr=kept, columns_ptr=columns, counts_ptr=counts, P=P, K=K, A=A, apart=APART,
-        MOST=MOST_APART, BLOCK_K=_BLOCK_K, num_warps=8, num_stages=1, enable_fp_fusion=True,
+        parts, contiguous(factor), kept, columns, counts,
+        P, K, A,
+        APART,
+        MOST_APART, _BLOCK_K,
+        num_warps=8, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     return Apart(kept, columns, counts)
 
@@ -190,10 +195,11 @@ def weights_apart(
     wa = scale.new_empty((A, N) if transposed else (N, A), dtype=dtype)
     if transposed:
         data, wa = data.t(), wa.t()
-    _weights_apart[(triton.cdiv(N, _BLOCK_N), A)](
-        data_ptr=data, scale_ptr=scale.contiguous(), columns_ptr=columns, wa_ptr=wa, N=N,
-        stride_dn=data.stride(0), stride_dk=data.stride(1), stride_wn=wa.stride(0),
-        stride_wa=wa.stride(1), TRANSPOSED=transposed, BLOCK_N=_BLOCK_N, num_warps=1, num_stages=1,
-        enable_fp_fusion=True,
+    _weights_apart[(cdiv(N, _BLOCK_N), A)](
+        data, scale.contiguous(), columns, wa,
+        N,
+        *data.stride(), *wa.stride(),
+        transposed, _BLOCK_N,
+        num_warps=1, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     return wa

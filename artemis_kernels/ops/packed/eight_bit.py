@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from ...core.tiles import grouped_tile
-from ...core.tiling import Config
+from ...core.tiling import Config, cdiv
 from .epilogue import Epilogue, finish_tile
 
 
@@ -84,12 +84,17 @@ def eight_bit(
     (M, K), N = q.shape, w.shape[0]
     if M == 0:
         return
-    if epilogue.residual is not None or epilogue.peaks is not None:
-        config = replace(config, block_n=min(config.block_n, 128))  # beside a wider tile they spill
-    grid = (triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)
-    _eight_bit[grid](
-        q_ptr=q, w_ptr=w, K=K, stride_qm=q.stride(0), stride_qk=q.stride(1),
-        stride_wn=w.stride(0), stride_wk=w.stride(1), PRECISE=precise and q.dtype != torch.int8,
-        EVEN_K=K % config.block_k == 0, GROUP_M=8, BLOCK_K=config.block_k,
-        **epilogue.arguments(y, config),
+    crowded = epilogue.residual is not None or epilogue.peaks is not None
+    if crowded and config.block_n > 128:  # beside so wide a tile they spill
+        config = replace(config, block_n=128)
+    pointers, sizes, steps, numbers, paired = epilogue.arguments(y)
+    _eight_bit[(cdiv(M, config.block_m) * cdiv(N, config.block_n),)](
+        q, w, *pointers,
+        *sizes, K,
+        *q.stride(), *w.stride(), *steps,
+        *numbers,
+        precise and q.dtype != torch.int8, K % config.block_k == 0,
+        paired, epilogue.rank_blocks(config.block_r), 8,
+        config.block_m, config.block_n, config.block_k, config.block_r,
+        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
     )  # fmt: skip

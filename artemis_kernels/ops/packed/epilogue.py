@@ -28,8 +28,15 @@ import triton.language as tl
 
 from ...core.eight_bit_rows import Peaks
 from ...core.tiles import effective_scale, keep_mask
-from ...core.tiling import Config
-from ..low_rank.arguments import NO_DROPOUT, UNSCALED, Dropout, Scale
+from ...core.tiling import Config, cdiv
+from ..low_rank.arguments import (
+    NO_DROPOUT,
+    UNSCALED,
+    Dropout,
+    Scale,
+    contiguous,
+    strides,
+)
 
 MOST_APART = 16  # columns: one step of a dot
 
@@ -163,38 +170,39 @@ class Epilogue(NamedTuple):
     def rank(self) -> int:
         return 0 if self.s is None else self.s.shape[1]
 
-    def arguments(self, y: torch.Tensor, config: Config) -> dict:
-        """Kernel arguments, y [M, N], its sizes and the tiles among them."""
-        (M, N), R = y.shape, self.rank
-        b, wa, lines = self.b, self.wa, self.lines
+    def rank_blocks(self, block_r: int) -> int:
+        """RANK_BLOCKS of the low-rank term, if there is one."""
+        return cdiv(self.rank, block_r) if self.rank else 0
+
+    def arguments(self, y: torch.Tensor) -> tuple[tuple, tuple, tuple, tuple, bool]:
+        """A kernel's arguments for y [M, N], in its order.
+
+        Pointers (row_ptr to scale_ptr), sizes (M to A), strides (stride_wan to stride_br), numbers
+        (scale to rescale), and PAIRED.
+        """
+        s, b, wa, (M, N) = self.s, self.b, self.wa, y.shape
         peak, at = self.peaks or (None, None)
-        return {
-            "row_ptr": self.row, "column_ptr": _contiguous(self.column), "xa_ptr": self.xa,
-            "wa_ptr": wa, "peak_ptr": peak, "at_ptr": at, "lines_ptr": lines, "s_ptr": self.s,
-            "b_ptr": b, "bias_ptr": _contiguous(self.bias),
-            "bias_low_ptr": _contiguous(self.bias_low), "residual_ptr": self.residual, "y_ptr": y,
-            "scale_ptr": self.scale.tensor,
-            "M": M, "N": N, "R": R, "A": 0 if wa is None else wa.shape[1],
-            "stride_wan": 0 if wa is None else wa.stride(0),
-            "stride_waa": 0 if wa is None else wa.stride(1),
-            "stride_lk": 0 if lines is None else lines.stride(0),
-            "stride_ln": 0 if lines is None else lines.stride(1),
-            "stride_sm": 0 if self.s is None else self.s.stride(0),
-            "stride_bn": 0 if b is None else b.stride(0),
-            "stride_br": 0 if b is None else b.stride(1),
-            "scale": self.scale.number, "RANK_BLOCKS": triton.cdiv(R, config.block_r) if R else 0,
-            "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_R": config.block_r,
-            "num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True,
-            **self.dropout.arguments(M, N),
-        }  # fmt: skip
-
-
-def _contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
-    return None if x is None else x.contiguous()
+        seed, threshold, rescale, paired = self.dropout.arguments(M, N)
+        pointers = (
+            self.row, contiguous(self.column), self.xa, wa, peak, at, self.lines, s, b,
+            contiguous(self.bias), contiguous(self.bias_low), self.residual, y, seed,
+            self.scale.tensor,
+        )  # fmt: skip
+        sizes = M, N, self.rank, 0 if wa is None else wa.shape[1]
+        steps = *strides(wa), *strides(self.lines), strides(s)[0], *strides(b)
+        return pointers, sizes, steps, (self.scale.number, threshold, rescale), paired
 
 
 def finish(parts: torch.Tensor, y: torch.Tensor, epilogue: Epilogue, *, config: Config) -> None:
     """Add the parts [P, M, N] in order and take the sum through the epilogue into y [M, N]."""
     P, M, N = parts.shape
-    grid = (triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)
-    _finish_product[grid](part_ptr=parts, parts=P, **epilogue.arguments(y, config))
+    pointers, sizes, steps, numbers, paired = epilogue.arguments(y)
+    _finish_product[(cdiv(M, config.block_m) * cdiv(N, config.block_n),)](
+        parts, *pointers,
+        *sizes, P,
+        *steps,
+        *numbers,
+        paired, epilogue.rank_blocks(config.block_r),
+        config.block_m, config.block_n, config.block_r,
+        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
+    )  # fmt: skip

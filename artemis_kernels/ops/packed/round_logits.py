@@ -105,8 +105,10 @@ def round_logits(x: torch.Tensor, factor: torch.Tensor, *, config: Config) -> Ro
     scale, peak = x.new_empty(M, dtype=torch.float32), x.new_empty(M, dtype=torch.float32)
     at = x.new_empty(M, dtype=torch.int64)
     _round_logits[(M,)](
-        x_ptr=x, factor_ptr=factor.contiguous(), q_ptr=q, scale_ptr=scale, peak_ptr=peak,
-        at_ptr=at, K=K, stride_xm=x.stride(0), stride_xk=x.stride(1), BLOCK_K=config.block_k,
+        x, factor.contiguous(), q, scale, peak, at,
+        K,
+        *x.stride(),
+        config.block_k,
         num_warps=config.warps, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     return Rounded(q, scale, peaks=Peaks(peak, at))

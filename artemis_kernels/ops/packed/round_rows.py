@@ -26,7 +26,8 @@ import triton
 import triton.language as tl
 
 from ...core.eight_bit_rows import Peaks
-from ...core.tiling import Config
+from ...core.tiling import Config, cdiv
+from ..low_rank.arguments import contiguous
 from .columns_apart import column_max, set_apart
 from .epilogue import MOST_APART
 
@@ -159,19 +160,20 @@ def round_rows(
     x: torch.Tensor, dtype: torch.dtype, factor: torch.Tensor | None, *, config: Config
 ) -> Rounded:
     """Round `x ⊙ factor` [M, K], M > 0, to int8 (columns apart) or e4m3."""
-    (M, K), columns, counts, apart = x.shape, None, None, None
-    kept = None if factor is None else factor.contiguous()
+    (M, K), A, columns, counts, apart = x.shape, 0, None, None, None
+    kept = contiguous(factor)
     if dtype == torch.int8 and K > 1:
-        kept, columns, counts = set_apart(column_max(x, config=config), factor)
-        apart = x.new_empty(M, columns.shape[0])
+        kept, columns, counts = set_apart(column_max(x, config=config), kept)
+        A = columns.shape[0]
+        apart = x.new_empty(M, A)
     q = x.new_empty(M, K, dtype=dtype)
     scale = x.new_empty(M, dtype=torch.float32)
-    _round_rows[(triton.cdiv(M, config.block_m),)](
-        x_ptr=x, kept_ptr=kept, columns_ptr=columns, counts_ptr=counts, q_ptr=q, scale_ptr=scale,
-        apart_ptr=apart, M=M, K=K, A=0 if apart is None else apart.shape[1],
-        stride_xm=x.stride(0), stride_xk=x.stride(1),
-        largest=LARGEST[dtype], smallest=SMALLEST[dtype], INTEGER=dtype == torch.int8,
-        MOST=MOST_APART, WHOLE=config.block_k >= K, BLOCK_M=config.block_m, BLOCK_K=config.block_k,
+    _round_rows[(cdiv(M, config.block_m),)](
+        x, kept, columns, counts, q, scale, apart,
+        M, K, A,
+        *x.stride(),
+        LARGEST[dtype], SMALLEST[dtype],
+        dtype == torch.int8, MOST_APART, config.block_k >= K, config.block_m, config.block_k,
         num_warps=config.warps, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     return Rounded(q, scale, apart, columns)

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...core.tiling import Config
+from ...core.tiling import Config, cdiv
 
 
 @triton.jit
@@ -39,9 +39,10 @@ def transpose(data: torch.Tensor, *, config: Config) -> torch.Tensor:
     """Return `data`ᵀ [K, N], contiguous, in the dtype of `data` [N, K]."""
     N, K = data.shape
     out = data.new_empty(K, N)
-    _transpose[(triton.cdiv(N, config.block_n) * triton.cdiv(K, config.block_k),)](
-        data_ptr=data.contiguous().view(torch.int8), out_ptr=out.view(torch.int8),
-        N=N, K=K, BLOCK_N=config.block_n, BLOCK_K=config.block_k, num_warps=config.warps,
-        num_stages=1, enable_fp_fusion=True,
+    _transpose[(cdiv(N, config.block_n) * cdiv(K, config.block_k),)](
+        data.contiguous().view(torch.int8), out.view(torch.int8),
+        N, K,
+        config.block_n, config.block_k,
+        num_warps=config.warps, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     return out

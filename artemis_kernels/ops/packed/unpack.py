@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ...core.quantized import QuantizedWeight
-from ...core.tiling import Config
+from ...core.tiling import Config, cdiv
 from .codes import group_values, low_columns, numbers, pair_of_weights
 from .weight_only import bytes_a_step
 
@@ -52,12 +52,11 @@ def unpack(weight: QuantizedWeight, dtype: torch.dtype, *, config: Config) -> to
     half = weight.group_size // 2 if in_groups else 1
     block = bytes_a_step(config.block_k, half)
     out = weight.scale.new_empty(N, K, dtype=dtype)
-    _unpack[(triton.cdiv(N, config.block_n), triton.cdiv(data.shape[1], block))](
-        w_ptr=data.view(torch.int8 if weight.format == "int8" else torch.uint8),
-        scale_ptr=weight.scale.contiguous(),
-        offset_ptr=weight.offset.contiguous() if in_groups else None, out_ptr=out,
-        N=N, K=K, columns=data.shape[1], FORMAT=weight.format, HALF=half,
-        BLOCK_N=config.block_n, BLOCK_B=block, num_warps=config.warps, num_stages=1,
-        enable_fp_fusion=True,
+    _unpack[(cdiv(N, config.block_n), cdiv(data.shape[1], block))](
+        data.view(torch.int8 if weight.format == "int8" else torch.uint8),
+        weight.scale.contiguous(), weight.offset.contiguous() if in_groups else None, out,
+        N, K, data.shape[1],
+        weight.format, half, config.block_n, block,
+        num_warps=config.warps, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     return out

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from ...core.quantized import QuantizedWeight
-from ...core.tiling import Config
+from ...core.tiling import Config, cdiv
 from .codes import group_values, low_columns, numbers, pair_of_weights
 from .epilogue import Epilogue, finish, finish_tile
 
@@ -112,14 +112,18 @@ def weight_only(
     half = weight.group_size // 2 if in_groups else 1
     split = config.split
     parts = None if split == 1 else x.new_empty(split, M, N, dtype=torch.float32)
-    grid = (triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n), split)
-    _weight_only[grid](
-        x_ptr=x, w_ptr=data.view(torch.int8 if weight.format == "int8" else torch.uint8),
-        group_scale_ptr=scale if in_groups else None,
-        group_offset_ptr=weight.offset.contiguous() if in_groups else None,
-        part_ptr=parts, K=K, columns=data.shape[1], stride_xm=x.stride(0), stride_xk=x.stride(1),
-        FORMAT=weight.format, HALF=half, SPLIT_K=split, BLOCK_B=bytes_a_step(config.block_k, half),
-        **epilogue.arguments(y, config),
+    pointers, sizes, steps, numbers, paired = epilogue.arguments(y)
+    _weight_only[(cdiv(M, config.block_m) * cdiv(N, config.block_n), split)](
+        x, data.view(torch.int8 if weight.format == "int8" else torch.uint8),
+        scale if in_groups else None, weight.offset.contiguous() if in_groups else None, parts,
+        *pointers,
+        *sizes, K, data.shape[1],
+        *x.stride(), *steps,
+        *numbers,
+        weight.format, half, split, paired,
+        epilogue.rank_blocks(config.block_r), config.block_m, config.block_n,
+        bytes_a_step(config.block_k, half), config.block_r,
+        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
     )  # fmt: skip
     if parts is not None:  # in narrower tiles: there is no loop to feed, only programs to find
         finish(parts, y, epilogue, config=replace(config, block_n=32, stages=1))
