@@ -150,8 +150,9 @@ def one_read(shape: Shape, chip: Chip) -> bool:
     """Whether `dY B` and `dYᵀ S` come from one read of dY [m, n] at rank r, or from two kernels."""
     if shape.r > tiling.MAX_ONE_READ_RANK:
         return False
-    once, twice = (expand_gradient_bytes(shape, one, chip) for one in (True, False))
-    return once <= twice
+    once = expand_gradient_bytes(shape, True, chip)
+    # Two kernels take a launch more, whatever else they move.
+    return once <= _LAUNCH_BYTES or once <= expand_gradient_bytes(shape, False, chip)
 
 
 def expand_gradient_bytes(shape: Shape, one_read: bool, chip: Chip) -> float:

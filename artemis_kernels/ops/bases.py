@@ -17,6 +17,8 @@ def held(
     """A `Base` for the eager path; for the kernels a tensor, or a `Packed` weight."""
     if impl == "eager":
         return base.of(weight, scale, offset, strategy)
+    if scale is None:
+        return weight
     from .packed import steps  # imports triton
 
     return steps.of(weight, scale, offset, strategy)

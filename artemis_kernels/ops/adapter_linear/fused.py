@@ -21,7 +21,9 @@ from collections.abc import Mapping
 import torch
 
 from ...core import device, tuning
+from ...core.device import Chip
 from ...core.products import sums_dtype, through_weight
+from ...core.tiling import Shape
 from ..bottleneck_adapter import fused as bottleneck
 from ..low_rank.arguments import Dropout, Scale
 from ..low_rank.steps import (
@@ -60,7 +62,7 @@ def forward(
         y0 = product(x, weight, bias, chip, rounded=rounded)
         y, z = bottleneck.forward(
             y0, down, up, bias_down, bias_up, None, scale, scale_tensor, activation, dropout_p,
-            seed, _bottleneck_strategy(y0, up, trains=False),
+            seed, _bottleneck_strategy(y0, up, chip, trains=False),
         )  # fmt: skip
         return y, z, y0
     folded = torch.mm(down.to(x.dtype), dense(weight, x.dtype, chip))
@@ -103,7 +105,7 @@ def backward(
     if strategy.startswith("plain"):
         dy0, *others = plain_backward(
             dy, down, up, bias, bias_down, bias_up, z, kept, scale, scale_tensor, activation,
-            dropout_p, seed, needs,
+            dropout_p, seed, needs, chip,
         )  # fmt: skip
         return product(dy0, weight.t(), None, chip) if needs_x else None, *others
     gradients = expand_gradients(
@@ -124,7 +126,7 @@ def backward(
         dx,
         ddown,
         gradients.b if needs_up else None,
-        like(small.scale, scale_tensor),
+        small.scale,
         like(dbias, bias),
         like(small.bias_down, bias_down),
         like(small.bias_up, bias_up),
@@ -133,21 +135,22 @@ def backward(
 
 def plain_backward(
     dy, down, up, bias, bias_down, bias_up, z, y0, scale, scale_tensor, activation, dropout_p, seed,
-    needs,
+    needs, chip,
 ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
     """`backward` of the plain strategy, with the gradient of y0 [M, out] in the place of x's."""
     needs_x, needs_bias = needs[0], needs[4]
     dy0, ddown, dup, dscale, dbias_down, dbias_up = bottleneck.backward(
         dy, y0, down, up, bias_down, bias_up, z, scale, scale_tensor, activation, dropout_p, seed,
-        _bottleneck_strategy(dy, up, trains=True), True,
+        _bottleneck_strategy(dy, up, chip, trains=True), True,
         (needs_x or needs_bias, *needs[1:4], *needs[5:]),
     )  # fmt: skip
     dbias = dy0.sum(0, dtype=torch.float32) if needs_bias else None
     return dy0, ddown, dup, dscale, like(dbias, bias), dbias_down, dbias_up
 
 
-def _bottleneck_strategy(y0: torch.Tensor, up: torch.Tensor, trains: bool) -> str:
-    return tuning.bottleneck_strategy(y0.shape[0], *up.shape, trains, y0.dtype, y0.device)[0]
+def _bottleneck_strategy(y0: torch.Tensor, up: torch.Tensor, chip: Chip, trains: bool) -> str:
+    shape = Shape(y0.shape[0], 0, *up.shape, y0.dtype)
+    return tuning.choose_bottleneck(shape, trains, chip)[0]
 
 
 def _down_gradient(
@@ -156,7 +159,7 @@ def _down_gradient(
     weight: torch.Tensor | Packed,
     bias: torch.Tensor | None,
     scale: Scale,
-    chip: device.Chip,
+    chip: Chip,
 ) -> torch.Tensor:
     """`s·((dzᵀ x) Wᵀ + (Σ dz) biasᵀ)` [width, out] in fp32."""
     through = x.new_empty(dz.shape[1], x.shape[1], dtype=sums_dtype(x.dtype))

@@ -45,13 +45,14 @@ def forward(
     """
     chip = device.chip(x.device)
     folded, plain = by_kind(common.strategies)
-    rounded = rounded_once(x, [_base(members, common, i) for i in range(len(members))], chip)
+    bases = _bases(members, common)
+    rounded = rounded_once(x, bases, chip)
     ys, kept = dict[int, torch.Tensor](), []
     if folded:
-        z, h, f = _hidden(x, members, folded, common, chip)
+        z, h, f = _hidden(x, bases, members, folded, common, chip)
         for i, part in zip(folded, h.split(widths(members, folded), 1), strict=True):
             ys[i] = expanded(
-                x, _base(members, common, i), part, members[i].up, chip,
+                x, bases[i], part, members[i].up, chip,
                 vendor="vendor" in common.strategies[i], bias=members[i].bias,
                 bias_low=members[i].bias_up, scale=_scale(members, common, i), rounded=rounded,
             )  # fmt: skip
@@ -59,9 +60,9 @@ def forward(
     for i in plain:
         member = members[i]
         ys[i], z, y0 = fused.forward(
-            x, _base(members, common, i), member.down, member.up, member.bias, member.bias_down,
-            member.bias_up, common.scales[i], member.scale_tensor, common.activation,
-            common.dropout_p, common.seed, common.strategies[i], rounded,
+            x, bases[i], member.down, member.up, member.bias, member.bias_down, member.bias_up,
+            common.scales[i], member.scale_tensor, common.activation, common.dropout_p,
+            common.seed, common.strategies[i], rounded,
         )  # fmt: skip
         kept += [z, y0]
     return [ys[i] for i in range(len(members))], kept
@@ -80,33 +81,36 @@ def backward(
     folded, plain = by_kind(common.strategies)
     gradients = [type(member)(*(None,) * len(member)) for member in members]
     with torch.cuda.device_of(kept[0]):
-        chip, dx = device.chip(kept[0].device), None
+        chip, bases, dx = device.chip(kept[0].device), _bases(members, common), None
         reached = [i for i in folded if dys[i] is not None]
         if reached:
             f = rows_of(kept[1], members, folded, reached) if needs_x else None
             dz = _folded_gradients(
-                dys, x, members, kept[0], folded, common, needs_x, needs, gradients, chip
+                dys, x, bases, members, kept[0], folded, common, needs_x, needs, gradients, chip
             )
             if needs_x:
-                dx = _input_gradient(dys, dz, f, members, reached, common, chip)
+                dx = _input_gradient(dys, dz, f, bases, reached, common, chip)
         for place, i in enumerate(plain):
             if dys[i] is not None:
                 z, y0 = kept[2 * bool(folded) + 2 * place :][:2]
-                dy0 = _plain_gradients(dys[i], members, i, z, y0, common, needs_x, needs, gradients)
+                dy0 = _plain_gradients(
+                    dys[i], members, i, z, y0, common, needs_x, needs, gradients, chip
+                )
                 if needs_x and dx is None:
-                    dx = product(dy0, _base(members, common, i).t(), None, chip)
+                    dx = product(dy0, bases[i].t(), None, chip)
                 elif needs_x:
-                    add_product(dy0, _base(members, common, i).t(), dx, chip)
+                    add_product(dy0, bases[i].t(), dx, chip)
     return dx, gradients
 
 
-def _hidden(x, members, folded, common, chip) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _hidden(
+    x, bases, members, folded, common, chip
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """All z and h [M, Σ widths] and all F [Σ widths, in] of the folded members."""
     sizes = widths(members, folded)
     f = x.new_empty(sum(sizes), x.shape[1])
     for i, part in zip(folded, f.split(sizes), strict=True):
-        base = dense(_base(members, common, i), x.dtype, chip)
-        torch.mm(members[i].down.to(x.dtype), base, out=part)
+        torch.mm(members[i].down.to(x.dtype), dense(bases[i], x.dtype, chip), out=part)
     z, h = shrunk(
         x, f, chip, stage="forward", bias=folded_biases(members, folded), with_h=True,
         activation=common.activation, dropout=Dropout(common.dropout_p, common.seed),
@@ -116,7 +120,7 @@ def _hidden(x, members, folded, common, chip) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _folded_gradients(
-    dys, x, members, z, folded, common, needs_x, needs, gradients, chip
+    dys, x, bases, members, z, folded, common, needs_x, needs, gradients, chip
 ) -> torch.Tensor:
     """The dz [M, Σ widths] of the reached, scaled; their gradients are added to `gradients`."""
     reached = [i for i in folded if dys[i] is not None]
@@ -141,14 +145,14 @@ def _folded_gradients(
         columns[i] = found.columns
         gradients[i] = gradients[i]._replace(
             up=found.b if need.up else None,
-            scale_tensor=like(small.scale, member.scale_tensor),
+            scale_tensor=small.scale,
             bias_up=like(small.bias_up, member.bias_up),
         )
     if wants_sums:
         sums = dz.sum(0).split(sizes)
         through = _through_x(x, dz, chip).split(sizes) if wants_down else [None] * len(reached)
         for i, total, g in zip(reached, sums, through, strict=True):
-            base = dense(_base(members, common, i), x.dtype, chip) if needs[i].down else None
+            base = dense(bases[i], x.dtype, chip) if needs[i].down else None
             found = _down_gradients(members[i], needs[i], g, total, columns[i], base)
             gradients[i] = gradients[i]._replace(**found)
     return dz
@@ -177,20 +181,20 @@ def _down_gradients(member, need, through, total, columns, base) -> dict[str, to
     }
 
 
-def _input_gradient(dys, dz, f, members, reached, common, chip) -> torch.Tensor:
+def _input_gradient(dys, dz, f, bases, reached, common, chip) -> torch.Tensor:
     """`Σ dY_i W_i + dz F` [M, in] over the reached."""
     first, *others = reached
     dx = expanded(
-        dys[first], _base(members, common, first).t(), dz, f.t(), chip,
+        dys[first], bases[first].t(), dz, f.t(), chip,
         vendor="vendor" in common.strategies[first],
     )  # fmt: skip
     for i in others:
-        add_product(dys[i], _base(members, common, i).t(), dx, chip)
+        add_product(dys[i], bases[i].t(), dx, chip)
     return dx
 
 
 def _plain_gradients(
-    dy, members, i, z, y0, common, needs_x, needs, gradients
+    dy, members, i, z, y0, common, needs_x, needs, gradients, chip
 ) -> torch.Tensor | None:
     """The gradient of a plain member's y0 [M, out]; the others are added to `gradients`."""
     member, need = members[i], needs[i]
@@ -198,6 +202,7 @@ def _plain_gradients(
         dy, member.down, member.up, member.bias, member.bias_down, member.bias_up, z, y0,
         common.scales[i], member.scale_tensor, common.activation, common.dropout_p, common.seed,
         (needs_x, need.down, need.up, need.scale_tensor, need.bias, need.bias_down, need.bias_up),
+        chip,
     )  # fmt: skip
     gradients[i] = gradients[i]._replace(
         down=down, up=up, scale_tensor=scale, bias=bias, bias_down=bias_down, bias_up=bias_up
@@ -209,5 +214,6 @@ def _scale(members: list[NamedTuple], common: Common, i: int) -> Scale:
     return Scale(common.scales[i], members[i].scale_tensor)
 
 
-def _base(members: list[NamedTuple], common: Common, i: int) -> torch.Tensor | Packed:
-    return held_member("triton", members[i], common.strategies[i])
+def _bases(members: list[NamedTuple], common: Common) -> list[torch.Tensor | Packed]:
+    pairs = zip(members, common.strategies, strict=True)
+    return [held_member("triton", member, strategy) for member, strategy in pairs]

@@ -53,11 +53,11 @@ def forward(
     sigma, hidden = Scale(scale, scale_tensor), Hidden(activation, Dropout(dropout_p, seed))
     if strategy == "row_block":
         y, z, _ = row_block(
-            x, down, up, start, config=_config(x, up, chip), stage="forward",
-            bias=bias_down, bias_out=bias_up, scale=sigma, **hidden._asdict(),
+            x, down, up, start, config=_config(x, up, chip), bias=bias_down, bias_out=bias_up,
+            scale=sigma, **hidden.at("forward"),
         )  # fmt: skip
         return y, z
-    z, h = shrunk(x, down, chip, stage="forward", bias=bias_down, with_h=True, **hidden._asdict())
+    z, h = shrunk(x, down, chip, bias=bias_down, with_h=True, **hidden.at("forward"))
     return updated(start, h, up, chip, dtype=x.dtype, bias_low=bias_up, scale=sigma), z
 
 
@@ -94,8 +94,8 @@ def backward(
     if strategy == "row_block" and needs_x:
         dx, dz, h = row_block(
             dy, up.t(), down.t(), dy if residual_is_x else None, config=_config(dy, up, chip),
-            stage="backward", z=z, scale=sigma, with_h=needs_up or needs_scale or wants_columns,
-            **hidden._asdict(),
+            z=z, scale=sigma, with_h=needs_up or needs_scale or wants_columns,
+            **hidden.at("backward"),
         )  # fmt: skip
         gradients = ExpandGradients(dz, None, None, None)
         if h is not None:
@@ -112,14 +112,14 @@ def backward(
             residual = dy if residual_is_x else None
             dx = updated(residual, gradients.hidden, down.t(), chip, dtype=dy.dtype, scale=sigma)
     if needs_down:
-        ddown = torch.empty_like(down, memory_format=torch.contiguous_format)
+        ddown = _empty(down, True)
         sum_over_rows(x, gradients.hidden, ddown, chip, scale=sigma)
     small = small_gradients(gradients, sigma, bias_up, needs_scale, needs_bias_down, needs_bias_up)
     return (
         dx,
         ddown,
         gradients.b if needs_up else None,
-        like(small.scale, scale_tensor),
+        small.scale,
         like(small.bias_down, bias_down),
         like(small.bias_up, bias_up),
     )
@@ -133,34 +133,33 @@ def _jointly(
     residual, dx = dy if residual_is_x else None, None
     if strategy == "row_block" and needs_x:
         dx, dz, h = row_block(
-            dy, up.t(), down.t(), residual, config=_config(dy, up, chip), stage="backward", z=z,
-            scale=sigma, with_h=True, hidden_dtype=dy.dtype, **hidden._asdict(),
+            dy, up.t(), down.t(), residual, config=_config(dy, up, chip), z=z, scale=sigma,
+            with_h=True, hidden_dtype=dy.dtype, **hidden.at("backward"),
         )  # fmt: skip
     else:
-        dz, h = shrunk(dy, up.t(), chip, stage="backward", z=z, with_h=True, **hidden._asdict())
+        dz, h = shrunk(dy, up.t(), chip, z=z, with_h=True, **hidden.at("backward"))
         if needs_x:
             dx = updated(residual, dz, down.t(), chip, dtype=dy.dtype, scale=sigma)
-    shape = Shape(x.shape[0], k=x.shape[1], r=z.shape[1], dtype=x.dtype)
+    shape = Shape(x.shape[0], 0, x.shape[1], z.shape[1], x.dtype)
     parts = weight_gradients(
         x, dy, dz, h, config=tuning.config("weight_gradients", shape, chip),
         with_sums=needs_bias_down or bias_up is not None and (needs_scale or needs_bias_up),
     )  # fmt: skip
-    learning = (
-        (down, True),
-        (up, needs_up),
-        (bias_down, needs_bias_down),
-        (bias_up, needs_bias_up),
-    )
-    ddown, dup, dbias_down, dbias_up = (
-        torch.empty_like(tensor, memory_format=torch.contiguous_format) if learns else None
-        for tensor, learns in learning
-    )
+    ddown, dup = _empty(down, True), _empty(up, needs_up)
+    dbias_down, dbias_up = _empty(bias_down, needs_bias_down), _empty(bias_up, needs_bias_up)
     dot = sum_gradients(
         parts, ddown, dup, dbias_down, dbias_up, scale=sigma,
         against=(up, bias_up) if needs_scale else None,
     )  # fmt: skip
-    dscale = None if dot is None else like(dot * sigma.number, sigma.tensor)
+    dscale = None if dot is None else sigma.gradient(dot)
     return dx, ddown, dup, dscale, dbias_down, dbias_up
+
+
+def _empty(parameter: torch.Tensor | None, learns: bool) -> torch.Tensor | None:
+    """Where a parameter's gradient is written."""
+    if not learns:
+        return None
+    return torch.empty_like(parameter, memory_format=torch.contiguous_format)
 
 
 def _config(x: torch.Tensor, up: torch.Tensor, chip: Chip) -> tuning.Config:

@@ -82,7 +82,7 @@ def backward(
             vendor=strategy.startswith("vendor"), scale=sigma, dropout=dropout,
         )  # fmt: skip
     if needs_scale:
-        dscale = (gradients.dot * scale).to(scale_tensor.dtype)
+        dscale = sigma.gradient(gradients.dot)
     if needs_bias:
         dbias = gradients.columns.to(dy.dtype)
     return dx, da, gradients.b if needs_b else None, dscale, dbias

@@ -78,7 +78,7 @@ def _through_b(dy, member, s, ds, scale, need, chip) -> NamedTuple:
         wants_b=need.lora_b, wants_dot=need.scale_tensor, wants_columns=need.bias,
         into=None if ds is None else (ds, sigma),
     )  # fmt: skip
-    dscale = (found.dot * scale).to(member.scale_tensor.dtype) if need.scale_tensor else None
+    dscale = sigma.gradient(found.dot) if need.scale_tensor else None
     return type(member)(*(None,) * len(member))._replace(
         lora_b=found.b if need.lora_b else None,
         scale_tensor=dscale,

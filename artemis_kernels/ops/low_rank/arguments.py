@@ -18,6 +18,10 @@ class Scale(NamedTuple):
     def times(self, factor: float) -> "Scale":
         return Scale(self.number * factor, self.tensor)
 
+    def gradient(self, dot: torch.Tensor) -> torch.Tensor:
+        """That of the tensor, in its dtype, from that of the whole scale."""
+        return (dot if self.number == 1 else dot * self.number).to(self.tensor.dtype)
+
     def of(self, x: torch.Tensor) -> torch.Tensor:
         """`x` scaled, in float32: for the small tensors that torch handles."""
         x = x.float() * self.number

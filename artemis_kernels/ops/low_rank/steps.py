@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from ...core import tuning
 from ...core.device import Chip
-from ...core.tiling import Shape
+from ...core.tiling import MATVEC_ROWS, Shape
 from ..few_rows.shrink import shrink_rows
 from .arguments import NO_DROPOUT, UNSCALED, Dropout, Scale
 from .expand import expand, update
@@ -23,6 +23,10 @@ class Hidden(NamedTuple):
 
     activation: str = "identity"
     dropout: Dropout = NO_DROPOUT
+
+    def at(self, stage: str) -> dict:
+        """The arguments of a launcher in a stage."""
+        return {"stage": stage, "activation": self.activation, "dropout": self.dropout}
 
 
 class ExpandGradients(NamedTuple):
@@ -44,14 +48,12 @@ def shrunk(
     **hidden,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`shrink` of x [M, K] by f [R, K]; of few rows by the kernel without a dot."""
-    drops, along_k = Shape(x.shape[0], masked=dropout.p > 0), f.stride(1) == 1
-    if stage != "backward" and along_k and tuning.walks_rows(drops):
+    (M, K), R, drops = x.shape, f.shape[0], dropout.p > 0
+    shape = Shape(M, 0, K, R, x.dtype, drops and stage == "linear")
+    if M <= MATVEC_ROWS and not drops and stage != "backward" and f.stride(1) == 1:
         hidden.pop("widths", None)  # they are those of masks
-        shape = Shape(x.shape[0], k=x.shape[1], r=f.shape[0], dtype=x.dtype)
         config = tuning.config("matvec_shrink", shape, chip)
         return shrink_rows(x, f, config=config, stage=stage, **hidden)
-    masked = dropout.p > 0 and stage == "linear"
-    shape = Shape(x.shape[0], k=x.shape[1], r=f.shape[0], dtype=x.dtype, masked=masked)
     config = tuning.config("shrink", shape, chip)
     return shrink(x, f, config=config, stage=stage, dropout=dropout, **hidden)
 
@@ -90,7 +92,7 @@ def updated(
     **low_rank,
 ) -> torch.Tensor:
     """`residual + s·(mask·(S Bᵀ) + bias_low)` in `dtype`; no residual means 0."""
-    shape = Shape(s.shape[0], b.shape[0], r=s.shape[1], dtype=dtype, masked=dropout.p > 0)
+    shape = Shape(s.shape[0], b.shape[0], 0, s.shape[1], dtype, dropout.p > 0)
     config = tuning.config("update", shape, chip)
     return update(residual, s, b, config=config, dtype=dtype, dropout=dropout, **low_rank)
 
@@ -107,7 +109,7 @@ def sum_over_rows(
     with_columns: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Write `s·Sᵀ dropout(x)` into out [R, K]; return its unscaled dot with `other`, and Σ_m x."""
-    shape = Shape(x.shape[0], k=x.shape[1], r=s.shape[1], dtype=x.dtype, masked=dropout.p > 0)
+    shape = Shape(x.shape[0], 0, x.shape[1], s.shape[1], x.dtype, dropout.p > 0)
     config = tuning.config("shrink_backward", shape, chip)
     parts, columns = shrink_backward(
         x, s, config=config, dropout=dropout, with_columns=with_columns
@@ -136,11 +138,11 @@ def expand_gradients(
     The hidden gradient goes into a matrix [M, R] by a scale, where both are given. `one_read`:
     whether both gradients come from one read of dY; None is what moves fewer bytes.
     """
-    stage = {} if hidden is None else {"stage": "backward", **hidden._asdict()}
+    stage = {} if hidden is None else hidden.at("backward")
     if into is not None:
         stage["out"], stage["scale"] = into
     wants_product = wants_b or wants_dot
-    shape = Shape(dy.shape[0], b.shape[0], r=b.shape[1], dtype=dy.dtype)
+    shape = Shape(dy.shape[0], b.shape[0], 0, b.shape[1], dy.dtype)
     one_read = tuning.one_read(shape, chip) if one_read is None else one_read
     if wants_hidden and wants_product and one_read:
         config = tuning.config("expand_backward", shape, chip)
@@ -182,7 +184,7 @@ def product_gradients(
 
 
 class SmallGradients(NamedTuple):
-    """Gradients of a bottleneck's scale (0-d), bias_down [R] and bias_up [N], in fp32."""
+    """Gradients of a bottleneck's scale (0-d), and in fp32 of bias_down [R] and bias_up [N]."""
 
     scale: torch.Tensor | None
     bias_down: torch.Tensor | None
@@ -203,7 +205,7 @@ def small_gradients(
         dscale = gradients.dot
         if bias_up is not None:
             dscale = dscale + (gradients.columns * bias_up).sum()
-        dscale = dscale * scale.number
+        dscale = scale.gradient(dscale)
     if wants_bias_down:
         dbias_down = scale.of(gradients.hidden.sum(0))
     if wants_bias_up:

@@ -53,14 +53,9 @@ class Packed(NamedTuple):
 
 
 def of(
-    weight: torch.Tensor,
-    scale: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    strategy: str,
-) -> torch.Tensor | Packed:
+    weight: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None, strategy: str
+) -> Packed:
     """The base that an operator's tensors and strategy stand for."""
-    if scale is None:
-        return weight
     how, makes_logits = packed_choice.told_by(strategy)
     packed = QuantizedWeight.of_parts(weight, scale, offset, makes_logits=makes_logits)
     return Packed(packed, how, "vendor" in strategy)
