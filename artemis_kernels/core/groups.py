@@ -5,6 +5,7 @@ operator takes those of all members in one flat list, so that autograd sees each
 """
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from types import ModuleType
 from typing import NamedTuple
 
@@ -75,7 +76,7 @@ def define_group(op: GroupOperation) -> torch._ops.OpOverload:
         dx, gradients = op.path(impl).backward(
             dys, x, op.members(operands), kept, common, needs[0], op.members(needs[1:])
         )
-        return needed((dx, *(g for member in gradients for g in member)), needs)
+        return needed((dx, *chain.from_iterable(gradients)), needs)
 
     def backward_fake(dys, x, operands, kept, *rest):
         needs, dy = rest[-1], next(dy for dy in dys if dy is not None)

@@ -219,13 +219,14 @@ def _tiles(name: str, chip: Chip) -> dict[str, tuple[Config, Config, str]]:
     }
 
 
-@functools.cache
+@tiling.by_shape
 def tiles(kernel: str, shape: Shape, chip: Chip) -> tuple[Config, str]:
-    """The configuration of a kernel for a bucketed shape, and where it comes from.
+    """The configuration of a kernel for a shape, which is bucketed, and where it comes from.
 
     That is the "user's" or the "shipped" table, where it has an entry that beat what the heuristic
     says; else "default", which is the heuristic.
     """
+    shape = shape.bucket
     usual = tiling.heuristic(kernel, shape, chip)
     measured = {} if chip.name == INTERPRETER else _tiles(chip.name, chip)
     chosen, beaten, whose = measured.get(f"{kernel} {shape.key}", (usual, usual, "default"))

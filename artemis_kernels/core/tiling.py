@@ -28,6 +28,9 @@ _LEAST_STEPS = {"eight_bit_int8": 32, "eight_bit_fp8": 32, "weight_only_int4": 3
 
 _WIDEST_ROW = 16384  # that a program holds in registers
 
+#: Cache of what follows from a shape: bounded, since rows may be others in every call.
+by_shape = functools.lru_cache(maxsize=4096)
+
 
 @dataclass(frozen=True)
 class Config:

@@ -42,12 +42,7 @@ _EPILOGUE_REASON = "starting the accumulator from the low-rank term saves a pass
 
 def config(kernel: str, shape: Shape, chip: Chip) -> Config:
     """The configuration of `kernel` (a key of `tiling.HEURISTICS`) for a shape on a chip."""
-    return config_and_origin(kernel, shape, chip)[0]
-
-
-def config_and_origin(kernel: str, shape: Shape, chip: Chip) -> tuple[Config, str]:
-    """`config`, and where it comes from: "default", or the "user's" or "shipped" table."""
-    return tables.tiles(kernel, shape.bucket, chip)
+    return tables.tiles(kernel, shape, chip)[0]
 
 
 def lora_strategy(
@@ -146,13 +141,13 @@ def bottleneck_gradient_bytes(shape: Shape, one_read: bool, chip: Chip) -> float
     return 8 * k * r * 2 * max(1, min(filling, most)) + size * m * (k + 2 * r)
 
 
+@tiling.by_shape
 def one_read(shape: Shape, chip: Chip) -> bool:
     """Whether `dY B` and `dYᵀ S` come from one read of dY [m, n] at rank r, or from two kernels."""
     if shape.r > tiling.MAX_ONE_READ_RANK:
         return False
-    once = expand_gradient_bytes(shape, True, chip)
-    # Two kernels take a launch more, whatever else they move.
-    return once <= _LAUNCH_BYTES or once <= expand_gradient_bytes(shape, False, chip)
+    once, twice = (expand_gradient_bytes(shape, one, chip) for one in (True, False))
+    return once <= twice
 
 
 def expand_gradient_bytes(shape: Shape, one_read: bool, chip: Chip) -> float:

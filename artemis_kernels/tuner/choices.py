@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..core import call, tables, tuning
+from ..core import call, tables
 from ..core import device as devices
 from ..core.device import CHIPS, INTERPRETER, Chip
 from ..core.quantized import QuantizedWeight, default_group_size
@@ -76,7 +76,7 @@ def _chosen(op: str, cases: Sequence[Case], place: torch.device | Chip) -> Chose
     if each[0].impl == "triton":
         chip, strategies = devices.chip(place), [path.strategy for path in each]
         tiles = tuple(
-            Tiles(kernel, shape.bucket.key, *tuning.config_and_origin(kernel, shape, chip))
+            Tiles(kernel, shape.bucket.key, *tables.tiles(kernel, shape, chip))
             for kernel, shape in lookups.of_call(cases, strategies, chip)
         )
     path = each[0]

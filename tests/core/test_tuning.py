@@ -65,7 +65,7 @@ def test_an_entry_holds_only_against_what_it_beat(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(tables, "USER_TABLES", path.parent)
     tables.reload()
-    assert tuning.config_and_origin("expand", shape, HOPPER) == (usual, "default")
+    assert tables.tiles("expand", shape, HOPPER) == (usual, "default")
     tables.reload()
 
 
@@ -75,7 +75,7 @@ def test_an_entry_that_nothing_won_is_no_choice(tmp_path, monkeypatch):
     path = write_tiles(tmp_path, f"expand {shape.key}", usual, usual)
     monkeypatch.setattr(tables, "USER_TABLES", path.parent)
     tables.reload()
-    assert tuning.config_and_origin("expand", shape, HOPPER) == (usual, "default")
+    assert tables.tiles("expand", shape, HOPPER) == (usual, "default")
     tables.reload()
 
 

@@ -23,7 +23,7 @@ import torch
 from ...core import device, tuning
 from ...core.device import Chip
 from ...core.products import sums_dtype, through_weight
-from ...core.tiling import Shape
+from ...core.tiling import Shape, by_shape
 from ..bottleneck_adapter import fused as bottleneck
 from ..low_rank.arguments import Dropout, Scale
 from ..low_rank.steps import (
@@ -62,7 +62,7 @@ def forward(
         y0 = product(x, weight, bias, chip, rounded=rounded)
         y, z = bottleneck.forward(
             y0, down, up, bias_down, bias_up, None, scale, scale_tensor, activation, dropout_p,
-            seed, _bottleneck_strategy(y0, up, chip, trains=False),
+            seed, _bottleneck_strategy(Shape(y0.shape[0], 0, *up.shape, y0.dtype), False, chip),
         )  # fmt: skip
         return y, z, y0
     folded = torch.mm(down.to(x.dtype), dense(weight, x.dtype, chip))
@@ -141,15 +141,15 @@ def plain_backward(
     needs_x, needs_bias = needs[0], needs[4]
     dy0, ddown, dup, dscale, dbias_down, dbias_up = bottleneck.backward(
         dy, y0, down, up, bias_down, bias_up, z, scale, scale_tensor, activation, dropout_p, seed,
-        _bottleneck_strategy(dy, up, chip, trains=True), True,
+        _bottleneck_strategy(Shape(dy.shape[0], 0, *up.shape, dy.dtype), True, chip), True,
         (needs_x or needs_bias, *needs[1:4], *needs[5:]),
     )  # fmt: skip
     dbias = dy0.sum(0, dtype=torch.float32) if needs_bias else None
     return dy0, ddown, dup, dscale, like(dbias, bias), dbias_down, dbias_up
 
 
-def _bottleneck_strategy(y0: torch.Tensor, up: torch.Tensor, chip: Chip, trains: bool) -> str:
-    shape = Shape(y0.shape[0], 0, *up.shape, y0.dtype)
+@by_shape
+def _bottleneck_strategy(shape: Shape, trains: bool, chip: Chip) -> str:
     return tuning.choose_bottleneck(shape, trains, chip)[0]
 
 

@@ -1,5 +1,6 @@
 """`adapter_linear_group`: several `adapter_linear` of one x (gate and up) as one operation."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -162,6 +163,7 @@ class Member(NamedTuple):
     weight_offset: torch.Tensor | None = None
 
 
+@functools.cache
 def _path(impl: str):
     if impl == "eager":
         return group_eager

@@ -1,5 +1,7 @@
 """`bottleneck_adapter`: checks, choice of path, operator, autograd, and the public function."""
 
+import functools
+
 import torch
 
 from ...core import call, checks, tables, tuning
@@ -168,6 +170,7 @@ def backward_cost(m: int, hidden: int, width: int, itemsize: int, strategy: str)
     )
 
 
+@functools.cache
 def _path(impl: str):
     """The module that implements `impl`; both have `forward` and `backward` of one signature."""
     if impl == "eager":

@@ -1,5 +1,6 @@
 """`lora_linear_group`: several `lora_linear` of one x (q, k and v) as one operation."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -135,6 +136,7 @@ class Member(NamedTuple):
     weight_offset: torch.Tensor | None = None
 
 
+@functools.cache
 def _path(impl: str):
     if impl == "eager":
         return group_eager

@@ -1,5 +1,7 @@
 """`lora_linear`: checks, choice of path, operator, autograd, and the public function."""
 
+import functools
+
 import torch
 
 from ...core import base, call, checks, packed_choice, tables, tuning
@@ -140,6 +142,7 @@ def cost(m: int, k: int, n: int, rank: int, itemsize: int) -> Cost:
     )
 
 
+@functools.cache
 def _path(impl: str):
     """The module that implements `impl`; both have `forward` and `backward` of one signature.
 

@@ -1,5 +1,6 @@
 """What launchers pass beside tensors: the scale, the dropout, and how both reach a kernel."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -45,8 +46,14 @@ class Dropout(NamedTuple):
         """
         if not self.p:
             return None, 0, 1.0, True
-        paired = all(n % 2 == 0 and rows * n <= _PAIRED_ELEMENTS for n in columns)
-        return self.seed, rng.threshold(self.p), self.rescale, paired
+        paired = all([n % 2 == 0 and rows * n <= _PAIRED_ELEMENTS for n in columns])
+        return self.seed, *_numbers(self.p), paired
+
+
+@functools.cache
+def _numbers(p: float) -> tuple[int, float]:
+    """Threshold and rescale."""
+    return rng.threshold(p), rng.keep_scale(p)
 
 
 def strides(x: torch.Tensor | None) -> tuple[int, int]:
