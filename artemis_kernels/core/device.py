@@ -160,11 +160,16 @@ has_autocast._dynamo_marked_constant = True  # as above; torch 2.11 cannot trace
 
 
 def launches_on_first_argument(function: Callable) -> Callable:
-    """Make the first tensor's device current during the call: Triton launches on that one."""
+    """Make the first tensor's device current during the call: Triton launches on that one.
+
+    That is the first argument, or the first that is not None in the list that this is.
+    """
 
     @functools.wraps(function)
-    def on_device(first: torch.Tensor, *args, **kwargs):
-        with torch.cuda.device_of(first):
+    def on_device(first: torch.Tensor | list[torch.Tensor | None], *args, **kwargs):
+        given = isinstance(first, torch.Tensor)
+        tensor = first if given else next(each for each in first if each is not None)
+        with torch.cuda.device_of(tensor):
             return function(first, *args, **kwargs)
 
     return on_device

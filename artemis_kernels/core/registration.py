@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from .device import has_autocast
+from .device import has_autocast, launches_on_first_argument
 from .types import Unavailable
 
 #: Types of devices that operators have kernels for.
@@ -24,7 +24,8 @@ def define(schema: str, kernel: Callable, fake: Callable) -> torch._ops.OpOverlo
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for device in DEVICES:
-        _LIBRARY.impl(name, kernel, device.upper())
+        on_device = launches_on_first_argument(kernel) if device == "cuda" else kernel
+        _LIBRARY.impl(name, on_device, device.upper())
     torch.library.register_fake(f"artemis::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.artemis, name).default
 

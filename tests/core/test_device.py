@@ -2,6 +2,7 @@
 
 import platform
 import warnings
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -145,3 +146,13 @@ def test_a_processor_is_named_with_its_generation(monkeypatch, tmp_path):
     assert older == "Some Server, family 25 model 17"
     assert newer == "Some Server, family 26 model 2"
     assert other == platform.machine()
+
+
+def test_triton_launches_on_the_first_tensor(monkeypatch):
+    """Of a list too, where some outputs of a group have no gradient."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: current.append(x) or nullcontext())
+    launched = device.launches_on_first_argument(lambda first, other: other)
+    one, two = torch.ones(1), torch.ones(1)
+    assert launched(one, 3) == launched([None, two], other=3) == 3
+    assert current[0] is one and current[1] is two and len(current) == 2

@@ -39,7 +39,6 @@ from ..packed.steps import Packed, dense, expanded, product
 from .folding import folded_bias
 
 
-@device.launches_on_first_argument
 def forward(
     x: torch.Tensor,  # [M, in]
     weight: torch.Tensor | Packed,  # [out, in]
@@ -77,7 +76,6 @@ def forward(
     return y, z, folded
 
 
-@device.launches_on_first_argument
 def backward(
     dy: torch.Tensor,  # [M, out]
     x: torch.Tensor | None,  # [M, in]; None unless a folded `down` needs a gradient

@@ -32,7 +32,6 @@ from . import fused
 from .folding import by_kind, folded_biases, rows_of, widths
 
 
-@device.launches_on_first_argument
 def forward(
     x: torch.Tensor,  # [M, in]
     members: list[NamedTuple],  # of group.Member
@@ -80,26 +79,25 @@ def backward(
     """Return dX and the members' gradients, None where not needed."""
     folded, plain = by_kind(common.strategies)
     gradients = [type(member)(*(None,) * len(member)) for member in members]
-    with torch.cuda.device_of(kept[0]):
-        chip, bases, dx = device.chip(kept[0].device), _bases(members, common), None
-        reached = [i for i in folded if dys[i] is not None]
-        if reached:
-            f = rows_of(kept[1], members, folded, reached) if needs_x else None
-            dz = _folded_gradients(
-                dys, x, bases, members, kept[0], folded, common, needs_x, needs, gradients, chip
+    chip, bases, dx = device.chip(kept[0].device), _bases(members, common), None
+    reached = [i for i in folded if dys[i] is not None]
+    if reached:
+        f = rows_of(kept[1], members, folded, reached) if needs_x else None
+        dz = _folded_gradients(
+            dys, x, bases, members, kept[0], folded, common, needs_x, needs, gradients, chip
+        )
+        if needs_x:
+            dx = _input_gradient(dys, dz, f, bases, reached, common, chip)
+    for place, i in enumerate(plain):
+        if dys[i] is not None:
+            z, y0 = kept[2 * bool(folded) + 2 * place :][:2]
+            dy0 = _plain_gradients(
+                dys[i], members, i, z, y0, common, needs_x, needs, gradients, chip
             )
-            if needs_x:
-                dx = _input_gradient(dys, dz, f, bases, reached, common, chip)
-        for place, i in enumerate(plain):
-            if dys[i] is not None:
-                z, y0 = kept[2 * bool(folded) + 2 * place :][:2]
-                dy0 = _plain_gradients(
-                    dys[i], members, i, z, y0, common, needs_x, needs, gradients, chip
-                )
-                if needs_x and dx is None:
-                    dx = product(dy0, bases[i].t(), None, chip)
-                elif needs_x:
-                    add_product(dy0, bases[i].t(), dx, chip)
+            if needs_x and dx is None:
+                dx = product(dy0, bases[i].t(), None, chip)
+            elif needs_x:
+                add_product(dy0, bases[i].t(), dx, chip)
     return dx, gradients
 
 

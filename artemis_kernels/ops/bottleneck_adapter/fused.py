@@ -32,7 +32,6 @@ from .weight_gradients import sum_gradients, weight_gradients
 ONE_READ = "two_launch_one_read"
 
 
-@device.launches_on_first_argument
 def forward(
     x: torch.Tensor,  # [M, hidden]
     down: torch.Tensor,  # [width, hidden]
@@ -61,7 +60,6 @@ def forward(
     return updated(start, h, up, chip, dtype=x.dtype, bias_low=bias_up, scale=sigma), z
 
 
-@device.launches_on_first_argument
 def backward(
     dy: torch.Tensor,  # [M, hidden]
     x: torch.Tensor | None,

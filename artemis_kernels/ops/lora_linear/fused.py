@@ -21,7 +21,6 @@ from ..low_rank.steps import expand_gradients, shrunk, sum_over_rows
 from ..packed.steps import Packed, expanded
 
 
-@device.launches_on_first_argument
 def forward(
     x: torch.Tensor,  # [M, in]
     weight: torch.Tensor | Packed,  # [out, in]
@@ -49,7 +48,6 @@ def forward(
     return y, s
 
 
-@device.launches_on_first_argument
 def backward(
     dy: torch.Tensor,  # [M, out]
     x: torch.Tensor | None,  # [M, in]; None unless lora_a needs a gradient

@@ -21,7 +21,6 @@ from ..low_rank.steps import expand_gradients, shrunk, sum_over_rows
 from ..packed.steps import Packed, add_product, expanded, rounded_once
 
 
-@device.launches_on_first_argument
 def forward(
     x: torch.Tensor,  # [M, in]
     members: list[NamedTuple],  # of group.Member
@@ -53,21 +52,20 @@ def backward(
     needs: list[NamedTuple],  # of bool
 ) -> tuple[torch.Tensor | None, list[NamedTuple]]:
     """Return dX and the members' gradients, None where not needed."""
-    with torch.cuda.device_of(kept[0]):
-        (s,), chip = kept, device.chip(kept[0].device)
-        reached = [index for index, dy in enumerate(dys) if dy is not None]
-        ranks = _ranks([members[index] for index in reached])
-        gradients = [type(member)(*(None,) * len(member)) for member in members]
-        ds, s_of = s.new_empty(s.shape[0], sum(ranks)), s.split(_ranks(members), 1)
-        goes_on = needs_x or any(needs[index].lora_a for index in reached)
-        for index, part in zip(reached, ds.split(ranks, 1), strict=True):
-            gradients[index] = _through_b(
-                dys[index], members[index], s_of[index], part if goes_on else None,
-                common.scales[index], needs[index], chip,
-            )  # fmt: skip
-        _through_a(x, ds, members, reached, needs, gradients, common, chip)
-        dx = _input_gradient(dys, ds, members, reached, common, chip) if needs_x else None
-        return dx, gradients
+    (s,), chip = kept, device.chip(kept[0].device)
+    reached = [index for index, dy in enumerate(dys) if dy is not None]
+    ranks = _ranks([members[index] for index in reached])
+    gradients = [type(member)(*(None,) * len(member)) for member in members]
+    ds, s_of = s.new_empty(s.shape[0], sum(ranks)), s.split(_ranks(members), 1)
+    goes_on = needs_x or any(needs[index].lora_a for index in reached)
+    for index, part in zip(reached, ds.split(ranks, 1), strict=True):
+        gradients[index] = _through_b(
+            dys[index], members[index], s_of[index], part if goes_on else None,
+            common.scales[index], needs[index], chip,
+        )  # fmt: skip
+    _through_a(x, ds, members, reached, needs, gradients, common, chip)
+    dx = _input_gradient(dys, ds, members, reached, common, chip) if needs_x else None
+    return dx, gradients
 
 
 def _through_b(dy, member, s, ds, scale, need, chip) -> NamedTuple:

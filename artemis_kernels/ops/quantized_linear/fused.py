@@ -6,13 +6,11 @@ from ...core import device
 from ..packed.steps import Packed, product
 
 
-@device.launches_on_first_argument
 def forward(x: torch.Tensor, weight: Packed, bias: torch.Tensor | None) -> torch.Tensor:
     """`x Wᵀ + bias` [M, out] for x [M, in], in x's dtype."""
     return product(x, weight, bias, device.chip(x.device))
 
 
-@device.launches_on_first_argument
 def input_gradient(dy: torch.Tensor, weight: Packed) -> torch.Tensor:
     """`dY W` [M, in] for dY [M, out], in dY's dtype."""
     return product(dy, weight.t(), None, device.chip(dy.device))
