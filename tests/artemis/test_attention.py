@@ -189,9 +189,7 @@ def test_a_soft_cap_is_not_dropped():
     config = Gemma2Config(**SIZES, head_dim=8, attn_logit_softcapping=0.1)
     model = build(config)
     wanted = model(input_ids=tokens(1, 6) * 0 + 5).logits
-    before = model.config._attn_implementation
     artemis.fuse_model(model)
     torch.testing.assert_close(
         model(input_ids=tokens(1, 6) * 0 + 5).logits, wanted, rtol=1e-4, atol=1e-5
     )
-    assert before == "eager" or model.config._attn_implementation == NAME  # by its version
