@@ -120,11 +120,17 @@ def _chips(row: Record, heads: dict[str, Record]) -> tuple:
 
 
 def in_order(rows: Sequence[Record]) -> list[Record]:
-    """Models and arms in their own order, all rows of one model together."""
+    """Models and arms in their own order, all rows of one model and mode together."""
     models = [*MODELS, *dict.fromkeys(each.get("model") for each in rows)]
     arms = [*ARMS, *dict.fromkeys(each.get("arm") for each in rows)]
 
     def place(row: Record) -> tuple[int, ...]:
-        return models.index(row.get("model")), row.get("tokens", 0), arms.index(row.get("arm"))
+        mode = bool(row.get("compiled"))
+        return (
+            models.index(row.get("model")),
+            row.get("tokens", 0),
+            mode,
+            arms.index(row.get("arm")),
+        )
 
     return sorted(rows, key=place)

@@ -335,7 +335,15 @@ _PLAIN = (
     ),
 )  # fmt: skip
 #: Those of them that are measured on a fused model as well.
-_FUSED = ("full-autocast-lean", "full-bf16", "peft", "hybrid", "hybrid-int8", "hybrid-fp8")
+_FUSED = (
+    "full-autocast-lean",
+    "full-bf16",
+    "peft",
+    "hybrid",
+    "hybrid-int8",
+    "hybrid-int8-head",
+    "hybrid-fp8",
+)
 ARMS = {
     arm.name: arm
     for plain in _PLAIN
