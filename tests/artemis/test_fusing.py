@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from collections import Counter
 from types import FunctionType
 
 import pytest
@@ -23,7 +24,7 @@ from artemis import (
     set_dynamic_rank_allocation,
     unfuse_model,
 )
-from artemis.fusing import is_fused, originals
+from artemis.fusing import forwards, is_fused, originals
 from artemis.fusing.activations import _BY_NAME
 from artemis.fusing.forwards import _rotary
 from artemis.fusing.originals import APPLY_ROTARY, same_code
@@ -128,17 +129,32 @@ def test_logits_and_gradients_are_the_models(name):
     assert_close(outcome(model, ids), wanted, rtol=0, atol=0)
 
 
-def test_fused_modules_run_the_operations(monkeypatch):
-    """Not their classes' forwards, nor the function of their file."""
-    model, ids = fused(family("Qwen3")), tokens()
+@pytest.fixture
+def calls(monkeypatch) -> Counter[str]:
+    """How often each operation has run."""
+    counted: Counter[str] = Counter()
 
-    def raises(*args, **kwargs):
-        raise AssertionError("the original ran")
+    def counting(name):
+        operation = getattr(forwards, name)
 
-    for cls in {type(module) for module in model.modules() if is_fused(module)}:
-        if "Attention" not in cls.__name__:
-            monkeypatch.setattr(cls, "forward", raises)
+        def call(*args):
+            counted[name] += 1
+            return operation(*args)
+
+        return call
+
+    for name in ("rms_norm", "gated_activation", "rotary_embedding"):
+        monkeypatch.setattr(forwards, name, counting(name))
+    return counted
+
+
+def test_fused_modules_run_the_operations(calls):
+    model, ids = family("Qwen3"), tokens()
     model(ids)
+    assert not calls
+    fuse_model(model)
+    model(ids)
+    assert calls == dict(rms_norm=9, gated_activation=2, rotary_embedding=2)
 
 
 @pytest.mark.parametrize("name", ["Llama", "Qwen3"])
@@ -157,12 +173,14 @@ def test_errors_in_bf16_are_no_larger(name):
 
 
 @pytest.mark.parametrize("name", ["Llama", "Qwen3"])
-def test_under_autocast(name):
+def test_under_autocast(calls, name):
+    """Norms of q and k, in bf16, have weights in float32 and stay the originals'."""
     model, ids = family(name), tokens(4, 17)
     truth = outcome(copy.deepcopy(model).double(), ids)["logits"]
     with torch.autocast("cpu", torch.bfloat16):
         plain, found = outcome(model, ids), outcome(fused(model), ids)
     assert {n: t.dtype for n, t in found.items()} == {n: t.dtype for n, t in plain.items()}
+    assert calls == dict(rms_norm=5, gated_activation=2, rotary_embedding=2)
     error = [(y["logits"].double() - truth).norm() for y in (found, plain)]
     assert error[0] <= 1.1 * error[1]
 
@@ -188,7 +206,7 @@ def test_arguments_by_name():
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(q=(2, 5, 4, 8), k=(2, 5, 2, 8), unsqueeze_dim=2),
+        dict(q=(2, 5, 5, 8), k=(2, 5, 5, 8), unsqueeze_dim=2),  # as many heads as tokens
         dict(q=(2, 4, 5, 9), k=(2, 2, 5, 9), cos=(2, 5, 9), sin=(2, 5, 9)),  # odd
         dict(q=(1, 4, 5, 8), k=(1, 2, 5, 8)),  # q and k are spread over cos's rows
         dict(q=(5, 4, 8), k=(5, 2, 8), cos=(5, 8), sin=(5, 8)),  # tokens of no batch
@@ -449,12 +467,14 @@ def test_in_inference_mode():
         torch.testing.assert_close(model(ids).logits, wanted, **fp32)
 
 
-def test_without_values():
+def test_without_values(calls):
+    """Devices that the operations do not run on take the model's own code."""
     with torch.device("meta"):
         model = llama()
         assert fuse_model(model).norms == 5
     assert all(parameter.is_meta for parameter in model.parameters())
     assert model(torch.zeros(2, 9, dtype=torch.long, device="meta")).logits.shape == (2, 9, 64)
+    assert not calls
 
 
 def test_a_forward_of_its_own_is_left():
