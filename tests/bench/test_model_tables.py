@@ -44,8 +44,8 @@ def test_a_model_a_line():
     assert not any("brackets" in line for line in lines)
     assert cells(made(baselines, *rows)) == {
         "llama-2-7b": {
-            "model": "llama-2-7b", "× PEFT LoRA": "2.00", "with its head in int8": "4.50",
-            "FLOPs": "70%", "device-seconds": "25%",
+            "model": "llama-2-7b", "× full as transformers has it": "4.00", "× PEFT LoRA": "2.00",
+            "with its head in int8": "4.50", "FLOPs": "70%", "device-seconds": "25%",
         }
     }  # fmt: skip
 
@@ -84,6 +84,40 @@ def test_full_fine_tuning_counts_at_its_fastest():
     found = cells(made(models, *rows))["llama-2-7b"]
     assert (found["full fine-tuning"], found["int8 base: speedup"]) == ("2.5", "3.20")
     assert cells(made(baselines, *rows))["llama-2-7b"]["device-seconds"] == "31%"
+
+
+def test_each_way_counts_on_a_fused_model_where_that_is_faster():
+    """The memory is then that of the fused one, and a head in int8 is compared with its like."""
+    lean = {"speedup": {"full-autocast": 5.0, "full-autocast-lean-fused": 4.0}}
+    rows = [
+        row("1", "64x2", "full-autocast", 2.0, 100.0),
+        row("1", "64x2", "full-autocast-lean-fused", 2.5, 80.0),
+        row("1", "64x2", "peft", 4.0, 50.0),
+        row("1", "64x2", "peft-fused", 3.9, 40.0),
+        row("1", "64x2", "hybrid-int8", 8.0, 30.0),
+        row("1", "64x2", "hybrid-int8-head", 9.0, 30.0),
+        row("1", "64x2", "hybrid-int8-fused", 10.0, 20.0, **lean),
+    ]
+    short = cells(made(models, *rows))["64x2"]
+    assert short == {
+        "model": "64x2", "full fine-tuning": "2.5", "PEFT LoRA, all linear, bf16": "4",
+        "hybrid, int8 base": "10", "int8 base: speedup": "4.00", "less memory": "80%",
+    }  # fmt: skip
+    against = cells(made(baselines, *rows))["64x2"]
+    assert against["× full as transformers has it"] == "5.00"
+    assert against["× PEFT LoRA"] == "2.50" and against["device-seconds"] == "25%"
+    assert "with its head in int8" not in against
+    rows.append(row("1", "64x2", "hybrid-int8-head-fused", 12.5, 20.0))
+    assert cells(made(baselines, *rows))["64x2"]["with its head in int8"] == "5.00"
+
+
+def test_compiled_rows_follow_the_others():
+    rows = [
+        row("1", "64x2", arm, samples, 100.0, **mode)
+        for mode in ({"compiled": True}, {})
+        for arm, samples in (("full-autocast", 2.0), ("hybrid-int8", 8.0))
+    ]
+    assert list(cells(made(models, *rows))) == ["64x2", "64x2, compiled"]
 
 
 def test_in_short_the_machine_that_trained_last_comes_first():
