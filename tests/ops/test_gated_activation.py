@@ -23,7 +23,7 @@ from tests.ops.rows import (
 )
 
 # Below, at and one past what a pass or a program takes at a time; nothing; one number.
-SHAPES = [(), (0, 3), (1,), (17, 33), (2, 512), (1025,), (129, 33), (3, 1000), (2, 4, 600)]
+SHAPES = [(), (0, 3), (1,), (17, 33), (2, 512), (2049,), (129, 33), (3, 1000), (2, 4, 600)]
 EACH = pytest.mark.parametrize("activation", kit.ACTIVATIONS)
 
 

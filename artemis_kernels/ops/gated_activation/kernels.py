@@ -18,7 +18,7 @@ import triton.language as tl
 from ...core.device import launches_on_first_argument
 from ...core.tiles import activate, activation_slope
 
-BLOCK, WARPS = 1024, 4
+BLOCK, WARPS = 2048, 4
 
 
 @triton.jit

@@ -53,7 +53,7 @@ def _mean(tile, N):
     return tl.sum(tile, 1)[:, None] / tl.cast(N, tl.float32)
 
 
-@triton.jit(do_not_specialize=["M", "eps"])
+@triton.jit(do_not_specialize=["M"])
 def _forward(
     x_ptr, w_ptr, y_ptr,
     M, N,
@@ -80,7 +80,7 @@ def _forward(
             _store(y_ptr, x * r * _vector(w_ptr, n + lanes, N), offs_m, n + lanes, M, N)
 
 
-@triton.jit(do_not_specialize=["M", "rows", "eps"])
+@triton.jit(do_not_specialize=["M", "rows"])
 def _backward(
     dy_ptr, x_ptr, w_ptr, dx_ptr, part_ptr,
     M, N, rows,
@@ -178,5 +178,5 @@ def _tiles(n: int, held: int) -> dict[str, int]:
     columns = max(triton.next_power_of_2(n), 16)
     block_n = columns if columns <= held else BLOCK
     block_m = max(1024 // block_n, 1)
-    warps = min(max(block_m * block_n // 512, 4), 16)
+    warps = min(block_m * block_n // 512, 16)
     return {"HELD": columns <= held, "BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps}

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from ...core.device import launches_on_first_argument
 
-PAIRS, HEADS, WARPS = 1024, 32, 4  # of a program, at most
+PAIRS, HEADS, WARPS = 1024, 32, 2  # of a program, at most
 
 
 @triton.jit
