@@ -81,8 +81,8 @@ class Site(ABC):
             return None
         if self.bank.for_use_only:
             return (self.layout,)  # nothing writes the values, and reading them would unpack them
-        tensors = (self.bank.tensor(role, key) for role, (key, _) in self.layout.items())
-        return self.layout, *(None if t.is_inference() else t._version for t in tensors)
+        tensors = [self.bank.tensor(role, key) for role, (key, _) in self.layout.items()]
+        return self.layout, *[None if t.is_inference() else t._version for t in tensors]
 
     def forget(self) -> None:
         """Drop what was worked out for inference, this module's and what all share."""

@@ -20,20 +20,14 @@ def tensor(
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
         raise TypeError(f"{op}: {name} must be a floating-point tensor, got {kind}")
-    if not _fits(value.shape, shape):
+    fits = value.dim() == len(shape)
+    for size, want in zip(value.shape, shape, strict=False):  # a generator takes twice as long
+        fits = fits and (want is None or size == want)
+    if not fits:
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{op}: {name} must have shape ({wanted}), got {tuple(value.shape)}")
     if value.device != like.device:
         raise ValueError(f"{op}: {name} is on {value.device}, but {of} is on {like.device}")
-
-
-def _fits(have: torch.Size, wanted: tuple[int | None, ...]) -> bool:
-    if len(have) != len(wanted):
-        return False
-    for size, want in zip(have, wanted, strict=True):  # a generator takes twice as long
-        if want is not None and size != want:
-            return False
-    return True
 
 
 def optional(op: str, name: str, value, shape: tuple[int | None, ...], like: torch.Tensor) -> None:
