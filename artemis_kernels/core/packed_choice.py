@@ -8,6 +8,8 @@ The name of a strategy ends in one of these; in `int8_logits` where dY is the gr
 docs/quantization.md works the costs out.
 """
 
+import functools
+
 import torch
 
 from .base import LOGITS
@@ -73,6 +75,7 @@ def product(
     return "_vendor" * vendor + end, why
 
 
+@functools.cache
 def told_by(strategy: str) -> tuple[str, bool]:
     """What `product` added: one of PRODUCTS, and whether dY is the gradient of logits."""
     if strategy.endswith(LOGITS):

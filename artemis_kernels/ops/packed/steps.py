@@ -175,19 +175,18 @@ def _packed(
     rounded = (rounded_rows or {}).get(weight.how)
     if rounded is None:
         rounded = _rounded(x, weight, chip)
-    epilogue = epilogue._replace(row=rounded.scale, xa=rounded.apart)
+    data, column = packed.data, packed.scale
     if weight.transposed:
-        data = _along_out(packed, chip)
-    else:
-        data = packed.data
-        epilogue = epilogue._replace(column=packed.scale)
+        data, column = _along_out(packed, chip), None
+    wa = None
     if rounded.apart is not None:
         wa = weights_apart(
             packed.data, packed.scale, rounded.columns, x.dtype, transposed=weight.transposed
         )
-        epilogue = epilogue._replace(wa=wa)
-    if rounded.peaks is not None:
-        epilogue = epilogue._replace(peaks=rounded.peaks, lines=packed.data)
+    epilogue = epilogue._replace(
+        row=rounded.scale, column=column, xa=rounded.apart, wa=wa, peaks=rounded.peaks,
+        lines=None if rounded.peaks is None else packed.data,
+    )  # fmt: skip
     precise = weight.transposed or x.shape[1] > _LONG_SUM
     if weight.vendor:
         return _by_torch(rounded.q, data, y, epilogue, chip, precise)
