@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from artemis_kernels.core.rng import dropout_mask
+from artemis_kernels.core.rng import dropout_mask, keep_scale
 from artemis_kernels.core.tiling import Config
 from artemis_kernels.ops.low_rank.arguments import Scale
 from artemis_kernels.ops.low_rank.expand import expand, update
@@ -33,7 +33,7 @@ def test_each_has_the_mask_it_would_have_alone(config, widths):
     assert torch.equal(z, torch.ones(m, r))
     for width, part in zip(widths, h.split(widths, 1), strict=True):
         alone = dropout_mask((m, width), by.p, by.seed, "cpu")
-        assert torch.equal(part, alone * torch.tensor(by.rescale))
+        assert torch.equal(part, alone * torch.tensor(keep_scale(by.p)))
 
 
 def between(m: int, r: int) -> torch.Tensor:

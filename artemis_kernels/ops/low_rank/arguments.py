@@ -35,10 +35,6 @@ class Dropout(NamedTuple):
     p: float = 0.0
     seed: torch.Tensor | None = None
 
-    @property
-    def rescale(self) -> float:
-        return rng.keep_scale(self.p) if self.p else 1.0
-
     def arguments(self, rows: int, *columns: int) -> tuple[torch.Tensor | None, int, float, bool]:
         """A kernel's seed_ptr, threshold, rescale and PAIRED for the mask of a [rows, columns].
 
@@ -61,9 +57,9 @@ def strides(x: torch.Tensor | None) -> tuple[int, int]:
     return (0, 0) if x is None else x.stride()
 
 
-def contiguous(bias: torch.Tensor | None) -> torch.Tensor | None:
-    """A bias as kernels read it: without a stride."""
-    return None if bias is None else bias.contiguous()
+def contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
+    """A vector that may be absent, as kernels read it: without a stride."""
+    return None if x is None else x.contiguous()
 
 
 NO_DROPOUT = Dropout()
