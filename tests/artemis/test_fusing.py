@@ -12,6 +12,7 @@ import transformers
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_submodules
 from torch import nn
 from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from artemis import (
     AdapterError,
@@ -225,6 +226,23 @@ def test_rotary_embeddings_of_another_kind_are_the_originals(changes):
     found = _rotary(original)(**tensors, unsqueeze_dim=dim)
     for y, y_original in zip(found, wanted, strict=True):
         assert y.dtype == y_original.dtype and torch.equal(y, y_original)
+
+
+class Attention(nn.Module):
+    """With defaults and a closure, which Llama's has not."""
+
+    def forward(self, q, factor=3, *, offset=2):
+        cos = torch.ones(1, *q.shape[2:])
+        return super().__module__, apply_rotary_pos_emb(q, factor * q, cos, offset * cos)
+
+
+def test_attention_keeps_its_defaults_and_its_closure(calls):
+    module, q = Attention(), torch.randn(2, 4, 5, 8)
+    wanted = module(q)
+    assert fuse_model(module).rotary == 1
+    assert module(q)[0] == wanted[0]
+    torch.testing.assert_close(module(q)[1], wanted[1], **fp32)
+    assert calls == dict(rotary_embedding=2)
 
 
 @pytest.mark.parametrize("activation", [*_BY_NAME, "quick_gelu", "mish"])
