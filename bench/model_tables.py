@@ -47,10 +47,14 @@ def _table(columns: Sequence[Column], rows: Sequence[Record]) -> str:
 
 def by_model(rows: Iterable[Record]) -> list[dict[str, Record]]:
     """The timed arms of every model and mode, at `TOKENS` tokens a step."""
+    return by_setting(row for row in rows if row["tokens"] == TOKENS and "ms" in row)
+
+
+def by_setting(rows: Iterable[Record]) -> list[dict[str, Record]]:
+    """The arms of every model, mode and sequence."""
     found: dict[tuple, dict[str, Record]] = {}
     for row in rows:
-        if row["tokens"] == TOKENS and "ms" in row:
-            found.setdefault((name_of(row), row["sequence"]), {})[row["arm"]] = row
+        found.setdefault((name_of(row), row["sequence"]), {})[row["arm"]] = row
     return list(found.values())
 
 
@@ -66,8 +70,13 @@ def is_extrapolated(row: Record) -> bool:
 
 def fastest(by: dict[str, Record], *arms: str) -> Record | None:
     """Of a model's rows, the fastest of some arms, on a fused model or not; None: there is none."""
-    rows = [by[name] for arm in arms for name in (arm, arm + _FUSED) if name in by]
+    rows = [by[name] for arm in arms for name in variants(arm) if name in by]
     return min(rows, key=lambda row: row["ms"]["p50"], default=None)
+
+
+def variants(arm: str) -> tuple[str, str]:
+    """An arm as transformers made its model, and on a fused one."""
+    return arm, arm + _FUSED
 
 
 def full(by: dict[str, Record]) -> Record:
