@@ -35,6 +35,66 @@ SESSION = "tests/artemis/benchmark/test_session.py"
 EXPERTS_COMPUTE = "tests/artemis/test_quantized_experts.py"
 EXPERTS_PACKED = "tests/artemis/quantization/test_experts.py"
 
+ATTENTION = "tests/ops/test_attention.py"
+SOFTMAX = (
+    Fault(
+        "a query does not see its own key, C",
+        f"{CORE}/native/softmax.c",
+        "count = query + 1;",
+        "count = query;",
+        (ATTENTION, "-k", "causal_follows"),
+    ),
+    Fault(
+        "rows of later blocks taken for the first's, C",
+        f"{CORE}/native/softmax.c",
+        "int64_t query = of->first + row % of->queries",
+        "int64_t query = row % of->queries",
+        (ATTENTION, "-k", "causal_follows"),
+    ),
+    Fault(
+        "one sequence's mask for all, C",
+        f"{CORE}/native/softmax.c",
+        "row / of->rows_of_batch * of->mask_batch",
+        "0 * of->mask_batch",
+        (ATTENTION, "-k", "masks_follow"),
+    ),
+    Fault(
+        "probabilities' own share of the gradient left out, C",
+        f"{CORE}/native/softmax.c",
+        "(LOAD(d[j]) - along)",
+        "LOAD(d[j])",
+        (ATTENTION, "-k", "causal_follows"),
+    ),
+    Fault(
+        "gradients of keys from the last block alone",
+        f"{KERNELS}/ops/attention/eager.py",
+        "self._total[:, : part.shape[1]] += part",
+        "pass",
+        (ATTENTION, "-k", "causal_follows"),
+    ),
+    Fault(
+        "gradients of keys added up in 16 bits",
+        f"{KERNELS}/ops/attention/eager.py",
+        "self._total = self._total.to(_wide(part.dtype))",
+        "pass",
+        (ATTENTION, "-k", "added_in_fp32"),
+    ),
+    Fault(
+        "a bias of positions dropped in silence",
+        "artemis/attention.py",
+        '_OF_SDPA = ("position_bias", "softcap", "cache")',
+        '_OF_SDPA = ("softcap", "cache")',
+        ("tests/artemis/test_attention.py", "-k", "who_attends"),
+    ),
+    Fault(
+        "a prompt over an empty static cache sees what lies behind it",
+        "artemis/attention.py",
+        "key, value = key[:, :, :queries], value[:, :, :queries]",
+        "pass",
+        ("tests/artemis/test_attention.py", "-k", "generation"),
+    ),
+)
+
 LOSS = (
     Fault(
         "a later block of a row not rescaled, C",
@@ -3784,6 +3844,7 @@ FAULTS = (
     *MASK,
     *LOSS,
     *BETWEEN_PRODUCTS,
+    *SOFTMAX,
     *EAGER,
     *TRITON,
     *PERSISTENT,
