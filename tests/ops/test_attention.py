@@ -99,10 +99,11 @@ def test_masks_follow_torch_in_double(shape, masks, dtype, along):
 
 
 def test_gradients_of_many_blocks_are_added_in_fp32(along):
-    """Ten parts of one sign: in bf16 the sum would soon be too large to grow by the next."""
-    shape = (1, 1, 1, 10 * QUERIES, 10 * QUERIES, 4, 4)
-    tensors, dy = operands(shape, BF16), torch.rand(1, 1, 10 * QUERIES, 4)
+    """Thirty parts of one sign: in bf16 a sum would soon be too large to grow by the next."""
+    T = 30 * QUERIES
+    tensors = operands((1, 1, 1, T, T, 4, 4), BF16)
     tensors[0].zero_()  # each key gets an equal share of every later query
+    dy = torch.rand(1, 1, T, 4) * torch.arange(1, T + 1)[:, None]  # as much of each
     dv = outcome(lambda *x: along(*x, causal=True), tensors, dy)[3]
     right = truth(tensors, dy.bfloat16(), is_causal=True)[3]
     assert (dv.double() - right).norm() < 2.5e-3 * right.norm()
