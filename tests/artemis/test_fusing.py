@@ -607,3 +607,13 @@ def test_removing_is_refused_as_a_whole():
     with pytest.raises(AdapterError, match=r"model\.norm: each was fused"):
         model.remove_adapter()
     assert torch.equal(model(ids).logits, wanted)
+
+
+def test_a_few_rows_on_a_cpu_are_torchs(calls):
+    """Where its several calls take no longer than one of ours."""
+    model, ids = fused(family("Llama")), tokens(7, 1)
+    with torch.inference_mode():
+        model(ids)
+        assert not calls
+        model(tokens(8, 1))
+    assert calls == dict(rms_norm=5, gated_activation=2, rotary_embedding=2)

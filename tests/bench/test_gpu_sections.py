@@ -394,7 +394,7 @@ def test_a_rehearsal_is_of_one_layer_and_of_what_compiles_kernels(monkeypatch, r
     monkeypatch.setattr(models, "_measured", measured)
     list(models.models(CPU, tiny=False, rounds=rounds))
     assert layers == ({1} if rounds == 1 else {2, 16})
-    ours = {"hybrid", "hybrid-int8", "hybrid-int4"}  # and fp8, where there is a GPU
+    ours = {"hybrid", "hybrid-fused", "hybrid-int8", "hybrid-int4"}  # and fp8 on a GPU
     assert seen == ours if rounds == 1 else seen > ours
 
 

@@ -22,7 +22,7 @@ def test_the_example_is_complete_and_loads():
     assert set(values["data"]) == {field.name for field in fields(DataConfig)}
     assert set(values["training"]) == {field.name for field in fields(TrainingConfig)}
     assert config.training.learning_rate == 1e-3
-    assert config.hybrid_adapter == HybridAdapterConfig(adapter_dropout=0.1)
+    assert config.hybrid_adapter == HybridAdapterConfig(adapter_dropout=0.1, fuse_model=True)
 
 
 def test_defaults_that_the_example_states():
