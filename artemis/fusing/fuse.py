@@ -19,9 +19,8 @@ def fuse_model(model: nn.Module) -> FusionReport:
 
     In place: modules that compute what Llama's do, known by their code, get a forward of their
     own; tensors, names, classes and hooks stay. On a CPU, where attention is "sdpa", it becomes
-    "artemis" too. Results change by rounding only, since the
-    operations round once. What is compiled or exported is transformers' own code. Modules that are
-    fused already stay so.
+    "artemis" too. Results change by rounding only. What is compiled or exported is transformers'
+    own code. Modules that are fused already stay so.
 
     Raises `TypeError` where `model` is no module.
     """

@@ -75,7 +75,7 @@ SOFTMAX = (
     Fault(
         "gradients of keys added up in 16 bits",
         f"{KERNELS}/ops/attention/eager.py",
-        "self._total = self._total.to(_wide(part.dtype))",
+        "self._total = self._total.to(at_least_fp32(part.dtype))",
         "pass",
         (ATTENTION, "-k", "added_in_fp32"),
     ),

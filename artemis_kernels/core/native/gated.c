@@ -6,27 +6,14 @@
 
 #define SOME 512 /* elements taken at a time */
 
-#define EACH(FUNCTION, SUFFIX, LOAD)                                                              \
-    for (int64_t i = 0; i < n; ++i) FUNCTION##_##SUFFIX(LOAD(z[i]), value + i, slope + i);
-
 #define GATED(NAME, REAL, SUFFIX, TYPE, LOAD, STORE)                                              \
-    static void evaluate_##SUFFIX(int kind, const TYPE *z, int64_t n, REAL *value, REAL *slope) { \
-        switch (kind) {                                                                           \
-            case IDENTITY: EACH(identity, SUFFIX, LOAD) break;                                    \
-            case RELU: EACH(relu, SUFFIX, LOAD) break;                                            \
-            case SILU: EACH(silu, SUFFIX, LOAD) break;                                            \
-            case GELU: EACH(gelu, SUFFIX, LOAD) break;                                            \
-            default: EACH(gelu_tanh, SUFFIX, LOAD) break;                                         \
-        }                                                                                         \
-    }                                                                                             \
-                                                                                                  \
     void artemis_gated_forward_##NAME(const TYPE *g, const TYPE *u, TYPE *y, int64_t count,       \
                                       int kind, int threads) {                                    \
         _Pragma("omp parallel for num_threads(threads) schedule(static) if (count > 16384)")      \
         for (int64_t from = 0; from < count; from += SOME) {                                      \
             REAL value[SOME], slope[SOME];                                                        \
             int64_t n = count - from < SOME ? count - from : SOME;                                \
-            evaluate_##SUFFIX(kind, g + from, n, value, slope);                                   \
+            activate_##SUFFIX(kind, g + from, n, value, slope);                                   \
             for (int64_t i = 0; i < n; ++i)                                                       \
                 y[from + i] = STORE((float)(value[i] * LOAD(u[from + i])));                       \
         }                                                                                         \
@@ -38,7 +25,7 @@
         for (int64_t from = 0; from < count; from += SOME) {                                      \
             REAL value[SOME], slope[SOME];                                                        \
             int64_t n = count - from < SOME ? count - from : SOME;                                \
-            evaluate_##SUFFIX(kind, g + from, n, value, slope);                                   \
+            activate_##SUFFIX(kind, g + from, n, value, slope);                                   \
             for (int64_t i = 0; i < n; ++i) {                                                     \
                 REAL d = LOAD(dy[from + i]);                                                      \
                 dg[from + i] = STORE((float)(d * LOAD(u[from + i]) * slope[i]));                  \

@@ -13,7 +13,8 @@
                                  int64_t y_h, int64_t y_t, int64_t b, int64_t h, int64_t t,       \
                                  int64_t d, int64_t tables, int backwards, int threads) {         \
         int64_t half = d / 2;                                                                     \
-        _Pragma("omp parallel for num_threads(threads) schedule(static) if (b * h * t * d > 16384)") \
+        int64_t count = b * h * t * d;                                                            \
+        _Pragma("omp parallel for num_threads(threads) schedule(static) if (count > 16384)")      \
         for (int64_t row = 0; row < b * t; ++row) {                                               \
             int64_t at = row % t, of = row / t;                                                   \
             const float *c = cosine + ((tables > 1 ? of : 0) * t + at) * d, *c2 = c + half;       \

@@ -34,7 +34,8 @@ static int64_t seen(const Sight *of, int64_t row, const uint8_t **mask) {
 #define SOFTMAX(SUFFIX, TYPE, LOAD, STORE)                                                        \
     void artemis_softmax_forward_##SUFFIX(TYPE *s, float *kept, int64_t rows, SIGHT, float scale, \
                                           int threads) {                                          \
-        const Sight of = {keys, queries, first, rows_of_batch, mask, mask_batch, mask_query, causal}; \
+        const Sight of = {keys, queries,    first,      rows_of_batch,                            \
+                          mask, mask_batch, mask_query, causal};                                  \
         _Pragma("omp parallel num_threads(threads) if (rows * keys > 16384)")                     \
         {                                                                                         \
             float *e = malloc((size_t)keys * sizeof *e);                                          \
@@ -68,7 +69,8 @@ static int64_t seen(const Sight *of, int64_t row, const uint8_t **mask) {
     /* s becomes p, dp becomes ds. */                                                             \
     void artemis_softmax_backward_##SUFFIX(TYPE *s, TYPE *dp, const float *kept, int64_t rows,    \
                                            SIGHT, float scale, int threads) {                     \
-        const Sight of = {keys, queries, first, rows_of_batch, mask, mask_batch, mask_query, causal}; \
+        const Sight of = {keys, queries,    first,      rows_of_batch,                            \
+                          mask, mask_batch, mask_query, causal};                                  \
         _Pragma("omp parallel num_threads(threads) if (rows * keys > 16384)")                     \
         {                                                                                         \
             float *p = malloc((size_t)keys * sizeof *p);                                          \

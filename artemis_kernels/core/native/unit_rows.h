@@ -24,16 +24,10 @@ typedef struct {
 } Units;
 
 /* value[0..n) and slope[0..n) of z[0..n), which are units `first` on of the mask. */
-#define EVALUATE(REAL, SUFFIX, TYPE, LOAD)                                                        \
+#define EVALUATE(REAL, SUFFIX, TYPE)                                                              \
     static void evaluate_##SUFFIX(const Units *units, int64_t first, const TYPE *z, int64_t n,    \
                                   REAL *value, REAL *slope) {                                     \
-        switch (units->kind) {                                                                    \
-            case IDENTITY: EACH(identity, SUFFIX, LOAD) break;                                    \
-            case RELU: EACH(relu, SUFFIX, LOAD) break;                                            \
-            case SILU: EACH(silu, SUFFIX, LOAD) break;                                            \
-            case GELU: EACH(gelu, SUFFIX, LOAD) break;                                            \
-            default: EACH(gelu_tanh, SUFFIX, LOAD) break;                                         \
-        }                                                                                         \
+        activate_##SUFFIX(units->kind, z, n, value, slope);                                       \
         if (!units->threshold) return;                                                            \
         float buffer[COLUMNS + 2];                                                                \
         const float *factor =                                                                     \
@@ -43,11 +37,9 @@ typedef struct {
             slope[c] = factor[c] > 0 ? slope[c] * factor[c] : 0;                                  \
         }                                                                                         \
     }
-#define EACH(FUNCTION, SUFFIX, LOAD)                                                              \
-    for (int64_t i = 0; i < n; ++i) FUNCTION##_##SUFFIX(LOAD(z[i]), value + i, slope + i);
 
-EVALUATE(float, f, uint16_t, from_bf16)
-EVALUATE(double, d, float, same)
+EVALUATE(float, f, uint16_t)
+EVALUATE(double, d, float)
 
 /* h[w] of the row whose first unit is `first`. */
 #define FORWARD_ROW(REAL, SUFFIX, TYPE, STORE)                                                    \

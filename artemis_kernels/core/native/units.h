@@ -45,4 +45,22 @@ static inline double power_of_two_d(double n) {
 
 enum { IDENTITY, RELU, SILU, GELU, GELU_TANH };
 
+/* value[0..n) and slope[0..n) of z[0..n), in either arithmetic: _f of bf16 tensors, _d of fp32. */
+#define ACTIVATE(REAL, SUFFIX, TYPE, LOAD)                                                        \
+    static inline void activate_##SUFFIX(int kind, const TYPE *z, int64_t n, REAL *value,         \
+                                         REAL *slope) {                                           \
+        switch (kind) {                                                                           \
+            case IDENTITY: EACH(identity, SUFFIX, LOAD) break;                                    \
+            case RELU: EACH(relu, SUFFIX, LOAD) break;                                            \
+            case SILU: EACH(silu, SUFFIX, LOAD) break;                                            \
+            case GELU: EACH(gelu, SUFFIX, LOAD) break;                                            \
+            default: EACH(gelu_tanh, SUFFIX, LOAD) break;                                         \
+        }                                                                                         \
+    }
+#define EACH(FUNCTION, SUFFIX, LOAD)                                                              \
+    for (int64_t i = 0; i < n; ++i) FUNCTION##_##SUFFIX(LOAD(z[i]), value + i, slope + i);
+
+ACTIVATE(float, f, uint16_t, from_bf16)
+ACTIVATE(double, d, float, same)
+
 #endif

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from ...core import native
+from ...core.widened import at_least_fp32
 
 QUERIES = 128  # of a block
 
@@ -42,7 +43,8 @@ class Block(NamedTuple):
         """Scores [groups, rows, keys] with those that are not seen replaced."""
         mask, T = self.mask, self.last - self.first
         if self.causal:
-            mask = torch.ones(1, 1, self.last, self.keys, dtype=torch.bool).tril_()
+            shape = (1, 1, self.last, self.keys)
+            mask = torch.ones(shape, dtype=torch.bool, device=scores.device).tril_()
         if mask is None:
             return scores
         mask = mask[:, :, self.first : self.last]
@@ -62,7 +64,7 @@ def forward(
     B, H, T, _ = q.shape
     G, E = k.shape[1], v.shape[3]
     y = q.new_empty(B, T, H, E)
-    kept = q.new_empty(B * H * T, 2, dtype=_wide(q.dtype))
+    kept = q.new_empty(B * H * T, 2, dtype=at_least_fp32(q.dtype))
     k, v = _of_groups(k), _of_groups(v)
     for block in _blocks(q, k.shape[1], mask, causal):
         scores = _queries(q, block, G) @ k[:, : block.keys].mT
@@ -111,7 +113,7 @@ class _Sum:
         if self._total is None:  # of one block, nothing is added to it
             self._total = part
             return
-        self._total = self._total.to(_wide(part.dtype))
+        self._total = self._total.to(at_least_fp32(part.dtype))
         self._total[:, : part.shape[1]] += part
 
     def total(self) -> torch.Tensor:
@@ -193,7 +195,3 @@ def _softmax_backward(
         scores.data_ptr(), dp.data_ptr(), kept.data_ptr(), *block.numbers(len(kept)), scale,
         torch.get_num_threads(),
     )  # fmt: skip
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

@@ -32,13 +32,13 @@ def attention(
         k: [B, G, S, D], of q's dtype; H is a multiple of G, heads share keys in order.
         v: [B, G, S, E], likewise.
         mask: [B, 1, T, S] or [1, 1, T, S], bool: which keys a query sees; None, all. A query that
-            sees none gets 0.
+            sees none gets 0; where torch's own runs, what that gives.
         scale: above 0; None is 1/√D.
         causal: whether query i sees the keys up to i only; S must be T then, and mask None.
         impl: None for the best that applies, or "eager", "reference".
 
     Returns:
-        [B, H, T, E], in memory as [B, T, H, E]. Gradients flow to q, k and v.
+        [B, H, T, E], on a CPU in memory as [B, T, H, E]. Gradients flow to q, k and v.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype or device, naming it.

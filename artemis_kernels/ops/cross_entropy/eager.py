@@ -10,6 +10,7 @@ Kept for the backward: the logits themselves, and `most` and `log_sum` of each r
 import torch
 
 from ...core import native
+from ...core.widened import widened
 
 
 def forward(
@@ -49,7 +50,7 @@ def _pass(way: str, logits: torch.Tensor):
 
 
 def _plain_forward(logits, target, ignored):
-    x = _wide(logits)
+    x = widened(logits)
     most = x.amax(1, keepdim=True)
     shifted = x - most
     log_sum = shifted.exp().sum(1, keepdim=True).log_()
@@ -61,10 +62,6 @@ def _plain_forward(logits, target, ignored):
 
 def _plain_backward(d, logits, target, kept, ignored):
     counts = (target != ignored)[:, None]
-    p = (_wide(logits) - kept[:, :1] - kept[:, 1:]).exp_()
+    p = (widened(logits) - kept[:, :1] - kept[:, 1:]).exp_()
     p.scatter_add_(1, torch.where(counts, target[:, None], 0), -counts.to(p.dtype))
     return torch.where(counts, p * d[:, None], 0).to(logits.dtype).contiguous()
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

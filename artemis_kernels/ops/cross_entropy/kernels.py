@@ -19,8 +19,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ...core.device import launches_on_first_argument
-
 BLOCK, WARPS = 4096, 8
 
 
@@ -81,7 +79,6 @@ def _backward(
         tl.store(dx_ptr + row * N + offs_n, dx.to(dx_ptr.dtype.element_ty), mask=mask_n)
 
 
-@launches_on_first_argument
 def forward(
     x: torch.Tensor, target: torch.Tensor, ignored: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,7 +95,6 @@ def forward(
     return losses, kept
 
 
-@launches_on_first_argument
 def backward(
     d: torch.Tensor, x: torch.Tensor, target: torch.Tensor, kept: torch.Tensor, ignored: int
 ) -> torch.Tensor:

@@ -11,13 +11,14 @@ import torch
 from ...core import native
 from ...core.activations import ACTIVATIONS
 from ...core.units import KINDS
+from ...core.widened import widened
 
 
 def forward(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
     """y, contiguous, in their dtype."""
     library = native.library_for(gate)
     if library is None:
-        return (ACTIVATIONS[activation].forward(_wide(gate)) * up).to(gate.dtype).contiguous()
+        return (ACTIVATIONS[activation].forward(widened(gate)) * up).to(gate.dtype).contiguous()
     gate, up = gate.contiguous(), up.contiguous()
     y = torch.empty_like(gate)
     getattr(library, f"artemis_gated_forward_{native.NAMES[gate.dtype]}")(
@@ -44,10 +45,6 @@ def backward(
 
 
 def _plain_backward(dy, gate, up, activation):
-    act, wide, d = ACTIVATIONS[activation], _wide(gate), _wide(dy)
+    act, wide, d = ACTIVATIONS[activation], widened(gate), widened(dy)
     dgate, dup = act.backward(d * up, wide), d * act.forward(wide)
     return dgate.to(gate.dtype).contiguous(), dup.to(gate.dtype).contiguous()
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -15,7 +15,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ...core.device import launches_on_first_argument
 from ...core.tiles import activate, activation_slope
 
 BLOCK, WARPS = 2048, 4
@@ -52,7 +51,6 @@ def _backward(
     tl.store(du_ptr + offs, du.to(du_ptr.dtype.element_ty), mask=mask)
 
 
-@launches_on_first_argument
 def forward(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
     """y, contiguous, in their dtype."""
     y, count = gate.new_empty(gate.shape), gate.numel()
@@ -64,7 +62,6 @@ def forward(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tens
     return y
 
 
-@launches_on_first_argument
 def backward(
     dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,7 @@ Kept for the backward: x alone; r is found again, from a row that is read anyway
 import torch
 
 from ...core import native
+from ...core.widened import widened
 
 _ROWS_OF_A_SUM = 64  # as in native/rms_norm.c
 
@@ -17,7 +18,7 @@ def forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [M, n], weight [n] -> y [M, n] in x's dtype."""
     library = native.library_for(x)
     if library is None:
-        wide = _wide(x)
+        wide = widened(x)
         return (wide * _inverse(wide, eps) * weight).to(x.dtype)
     x, weight, (m, n) = x.contiguous(), weight.float().contiguous(), x.shape
     y = torch.empty_like(x)
@@ -46,7 +47,7 @@ def backward(
 
 
 def _plain_backward(dy, x, weight, eps, needs_weight):
-    wide = _wide(x)
+    wide = widened(x)
     inverse = _inverse(wide, eps)
     normal, dy = wide * inverse, dy.to(wide.dtype)
     g = dy * weight
@@ -57,7 +58,3 @@ def _plain_backward(dy, x, weight, eps, needs_weight):
 
 def _inverse(wide: torch.Tensor, eps: float) -> torch.Tensor:
     return torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -18,7 +18,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ...core.device import launches_on_first_argument
 from ..low_rank.sum_parts import sum_parts
 
 # Columns in registers: the backward holds x, dy, w and dw of them.
@@ -131,7 +130,6 @@ def _backward(
         tl.store(part_ptr + pid * N + lanes, dw, mask=lanes < N)
 
 
-@launches_on_first_argument
 def forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """y [M, N] in x's dtype for x [M, N]."""
     M, N = x.shape
@@ -146,7 +144,6 @@ def forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return y
 
 
-@launches_on_first_argument
 def backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, needs_weight: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:

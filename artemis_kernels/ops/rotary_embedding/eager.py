@@ -9,6 +9,7 @@ Nothing but cos and sin is kept for the backward.
 import torch
 
 from ...core import native
+from ...core.widened import at_least_fp32
 
 
 def forward(
@@ -31,7 +32,7 @@ def backward(
 
 def _as_read(table: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """cos or sin as the passes read them: fp32, or better for a better x."""
-    return table.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+    return table.to(at_least_fp32(x.dtype)).contiguous()
 
 
 def _turned(

@@ -16,8 +16,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ...core.device import launches_on_first_argument
-
 PAIRS, HEADS, WARPS = 1024, 32, 2  # of a program, at most
 
 
@@ -79,7 +77,6 @@ def _rotary(
         )  # fmt: skip
 
 
-@launches_on_first_argument
 def forward(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,7 +86,6 @@ def forward(
     return yq, yk
 
 
-@launches_on_first_argument
 def backward(
     dq: torch.Tensor, dk: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,10 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from artemis import AdapterError
 from artemis.benchmark import accuracy
-from artemis.benchmark.arms import ARMS, TrainingStep, hybrid
+from artemis.benchmark.arms import ARMS, TrainingStep, base_of, hybrid
 from artemis.benchmark.flops import training_flops
 from artemis.benchmark.models import Cell, architecture, build, random_tokens
 from artemis.benchmark.steps import Step, check, prepare
+from artemis.fusing import is_fused
 from artemis.training import loss
 
 CELL = Cell("64x2", 2, 96, 2, 16, whole=True)
@@ -125,6 +126,15 @@ def test_full_fine_tuning_in_int8_multiplies_every_layer_but_the_head_so():
     layers = [m for n, m in rounded.model.named_modules() if n.endswith("_proj")]
     assert len(layers) == 14 and nn.Parameter not in {type(m.weight) for m in layers}
     assert type(rounded.model.lm_head.weight) is nn.Parameter
+
+
+@pytest.mark.parametrize("arm", ["full-bf16", "peft", "hybrid-int8"])
+def test_fused_arms_run_our_operations_and_the_others_transformers_own(arm):
+    for name, fused in ((arm, False), (f"{arm}-fused", True)):
+        model = prepare(Step("train", name, CELL)).step.model
+        norms = [m for n, m in model.named_modules() if n.endswith("norm")]
+        assert norms and all(is_fused(norm) == fused for norm in norms)
+        assert (base_of(model).config._attn_implementation == "artemis") == fused
 
 
 def test_a_base_in_fp8_is_measured_by_default_where_there_is_a_gpu(monkeypatch):

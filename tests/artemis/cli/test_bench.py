@@ -376,6 +376,7 @@ def test_kernels_and_their_roofline(tmp_path, capsys):
         (["train", "--arms", "full"], "--arms: got 'full', allowed: full-fp32"),
         (["train", "--rounds", "1"], "--rounds: got 1, allowed: an integer from 2"),
         (["train", "--compile", "--arms", "hybrid-checkpointed"], "got 'hybrid-checkpointed', all"),
+        (["train", "--compile", "--arms", "hybrid-fused"], "got 'hybrid-fused', allowed:"),
         (["decode", "--arms", "full-autocast"], "--arms: got 'full-autocast', allowed:"),
         (["decode", "--arms", "full-int8"], "--arms: got 'full-int8', allowed:"),
         (["decode", "--prompt", "1"], "--prompt: got 1, allowed: an integer from 2"),

@@ -187,6 +187,25 @@ def test_a_quantized_base_is_trained_under_an_adapter_only(workspace, int8_base,
     assert "is quantized, allowed: with a hybrid_adapter" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_fused_base_trains_by_our_attention(workspace, tmp_path, monkeypatch, fused):
+    """In bf16 such short sequences would be the plain attention's, which fusing leaves."""
+    loaded = []
+
+    def load(*arguments):
+        loaded.append(load_base(*arguments))
+        return loaded[-1]
+
+    monkeypatch.setattr("artemis.training.run.load_base", load)
+    path = training_file(workspace, tmp_path, max_steps=1, precision="bf16")
+    values = yaml.safe_load(path.read_text())
+    values["hybrid_adapter"]["fuse_model"] = fused
+    path.write_text(yaml.safe_dump(values))
+    assert main(["train", str(path)]) == 0
+    ((model, _),) = loaded
+    assert model.config._attn_implementation == ("artemis" if fused else "eager")
+
+
 def test_generate_uses_the_adapter(workspace, capsys, tmp_path):
     base = str(workspace.directory / "base")
     model, _ = load_base(base, torch.float32)
