@@ -1,8 +1,9 @@
 """The frozen base of an eager path: one set of products, whatever the weight is held in.
 
-`PlainBase` calls BLAS on a tensor. `PackedBase` holds a `QuantizedWeight`: its products run in 8
-bits (`eight_bit.py`), or by weight only, through a copy of the weight in x's dtype unless there
-are few rows (decoding), where the packed weight is read once and never copied.
+`PlainBase` multiplies by a tensor: in bf16 by a pass of our own, else as BLAS does. `PackedBase`
+holds a `QuantizedWeight`: its products run in 8 bits (`eight_bit.py`), or by weight only, through a
+copy of the weight in x's dtype unless there are few rows (decoding), where the packed weight is
+read once and never copied.
 """
 
 from typing import NamedTuple
@@ -10,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from . import eight_bit, packed_passes, quantized, thin_products
+from . import bf16_products, eight_bit, packed_passes, quantized, thin_products
 from .device import multiplies_int8
 from .eight_bit_rows import Rounded
 from .products import LowRank, through_weight
@@ -45,12 +46,18 @@ class PlainBase(NamedTuple):
         plus: LowRank | None = None,
     ) -> torch.Tensor:
         """`x Wᵀ + bias + plus` [M, out]."""
+        y = bf16_products.multiply(x, self.weight, bias, plus=plus)
+        if y is not None:
+            return y
         return LowRank.added_to(functional.linear(x, self.weight, bias), plus)
 
     def input_gradient(
         self, dy: torch.Tensor, into: torch.Tensor | None = None, plus: LowRank | None = None
     ) -> torch.Tensor:
         """`dY W + plus` [M, in], added to `into` in place where it is given."""
+        dx = bf16_products.multiply(dy, self.weight.t(), into=into, plus=plus)
+        if dx is not None:
+            return dx
         dx = torch.mm(dy, self.weight) if into is None else into.addmm_(dy, self.weight)
         return LowRank.added_to(dx, plus)
 

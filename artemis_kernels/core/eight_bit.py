@@ -14,10 +14,11 @@ import torch
 from . import native
 from .device import has_int8_tiles, multiplies_int8
 from .eight_bit_rows import E4M3, Rounded, e4m3_values, round_logits, round_rows
+from .expanded import Expanded, fitting
+from .native import address
 from .products import LowRank, accumulator
 
 _EXACT = 1024  # int8 products whose sum fp32 holds exactly: 1024·127·128 < 2²⁴
-_MOST_EXPANDED = 24  # ranks that the product's own pass adds; beyond, BLAS is faster
 
 
 def linear(
@@ -82,8 +83,7 @@ def _product(
     """
     peaks = rounded.peaks
     line = None if peaks is None else data.index_select(0, peaks.at)
-    fits = plus is not None and plus.rank <= _MOST_EXPANDED
-    fused = plus if fits else None
+    fused = fitting(plus)
     y = _in_one_pass(rounded, apart, line, data, by_output, dtype, column, bias, into, fused)
     if y is not None:
         return y if plus is fused else LowRank.added_to(y, plus)
@@ -117,31 +117,20 @@ def _in_one_pass(
         return None
     y = q.new_empty(m, n, dtype=dtype) if into is None else into
     column, bias, beside = _floats(column), _floats(bias), _floats(apart)
-    apart, s, g, alpha = rounded.apart, None, None, 1.0
-    if plus is not None:
-        s, g, alpha = plus.s.to(dtype), plus.g, plus.alpha
-        s = s if s.stride(1) == 1 else s.contiguous()
-        g = g if g.dtype in native.NAMES else g.float()
+    apart, term = rounded.apart, Expanded.of(plus, dtype)
     peak = None if rounded.peaks is None else rounded.peaks.value
     q, data = q.contiguous(), data.contiguous()
     getattr(handle, f"artemis_int8_product_{native.NAMES[dtype]}")(
-        q.data_ptr(), data.data_ptr(), rounded.scale.data_ptr(), _address(column), _address(bias),
-        _address(apart), _address(beside), 0 if apart is None else apart.numel(),
-        _address(peak), _address(line),
-        _address(s), 0 if s is None else s.stride(0),
-        _address(g), *((0, 0, 0) if g is None else (*g.stride(), g.dtype == torch.bfloat16)),
-        0 if plus is None else plus.rank, alpha,
-        y.data_ptr(), m, k, n, by_output, into is not None, torch.get_num_threads(),
+        address(q), address(data), address(rounded.scale), address(column), address(bias),
+        address(apart), address(beside), 0 if apart is None else apart.numel(),
+        address(peak), address(line), *term.arguments,
+        address(y), m, k, n, by_output, into is not None, torch.get_num_threads(),
     )  # fmt: skip
     return y
 
 
 def _floats(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.float().contiguous()
-
-
-def _address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def integer_product(q: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

@@ -95,7 +95,15 @@ def test_compiled_and_plain_agree_to_the_bit(dtype, plain):
 @pytest.mark.parametrize("rank", [None, 0, 1, 24, 25])
 @pytest.mark.parametrize(
     ("m", "k", "n"),
-    [(1, 4, 1), (7, 192, 60), (8, 256, 64), (9, 196, 68), (17, 20_000, 70)],
+    [
+        (1, 4, 1),
+        (7, 192, 60),
+        (8, 256, 64),
+        (9, 196, 68),
+        (17, 20_000, 70),
+        (17, 72, 9_000),
+        (270, 132, 400),
+    ],  # fmt: skip
     ids=str,
 )
 def test_everything_after_a_product(m, k, n, rank, outlying):

@@ -1,7 +1,6 @@
 """Thin products by the compiled pass: the formula in fp64 where it serves, nothing elsewhere."""
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -9,7 +8,8 @@ import torch
 from artemis_kernels.core import thin_products
 from tests import kit
 
-BF16, F32, INT8 = torch.bfloat16, torch.float32, torch.int8
+from .bf16_oracle import BF16, F32, INT8, in_a_wider_one, in_columns, numbers, within
+
 SHAPES = [
     (1, 1, 1), (7, 3, 5), (8, 65, 33), (100, 66, 16), (65, 129, 17), (9, 31, 257), (16, 800, 70),
     (20, 9, 300), (200, 35, 300), (13, 385, 70), (65, 259, 64),
@@ -20,24 +20,6 @@ KINDS = ("rounded", "added", "wide", "transposed")
 needs_pass = pytest.mark.skipif(
     not thin_products.available(), reason="no bf16 dot products, or no compiler that knows them"
 )
-
-
-def numbers(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
-    if dtype == INT8:
-        return torch.randint(-128, 128, shape, dtype=dtype)
-    return torch.randn(shape).to(dtype)
-
-
-def in_columns(t: torch.Tensor) -> torch.Tensor:
-    return t.t().contiguous().t()
-
-
-def in_a_wider_one(t: torch.Tensor) -> torch.Tensor:
-    """Rows of stride 1, with nan (or what int8 has for it) right behind each."""
-    filler = -128 if t.dtype == INT8 else math.nan
-    wide = t.new_full((t.shape[0], t.shape[1] + 3), filler)
-    wide[:, : t.shape[1]] = t
-    return wide[:, : t.shape[1]]
 
 
 LAYOUTS = (in_columns, in_a_wider_one, kit.sliced)
@@ -58,14 +40,6 @@ class Guarded:
         without = self.whole.clone()
         without[1:-1, 1:-1] = 77.0
         return bool((without == 77.0).all())
-
-
-def within(found: torch.Tensor, wanted: torch.Tensor, terms: torch.Tensor) -> bool:
-    """Off by no more than fp32 sums of `terms`, their magnitudes, and half a unit of a bf16."""
-    room = 1e-6 * (1 + terms)
-    if found.dtype == BF16:
-        room = room + wanted.abs().log2().floor().exp2() / 256
-    return bool(((found.double() - wanted).abs() <= room).all())
 
 
 @needs_pass

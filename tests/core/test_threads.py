@@ -11,7 +11,7 @@ from artemis_kernels.core import native
 FORKED = """
 import os, signal, torch
 from artemis_kernels import FrozenAdapter, FrozenLinear, QuantizedWeight
-from artemis_kernels.core import adapter_passes, dropped, eight_bit, thin_products
+from artemis_kernels.core import adapter_passes, bf16_products, dropped, eight_bit, thin_products
 from artemis_kernels.core.units import Units
 from artemis_kernels.ops.cross_entropy import eager as cross_entropy
 from artemis_kernels.ops.gated_activation import eager as gated
@@ -46,6 +46,7 @@ def passes(m, k, n):
             gated.backward(gated.forward(logits, logits, "silu"), logits, logits, "silu")
             rotary.backward(*rotary.forward(heads, heads, x[None], x[None]), x[None], x[None])
             eight_bit.linear(x.to(dtype), held["int8"].data, held["int8"].scale, None)
+        bf16_products.multiply(y, y[:8].contiguous())
         thin_products.multiply(few, turned)
         thin_products.multiply(narrow, turned[:, :4])
         adapter_passes.bottleneck_forward(y, z[:, :8], w[:, :8], None, units, 1.0)

@@ -44,6 +44,11 @@ def library_for(x: torch.Tensor) -> ctypes.CDLL | None:
     return library().handle
 
 
+def address(tensor: torch.Tensor | None) -> int | None:
+    """Where a pass finds its numbers; who calls holds the tensor until the pass is done."""
+    return None if tensor is None else tensor.data_ptr()
+
+
 def why_missing(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the passes for such tensors are not there; None if they are, or were never written."""
     if device.type != "cpu" or dtype not in NAMES or library().handle is not None:
@@ -115,7 +120,8 @@ _FACTOR = "pointer size size flag"
 def has(handle: ctypes.CDLL, passes: str) -> bool:
     """Whether the compiler knew the processor's instructions for some passes.
 
-    They are `bf16_rows` (those over few rows of bf16), `int8_product` and `thin_product`.
+    They are `bf16_rows` (those over few rows of bf16), `bf16_product`, `int8_product` and
+    `thin_product`.
     """
     return bool(ctypes.c_int.in_dll(handle, f"artemis_has_{passes}").value)
 
@@ -172,6 +178,12 @@ def _signatures(handle: ctypes.CDLL) -> Iterator[tuple[str, str]]:
         yield f"artemis_unpack_{dtype}", f"pointer pointer pointer pointer {sizes} flag threads"
     for product in ("outer", "expand"):
         yield f"artemis_{product}_f32", f"pointer pointer pointer {sizes} {_MASK} threads"
+    if has(handle, "bf16_product"):
+        yield (
+            "artemis_bf16_product",
+            f"{'pointer ' * 4}size pointer size size flag size factor pointer {sizes}"
+            " flag flag threads",
+        )
     if has(handle, "thin_product"):
         yield (
             "artemis_thin_product",
