@@ -245,7 +245,7 @@ def test_a_compiler_that_does_not_know_bf16(home, monkeypatch):
         pytest.skip("the compiler has no such option")
     x, w = torch.randn(3, 64).bfloat16(), torch.randn(40, 64)
     weight = QuantizedWeight.quantize(w, activation_bits=16)
-    for passes in ("bf16_rows", "bf16_product", "thin_product"):
+    for passes in ("attention", "bf16_rows", "bf16_product", "thin_product"):
         assert not native.has(handle, passes)
     assert not frozen.most_few_rows(x.dtype, x.device, weight)
     assert not packed_passes.takes_bf16_rows(x, weight)

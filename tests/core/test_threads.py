@@ -13,6 +13,7 @@ import os, signal, torch
 from artemis_kernels import FrozenAdapter, FrozenLinear, QuantizedWeight
 from artemis_kernels.core import adapter_passes, bf16_products, dropped, eight_bit, thin_products
 from artemis_kernels.core.units import Units
+from artemis_kernels.ops.attention import eager as attention
 from artemis_kernels.ops.cross_entropy import eager as cross_entropy
 from artemis_kernels.ops.gated_activation import eager as gated
 from artemis_kernels.ops.rms_norm import eager as rms_norm
@@ -29,6 +30,7 @@ def passes(m, k, n):
               for weight in held.values()]
     targets = torch.zeros(m, dtype=torch.int64)
     z, y = (torch.randn(max(m, 16), width).bfloat16() for width in (k, n))
+    q = torch.randn(2, 1, max(m // 4, 8), 16).bfloat16()
     units = Units("gelu", None, dropout)
 
     def call():
@@ -47,6 +49,8 @@ def passes(m, k, n):
             rotary.backward(*rotary.forward(heads, heads, x[None], x[None]), x[None], x[None])
             eight_bit.linear(x.to(dtype), held["int8"].data, held["int8"].scale, None)
         bf16_products.multiply(y, y[:8].contiguous())
+        _, kept = attention.forward(q, q, q, None, 1.0, True)
+        attention.backward(q, q, q, q, None, kept, 1.0, True)
         thin_products.multiply(few, turned)
         thin_products.multiply(narrow, turned[:, :4])
         adapter_passes.bottleneck_forward(y, z[:, :8], w[:, :8], None, units, 1.0)

@@ -8,11 +8,12 @@ from torch.nn import functional
 
 from artemis_kernels import Unavailable, attention, explain
 from artemis_kernels.core import native
+from artemis_kernels.ops.attention import eager
 from artemis_kernels.ops.attention.eager import QUERIES
 from tests import kit
 
 SINGLE, BF16, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float16, torch.float64
-PATHS = ["compiled", "plain"]
+PATHS = ["whole", "compiled", "plain"]
 #: Of a norm of errors over the norm of what is right: scores and results are rounded.
 ALLOWED = {SINGLE: 1e-6, BF16: 8e-3, HALF: 1e-3, DOUBLE: 1e-13}
 # B, H, G, T, S, D, E: heads alone and shared, one row, a block, one past it, several blocks.
@@ -22,19 +23,35 @@ CAUSAL = [
     (1, 2, 1, QUERIES, QUERIES, 16, 16),
     (2, 6, 2, QUERIES + 1, QUERIES + 1, 8, 12),
     (1, 4, 1, 2 * QUERIES + 44, 2 * QUERIES + 44, 16, 16),
+    (1, 2, 1, 70, 70, 66, 34),
+    (1, 2, 2, 11, 11, 128, 64),
 ]
-OTHER = [(1, 2, 1, 3, 40, 8, 8), (2, 4, 4, QUERIES + 3, 7, 5, 3), (3, 2, 2, 1, 9, 4, 4)]
+OTHER = [
+    (1, 2, 1, 3, 40, 8, 8),
+    (2, 4, 4, QUERIES + 3, 7, 5, 3),
+    (3, 2, 2, 1, 9, 4, 4),
+    (2, 4, 2, QUERIES + 3, 77, 40, 34),
+]
+
+
+def take(path, monkeypatch):
+    """Let only `path`, or one before it, be taken."""
+    if path != "whole":
+        monkeypatch.setattr(eager, "whole_pass", lambda q, k, v: None)
+    if path == "plain":
+        monkeypatch.setattr(native, "library_for", lambda x: None)
 
 
 @pytest.fixture(params=PATHS)
 def along(request, monkeypatch):
     """The operation by a path."""
-    if request.param == "plain":
-        monkeypatch.setattr(native, "library_for", lambda x: None)
+    take(request.param, monkeypatch)
 
     def run(q, k, v, **options):
         if request.param == "compiled" and native.library_for(q) is None:
             pytest.skip("there is no compiled pass for these")
+        if request.param == "whole" and eager.whole_pass(q, k, v) is None:
+            pytest.skip("these are not for the one pass")
         return attention(q, k, v, **options)
 
     return run
@@ -111,21 +128,49 @@ def test_gradients_of_many_blocks_are_added_in_fp32(along):
 
 @pytest.mark.parametrize("path", [*PATHS, "reference"])
 def test_a_query_that_sees_nothing_gets_nothing(path, monkeypatch):
-    if path == "plain":
-        monkeypatch.setattr(native, "library_for", lambda x: None)
-    q, k, v = operands((2, 2, 2, 5, 6, 4, 4))
-    mask = torch.ones(2, 1, 5, 6, dtype=torch.bool)
+    take(path, monkeypatch)
+    dtype = BF16 if path == "whole" else SINGLE
+    q, k, v = operands((2, 2, 2, 9, 6, 4, 4), dtype)
+    mask = torch.ones(2, 1, 9, 6, dtype=torch.bool)
     mask[0, :, 3] = False
     impl = "reference" if path == "reference" else None
     found = outcome(
-        lambda *x: attention(*x, mask=mask, impl=impl), (q, k, v), torch.ones(2, 2, 5, 4)
+        lambda *x: attention(*x, mask=mask, impl=impl), (q, k, v), torch.ones(2, 2, 9, 4)
     )
     assert not found[0][0, :, 3].any() and not found[1][0, :, 3].any()
     assert all(torch.isfinite(x).all() for x in found)
     seen = mask.clone()
     seen[0, :, 3] = True
-    wanted = truth((q, k, v), torch.ones(2, 2, 5, 4), attn_mask=seen)
-    torch.testing.assert_close(found[0][1].double(), wanted[0][1], rtol=1e-5, atol=1e-6)
+    wanted = truth((q, k, v), torch.ones(2, 2, 9, 4), attn_mask=seen)
+    assert_close([x[1] for x in found], [x[1] for x in wanted], dtype)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4, 300, 300, 16, 16), (2, 4, 2, 9, 9, 8, 8)], ids=str)
+def test_same_bits_whatever_the_threads(shape, monkeypatch):
+    """As long as they have heads enough; then by plain products, which round scores."""
+    tensors, dy = operands(shape, BF16), torch.randn(*shape[:2], shape[3], shape[6])
+    wanted = truth(tensors, dy, is_causal=True)
+    found = {}
+    for threads in (1, 2, 3, 4, 7):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found[threads] = outcome(lambda *x: attention(*x, causal=True), tensors, dy)
+        assert_close(found[threads], wanted, BF16)
+    for threads in (2, 3, 4):
+        for x, y in zip(found[threads], found[1], strict=True):
+            kit.assert_same_bits(x, y, f"{threads} threads")
+
+
+def test_scores_of_the_one_pass_are_not_rounded():
+    """A query that tells keys apart by less than bf16 does, around a score of 200."""
+    q = torch.full((1, 1, 8, 64), 1.0).bfloat16()
+    k = torch.full((1, 1, 8, 64), 200.0).bfloat16()
+    k[0, 0, :, 0] = torch.linspace(200, 207, 8)
+    v = torch.eye(8).expand(1, 1, 8, 8).bfloat16()
+    if eager.whole_pass(q, k, v) is None:
+        pytest.skip("there is no such pass here")
+    y = attention(q, k, v, scale=1.0)
+    right = (q.double() @ k.double().mT).softmax(3)
+    assert (y.double() - right).abs().max() < 4e-3
 
 
 def test_large_scores_keep_their_differences(along):

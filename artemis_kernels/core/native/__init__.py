@@ -24,7 +24,15 @@ from ..device import cache_folder, processor_flags
 _FOLDER = Path(__file__).parent
 _COMPILERS = ("gcc", "cc", "clang")  # gcc first: its OpenMP runtime is most often torch's too
 _FIRST = "units.c"  # refers to no other
-_FLAGS = ("-O3", "-march=native", "-std=c11", "-fPIC", "-ffp-contract=off", "-fopenmp")
+_FLAGS = (
+    "-O3",
+    "-march=native",
+    "-std=c11",
+    "-fPIC",
+    "-ffp-contract=off",
+    "-fopenmp",
+    "-falign-loops=64",
+)
 
 
 class Native(NamedTuple):
@@ -120,8 +128,8 @@ _FACTOR = "pointer size size flag"
 def has(handle: ctypes.CDLL, passes: str) -> bool:
     """Whether the compiler knew the processor's instructions for some passes.
 
-    They are `bf16_rows` (those over few rows of bf16), `bf16_product`, `int8_product` and
-    `thin_product`.
+    They are `attention`, `bf16_rows` (those over few rows of bf16), `bf16_product`,
+    `int8_product` and `thin_product`.
     """
     return bool(ctypes.c_int.in_dll(handle, f"artemis_has_{passes}").value)
 
@@ -183,6 +191,14 @@ def _signatures(handle: ctypes.CDLL) -> Iterator[tuple[str, str]]:
             "artemis_bf16_product",
             f"{'pointer ' * 4}size pointer size size flag size factor pointer {sizes}"
             " flag flag threads",
+        )
+    if has(handle, "attention"):
+        heads = "pointer size size size"
+        of = f"{'size ' * 7}pointer size size flag factor threads"
+        yield "artemis_attention_forward", f"{heads} {heads} {heads} pointer pointer {of}"
+        yield (
+            "artemis_attention_backward",
+            f"{heads} {heads} {heads} {heads} {'pointer ' * 4}{of}",
         )
     if has(handle, "thin_product"):
         yield (

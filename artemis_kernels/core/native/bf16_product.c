@@ -4,32 +4,10 @@
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 
-#include <immintrin.h>
-#include <stdint.h>
-
-#define NUMBER uint16_t
-#define SUMS __m512
-#define ZERO _mm512_setzero_ps()
-#define DOT(sums, packed, x) _mm512_dpbf16_ps(sums, (__m512bh)(packed), (__m512bh)(x))
-#define FLIPPED 0
-
+#include "bf16_panels.h"
 #include "panel_product.h"
 
 const int artemis_has_bf16_product = 1;
-
-static void pack_by_input(const Weight *w, Part part, __mmask64 within, NUMBER *panel) {
-    /* A pair of rows, word by word: columns 0 to 3 and 8 to 11 of both, ..., then the others. */
-    const __m512i left = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
-    const __m512i right = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-    const NUMBER *from = w->data + part.from * w->n + part.first;
-    for (int64_t c = 0; c < part.to - part.from; c += 2, from += 2 * w->n, panel += 2 * PANEL) {
-        __m512i one = _mm512_maskz_loadu_epi8(within, from);
-        __m512i other = _mm512_maskz_loadu_epi8(within, from + w->n);
-        __m512i low = _mm512_unpacklo_epi16(one, other), high = _mm512_unpackhi_epi16(one, other);
-        _mm512_store_si512(panel, _mm512_permutex2var_epi64(low, left, high));
-        _mm512_store_si512(panel + PANEL, _mm512_permutex2var_epi64(low, right, high));
-    }
-}
 
 typedef struct {
     const float *bias; /* [n] or NULL */
@@ -67,7 +45,7 @@ void artemis_bf16_product(const NUMBER *x, const NUMBER *data, const float *bias
     Expand expand = {g, g_n, g_r, g_in_bf16, rank};
     Epilogue with = {bias, {left, right, rank}, y, n, accumulate};
     Product product =
-        product_of(x, m, (Weight){data, k, n, by_output}, finish, &with, threads);
+        product_of(x, m, (Weight){data, by_output ? k : n, k, n, by_output}, finish, &with, threads);
     _Pragma("omp parallel num_threads(threads) if (m * k * n > 65536)")
     {
         _Pragma("omp for schedule(static) nowait")

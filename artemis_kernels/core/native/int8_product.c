@@ -27,7 +27,7 @@ static void pack_by_input(const Weight *w, Part part, __mmask64 within, NUMBER *
     for (int64_t c = 0; c < k; c += 4) {
         __m512i lines[4];
         for (int j = 0; j < 4; ++j) {
-            const NUMBER *from = w->data + (part.from + c + j) * w->n + part.first;
+            const NUMBER *from = w->data + (part.from + c + j) * w->pitch + part.first;
             lines[j] = _mm512_xor_si512(offset, _mm512_maskz_loadu_epi8(within, from));
         }
         __m512i low = _mm512_unpacklo_epi8(lines[0], lines[1]);
@@ -71,7 +71,7 @@ static int32_t row_sum(const int8_t *q, int64_t k) {
 /* right[count, PANEL] = the rows of w that are apart, of columns `first` on. */
 static void line_up_apart(const Weight *w, const int64_t *apart, int64_t count, int64_t first,
                           float *right) {
-    int64_t of_n = w->by_output ? w->k : 1, of_k = w->by_output ? 1 : w->n;
+    int64_t of_n = w->by_output ? w->pitch : 1, of_k = w->by_output ? 1 : w->pitch;
     for (int64_t p = 0; p < count; ++p)
         for (int64_t j = 0; j < PANEL; ++j)
             right[p * PANEL + j] =
@@ -124,7 +124,7 @@ static inline void finished(const Epilogue *with, const int64_t *rows, int64_t f
               const float *peak, const int8_t *line, const TYPE *s, int64_t s_m, const void *g,   \
               int64_t g_n, int64_t g_r, int g_in_bf16, int64_t rank, float alpha, TYPE *y,        \
               int64_t m, int64_t k, int64_t n, int by_output, int accumulate, int threads) {      \
-        Weight w = {data, k, n, by_output};                                                       \
+        Weight w = {data, by_output ? k : n, k, n, by_output};                                                       \
         Expand expand = {g, g_n, g_r, g_in_bf16, rank};                                           \
         int64_t panels = parts_of(n, PANEL);                                                      \
         int32_t *shifts = malloc(sizeof(int32_t) * (size_t)m);                                    \

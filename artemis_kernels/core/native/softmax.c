@@ -9,22 +9,16 @@
 
 #include <stdlib.h>
 
-#include "units.h"
+#include "attention.h"
 
 typedef struct {
-    int64_t keys, queries, first, rows_of_batch;
-    const uint8_t *mask; /* bytes 0 or 1: [batch, query, keys], or NULL */
-    int64_t mask_batch, mask_query;
-    int causal;
-} Sight;
+    Sight sight;
+    int64_t queries, first, rows_of_batch;
+} Rows;
 
 /* How many keys row r may see, and which of them, unless that is NULL. */
-static int64_t seen(const Sight *of, int64_t row, const uint8_t **mask) {
-    int64_t query = of->first + row % of->queries, count = query + 1;
-    *mask = NULL;
-    if (of->mask)
-        *mask = of->mask + row / of->rows_of_batch * of->mask_batch + query * of->mask_query;
-    return of->causal && count < of->keys ? count : of->keys;
+static int64_t seen(const Rows *of, int64_t row, const uint8_t **mask) {
+    return seen_by(&of->sight, row / of->rows_of_batch, of->first + row % of->queries, mask);
 }
 
 #define SIGHT                                                                                     \
@@ -34,8 +28,8 @@ static int64_t seen(const Sight *of, int64_t row, const uint8_t **mask) {
 #define SOFTMAX(SUFFIX, TYPE, LOAD, STORE)                                                        \
     void artemis_softmax_forward_##SUFFIX(TYPE *s, float *kept, int64_t rows, SIGHT, float scale, \
                                           int threads) {                                          \
-        const Sight of = {keys, queries,    first,      rows_of_batch,                            \
-                          mask, mask_batch, mask_query, causal};                                  \
+        const Rows of = {{keys, mask, mask_batch, mask_query, causal},                            \
+                         queries, first, rows_of_batch};                                          \
         _Pragma("omp parallel num_threads(threads) if (rows * keys > 16384)")                     \
         {                                                                                         \
             float *e = malloc((size_t)keys * sizeof *e);                                          \
@@ -69,8 +63,8 @@ static int64_t seen(const Sight *of, int64_t row, const uint8_t **mask) {
     /* s becomes p, dp becomes ds. */                                                             \
     void artemis_softmax_backward_##SUFFIX(TYPE *s, TYPE *dp, const float *kept, int64_t rows,    \
                                            SIGHT, float scale, int threads) {                     \
-        const Sight of = {keys, queries,    first,      rows_of_batch,                            \
-                          mask, mask_batch, mask_query, causal};                                  \
+        const Rows of = {{keys, mask, mask_batch, mask_query, causal},                            \
+                         queries, first, rows_of_batch};                                          \
         _Pragma("omp parallel num_threads(threads) if (rows * keys > 16384)")                     \
         {                                                                                         \
             float *p = malloc((size_t)keys * sizeof *p);                                          \

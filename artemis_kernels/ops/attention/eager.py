@@ -16,6 +16,7 @@ import torch
 
 from ...core import native
 from ...core.widened import at_least_fp32
+from .whole import whole_pass
 
 QUERIES = 128  # of a block
 
@@ -65,6 +66,9 @@ def forward(
     G, E = k.shape[1], v.shape[3]
     y = q.new_empty(B, T, H, E)
     kept = q.new_empty(B * H * T, 2, dtype=at_least_fp32(q.dtype))
+    if (whole := whole_pass(q, k, v)) is not None:
+        whole.forward(q, k, v, mask, scale, causal, y, kept)
+        return y.transpose(1, 2), kept
     k, v = _of_groups(k), _of_groups(v)
     for block in _blocks(q, k.shape[1], mask, causal):
         scores = _queries(q, block, G) @ k[:, : block.keys].mT
@@ -86,6 +90,8 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of q, k and v, in memory as [B, T, H, D]."""
     B, H, T, D = q.shape
+    if (whole := whole_pass(q, k, v)) is not None:
+        return whole.backward(dy, q, k, v, mask, kept, scale, causal)
     G, groups = k.shape[1], (_of_groups(k), _of_groups(v))
     dq = q.new_empty(B, T, H, D)
     sums = [_Sum(group) for group in groups]
