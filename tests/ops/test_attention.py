@@ -192,6 +192,19 @@ def test_what_is_not_finite_stays_in_its_rows(value, along):
     assert torch.isfinite(y[0, 0, [0, 1, 3, 4, 5]]).all()
 
 
+def test_what_is_not_seen_does_not_matter():
+    """Queries of a tile that does not reach a value that is not finite: in the one pass."""
+    q, k, v = (x.requires_grad_() for x in operands((2, 1, 1, 40, 40, 8, 8), BF16))
+    if eager.whole_pass(q, k, v) is None:
+        pytest.skip("there is no such pass here")
+    with torch.no_grad():
+        v[:, :, 10] = math.inf
+    y = attention(q, k, v, causal=True)
+    y.backward(torch.ones_like(y))
+    assert y[:, :, :8].isfinite().all() and q.grad[:, :, :8].isfinite().all()
+    assert not y[:, :, 10:].isfinite().any()
+
+
 @pytest.mark.parametrize("layout", [kit.transposed, kit.sliced, kit.offset])
 def test_any_layout(layout, along):
     tensors = operands((2, 4, 2, 7, 7, 8, 8))
@@ -309,6 +322,9 @@ def test_bad_arguments(change, error, words):
 def test_explains_its_path():
     q, k, v = operands((1, 2, 1, 3, 3, 4, 4))
     assert explain(attention, q, k, v).strategy in ("compiled", "plain")
+    long = operands((2, 2, 2, 9, 9, 4, 4), BF16)
+    one_pass = eager.whole_pass(*long) is not None
+    assert (explain(attention, *long).strategy == "one_pass") == one_pass
     assert explain("attention", *(x.double() for x in (q, k, v))).strategy == "plain"
     assert explain(attention, q, k, v, impl="reference").strategy == "composed"
     half, whole = (explain(attention, q, k, v, causal=c).cost.flops for c in (True, False))

@@ -17,8 +17,8 @@
 
 const int artemis_has_attention = 1;
 
-#define BLOCK 64            /* queries whose ds are held at a time */
-#define FORWARD_QUERIES 256 /* of a task, at the least */
+#define BLOCK 64            /* queries whose p and ds are held at a time, backward */
+#define FORWARD_QUERIES 256 /* of a task, where heads alone are too few tasks */
 
 typedef struct { /* [batch, head, position, size] of these strides, the last of which is 1 */
     const uint16_t *data;
@@ -50,7 +50,7 @@ static void pack_head(const Heads *x, int64_t b, int64_t h, int64_t rows, int by
     pack(&w, (Part){0, w.n, 0, w.k}, panels);
 }
 
-/* out[8, pitch] = rows·panels, for so many columns and products of a column. */
+/* out[8, pitch] = rows·panels, of so many columns, k products each. */
 static void multiply_rows(const NUMBER *const *rows, const NUMBER *panels, int64_t panel_size,
                           int64_t columns, int64_t k, float *out, int64_t pitch) {
     Ahead nothing = {0};
@@ -92,10 +92,10 @@ static void to_numbers(const float *from, int64_t count, NUMBER *to) {
                    _mm512_loadu_ps(from + j));
 }
 
-/* Of queries `top` on: which rows of a block's 8 they are, and where. */
+/* A tile's queries, from `top` on, and the keys that the last of them may see. */
 typedef struct {
-    int64_t top, count, keys; /* of which `keys` keys are looked at */
-    int64_t number[TILE_ROWS]; /* beyond the last, that one again */
+    int64_t top, count, keys;
+    int64_t number[TILE_ROWS]; /* of each; beyond the last, that one again */
 } Eight;
 
 static Eight eight_of(const Attention *a, int64_t top, int64_t last) {

@@ -1,4 +1,5 @@
-"""`attention` on a CPU: plain products of blocks of queries, a compiled pass between them.
+"""`attention` on a CPU: one pass where that serves (`whole.py`), else plain products of blocks of
+queries, a compiled pass between them.
 
     forward    s = Q Kᵀ    p = softmax(scale·s)    Y = p V
     backward   s, p again    dV = pᵀ dY    dp = dY Vᵀ    ds = scale·p·(dp − Σ p·dp)

@@ -8,6 +8,7 @@ from ...core.registration import Operation, define, differentiate, once
 from ...core.types import Choice, Cost, Unavailable
 from .. import passes
 from . import eager, reference
+from .whole import whole_pass
 
 NAME = "attention"
 
@@ -24,8 +25,8 @@ def attention(
 ) -> torch.Tensor:
     """Return `softmax(scale · Q Kᵀ) V` (Vaswani et al., arXiv 1706.03762, §3.2.1).
 
-    What `torch.nn.functional.scaled_dot_product_attention` computes; on a CPU by plain products of
-    blocks, which BLAS runs at its full rate in bf16. Elsewhere it is torch's own.
+    What `torch.nn.functional.scaled_dot_product_attention` computes: on a CPU over bf16 in a pass,
+    or by plain products of blocks; elsewhere by torch's own.
 
     Args:
         q: [B, H, T, D], floating.
@@ -104,7 +105,11 @@ def _check_mask(mask, q, keys, causal) -> None:
 def explain(q, k, v, *, mask=None, scale=None, causal=False, impl=None) -> Choice:
     """The path `attention` takes for these arguments, why, and what it costs."""
     path = plan(q, k, v, mask=mask, scale=scale, causal=causal, impl=impl)
-    if path.strategy != "torch":
+    if path.impl == "eager" and path.strategy != "torch" and whole_pass(q, k, v) is not None:
+        path = path._replace(
+            strategy="one_pass", reason=f"{path.reason} and one compiled pass is all of it"
+        )
+    elif path.strategy != "torch":
         path = passes.told(path, q)
     return Choice(NAME, *path, cost(q, k, v, causal))
 

@@ -19,6 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ...core.tiling import next_power_of_2
+
 BLOCK, WARPS = 4096, 8
 
 
@@ -88,9 +90,11 @@ def forward(
     kept = x.new_empty(M, 2, dtype=torch.float32)
     if M:
         _forward[(M,)](
-            x_ptr=x, target_ptr=target, losses_ptr=losses, kept_ptr=kept, N=N,
-            ignored=ignored, stride_xm=x.stride(0), stride_xn=x.stride(1),
-            BLOCK_N=_block(N), num_warps=WARPS, enable_fp_fusion=True,
+            x, target, losses, kept,
+            N, ignored,
+            *x.stride(),
+            _block(N),
+            num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return losses, kept
 
@@ -103,12 +107,14 @@ def backward(
     dx = x.new_empty(M, N)
     if M:
         _backward[(M,)](
-            x_ptr=x, target_ptr=target, kept_ptr=kept, d_ptr=d.contiguous(), dx_ptr=dx, N=N,
-            ignored=ignored, stride_xm=x.stride(0), stride_xn=x.stride(1),
-            BLOCK_N=_block(N), num_warps=WARPS, enable_fp_fusion=True,
+            x, target, kept, d.contiguous(), dx,
+            N, ignored,
+            *x.stride(),
+            _block(N),
+            num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return dx
 
 
 def _block(n: int) -> int:
-    return min(BLOCK, max(triton.next_power_of_2(n), 16))
+    return min(BLOCK, max(next_power_of_2(n), 16))

@@ -23,7 +23,7 @@ import triton.language as tl
 from ...core.quantized import QuantizedWeight
 from ...core.strategies import TENSOR
 from ...core.tiles import effective_scale
-from ...core.tiling import Config, next_power_of_2
+from ...core.tiling import Config, cdiv, next_power_of_2
 from ..packed.epilogue import Epilogue
 from .sums import row_sums
 
@@ -91,7 +91,7 @@ def prepared(
     """`matvec` of any x and s of so many rows: what does not depend on them is made once."""
     N, b, bias, bias_low = weight.shape[0], epilogue.b, epilogue.bias, epilogue.bias_low
     R = 0 if b is None else b.shape[1]
-    grid = (triton.cdiv(N, config.block_n),)
+    grid = (cdiv(N, config.block_n),)
     fixed = {
         "b_ptr": b, "scale": epilogue.scale.number, "scale_ptr": epilogue.scale.tensor,
         "bias_ptr": None if bias is None else bias.contiguous(),

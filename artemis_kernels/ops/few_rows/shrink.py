@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...core.tiling import Config, next_power_of_2
+from ...core.tiling import Config, cdiv, next_power_of_2
 from ..low_rank.hidden import finish_hidden
 from .matvec import weight_arguments
 from .sums import row_sums
@@ -63,7 +63,7 @@ def prepared(
 ) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]:  # fmt: skip
     """`shrink_rows` of any x of so many rows: what does not depend on it is made once."""
     R = f.shape[0]
-    grid = (triton.cdiv(R, config.block_n),)
+    grid = (cdiv(R, config.block_n),)
     fixed = {
         "bias_ptr": None if bias is None else bias.contiguous(), "M": rows, "R": R,
         "STAGE": stage, "ACTIVATION": activation, "STAGES": config.stages,

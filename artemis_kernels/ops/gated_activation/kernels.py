@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from ...core.tiles import activate, activation_slope
+from ...core.tiling import cdiv
 
 BLOCK, WARPS = 2048, 4
 
@@ -55,9 +56,11 @@ def forward(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tens
     """y, contiguous, in their dtype."""
     y, count = gate.new_empty(gate.shape), gate.numel()
     if count:
-        _forward[(triton.cdiv(count, BLOCK),)](
-            g_ptr=gate.contiguous(), u_ptr=up.contiguous(), y_ptr=y, COUNT=count,
-            ACTIVATION=activation, BLOCK_N=BLOCK, num_warps=WARPS, enable_fp_fusion=True,
+        _forward[(cdiv(count, BLOCK),)](
+            gate.contiguous(), up.contiguous(), y,
+            count,
+            activation, BLOCK,
+            num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return y
 
@@ -68,9 +71,10 @@ def backward(
     """The gradients of gate and up, contiguous, in their dtype."""
     dgate, dup, count = gate.new_empty(gate.shape), up.new_empty(up.shape), gate.numel()
     if count:
-        _backward[(triton.cdiv(count, BLOCK),)](
-            dy_ptr=dy.contiguous(), g_ptr=gate.contiguous(), u_ptr=up.contiguous(),
-            dg_ptr=dgate, du_ptr=dup, COUNT=count,
-            ACTIVATION=activation, BLOCK_N=BLOCK, num_warps=WARPS, enable_fp_fusion=True,
+        _backward[(cdiv(count, BLOCK),)](
+            dy.contiguous(), gate.contiguous(), up.contiguous(), dgate, dup,
+            count,
+            activation, BLOCK,
+            num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return dgate, dup

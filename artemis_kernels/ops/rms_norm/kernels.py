@@ -14,10 +14,14 @@ backward. A longer row is read again from the cache, a block at a time. For dw e
 consecutive rows, a number that depends on M alone, and `sum_parts` adds theirs in a fixed order.
 """
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
+from ...core.tiling import cdiv, next_power_of_2
 from ..low_rank.sum_parts import sum_parts
 
 # Columns in registers: the backward holds x, dy, w and dw of them.
@@ -136,10 +140,13 @@ def forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     y = x.new_empty(M, N)
     if M:
         tiles = _tiles(N, HELD_FORWARD)
-        _forward[(triton.cdiv(M, tiles["BLOCK_M"]),)](
-            x_ptr=x, w_ptr=weight.contiguous(), y_ptr=y, M=M, N=N,
-            stride_xm=x.stride(0), stride_xn=x.stride(1), eps=eps,
-            **tiles, enable_fp_fusion=True,
+        _forward[(cdiv(M, tiles.block_m),)](
+            x, weight.contiguous(), y,
+            M, N,
+            *x.stride(),
+            eps,
+            tiles.held, tiles.block_m, tiles.block_n,
+            num_warps=tiles.warps, enable_fp_fusion=True,
         )  # fmt: skip
     return y
 
@@ -153,15 +160,17 @@ def backward(
     if not M:
         return dx, weight.new_zeros(N) if needs_weight else None
     tiles = _tiles(N, HELD_BACKWARD)
-    rows, parts = tiles["BLOCK_M"], None
+    rows, parts = tiles.block_m, None
     if needs_weight:
-        rows *= triton.cdiv(M, PARTS * rows)
-        parts = x.new_empty(triton.cdiv(M, rows), 1, N, dtype=torch.float32)
-    _backward[(triton.cdiv(M, rows),)](
-        dy_ptr=dy, x_ptr=x, w_ptr=weight.contiguous(), dx_ptr=dx, part_ptr=parts, M=M, N=N,
-        rows=rows, stride_dym=dy.stride(0), stride_dyn=dy.stride(1),
-        stride_xm=x.stride(0), stride_xn=x.stride(1), eps=eps,
-        **tiles, enable_fp_fusion=True,
+        rows *= cdiv(M, PARTS * rows)
+        parts = x.new_empty(cdiv(M, rows), 1, N, dtype=torch.float32)
+    _backward[(cdiv(M, rows),)](
+        dy, x, weight.contiguous(), dx, parts,
+        M, N, rows,
+        *dy.stride(), *x.stride(),
+        eps,
+        tiles.held, tiles.block_m, tiles.block_n,
+        num_warps=tiles.warps, enable_fp_fusion=True,
     )  # fmt: skip
     if parts is None:
         return dx, None
@@ -170,10 +179,18 @@ def backward(
     return dx, dweight
 
 
-def _tiles(n: int, held: int) -> dict[str, int]:
+class _Tiles(NamedTuple):
+    held: bool
+    block_m: int
+    block_n: int
+    warps: int
+
+
+@functools.lru_cache
+def _tiles(n: int, held: int) -> _Tiles:
     """Several short rows or one, whole up to `held` columns."""
-    columns = max(triton.next_power_of_2(n), 16)
+    columns = max(next_power_of_2(n), 16)
     block_n = columns if columns <= held else BLOCK
     block_m = max(1024 // block_n, 1)
     warps = min(block_m * block_n // 512, 16)
-    return {"HELD": columns <= held, "BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps}
+    return _Tiles(columns <= held, block_m, block_n, warps)

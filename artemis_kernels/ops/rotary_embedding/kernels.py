@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ...core.tiling import cdiv, next_power_of_2
+
 PAIRS, HEADS, WARPS = 1024, 32, 2  # of a program, at most
 
 
@@ -101,14 +103,12 @@ def _launch(q, k, cos, sin, yq, yk, backward: bool) -> None:
         return
     q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
     (B, H, T, D), G = q.shape, k.shape[1]
-    block_i = triton.next_power_of_2(D // 2)
+    block_i = next_power_of_2(D // 2)
     block_h = min(max(PAIRS // block_i, 1), HEADS)
-    _rotary[(B * T, triton.cdiv(H, block_h) + triton.cdiv(G, block_h))](
-        q_ptr=q, k_ptr=k, cos_ptr=cos.contiguous(), sin_ptr=sin.contiguous(),
-        yq_ptr=yq, yk_ptr=yk, H=H, G=G, T=T,
-        stride_qb=q.stride(0), stride_qh=q.stride(1), stride_qt=q.stride(2),
-        stride_kb=k.stride(0), stride_kh=k.stride(1), stride_kt=k.stride(2),
-        stride_table=0 if len(cos) == 1 else T * D,
-        HALF=D // 2, BACKWARD=backward, BLOCK_H=block_h, BLOCK_I=block_i,
+    _rotary[(B * T, cdiv(H, block_h) + cdiv(G, block_h))](
+        q, k, cos.contiguous(), sin.contiguous(), yq, yk,
+        H, G, T,
+        *q.stride()[:3], *k.stride()[:3], 0 if len(cos) == 1 else T * D,
+        D // 2, backward, block_h, block_i,
         num_warps=WARPS, enable_fp_fusion=True,
     )  # fmt: skip
