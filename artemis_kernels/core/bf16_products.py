@@ -7,13 +7,9 @@ take passes of their own then; here fp32 sums stay in registers until all is add
 BLAS waits for the weight to come from memory, which is fetched ahead here.
 """
 
-import functools
-from collections.abc import Callable
-
 import torch
 
 from . import native
-from .device import has_bf16_dots
 from .expanded import Expanded, fitting
 from .native import address
 from .products import LowRank
@@ -23,15 +19,7 @@ FEWEST_ROWS = 8  # a tile's
 
 def available() -> bool:
     """Whether this processor and compiler have the pass."""
-    return _pass(native.library()) is not None
-
-
-@functools.cache
-def _pass(library: native.Native) -> Callable[..., None] | None:
-    handle = library.handle if has_bf16_dots() else None
-    if handle is None or not native.has(handle, "bf16_product"):
-        return None
-    return handle.artemis_bf16_product
+    return native.over_bf16("bf16_product") is not None
 
 
 def multiply(
@@ -50,8 +38,8 @@ def multiply(
         into: [M, N], row-major: what the product is added to, in place.
         plus: a low-rank term; of many ranks it is added by a pass of its own.
     """
-    run = _pass(native.library()) if x.is_cpu else None
-    if run is None or not x.dtype == weight.dtype == torch.bfloat16:
+    library = native.over_bf16("bf16_product") if x.is_cpu else None
+    if library is None or not x.dtype == weight.dtype == torch.bfloat16:
         return None
     (m, k), n, by_output = x.shape, weight.shape[0], weight.is_contiguous()
     if m < FEWEST_ROWS or not n or not k or k % 2 or not (by_output or weight.t().is_contiguous()):
@@ -62,7 +50,7 @@ def multiply(
     bias = None if bias is None else bias.float().contiguous()
     fused = fitting(plus)
     term = Expanded.of(fused, x.dtype)
-    run(
+    library.artemis_bf16_product(
         x.data_ptr(), weight.data_ptr(), address(bias), *term.arguments, y.data_ptr(), m, k, n,
         by_output, into is not None, torch.get_num_threads(),
     )  # fmt: skip

@@ -5,13 +5,9 @@ fp32, and would be copied first, and gradients of them copied back, having been 
 Both are part of the pass here, as are a factor, a bias and the tensor the product is added to.
 """
 
-import functools
-from collections.abc import Callable
-
 import torch
 
 from . import native
-from .device import has_bf16_dots
 
 #: As numbered in native/thin_tiles.h.
 HELD = {torch.bfloat16: 0, torch.float32: 1, torch.int8: 2}
@@ -22,15 +18,7 @@ FEW_ROWS = 16  # below, packing a factor that lies the other way round costs mor
 
 def available() -> bool:
     """Whether this processor and compiler have the pass."""
-    return _pass(native.library()) is not None
-
-
-@functools.cache
-def _pass(library: native.Native) -> Callable[..., None] | None:
-    handle = library.handle if has_bf16_dots() else None
-    if handle is None or not native.has(handle, "thin_product"):
-        return None
-    return handle.artemis_thin_product
+    return native.over_bf16("thin_product") is not None
 
 
 def multiply(
@@ -55,9 +43,9 @@ def multiply(
         start: [M, N], bf16 with rows of stride 1; only for a result in bf16; it may be `out`.
         bias: [N] or None.
     """
-    run = _pass(native.library()) if a.is_cpu else None
+    library = native.over_bf16("thin_product") if a.is_cpu else None
     held_a, held_b = HELD.get(a.dtype), HELD.get(b.dtype)
-    if run is None or held_a is None or held_b is None:
+    if library is None or held_a is None or held_b is None:
         return None
     (m, k), n, of_a, of_b = a.shape, b.shape[1], _strides(a), _strides(b)
     if not 0 < min(m, k, n) <= WIDEST or not _read_fast(m, k, n, of_a, of_b):
@@ -70,7 +58,7 @@ def multiply(
     if kind is None:
         return None
     bias = None if bias is None else bias.float().contiguous()
-    run(
+    library.artemis_thin_product(
         a.data_ptr(), *of_a, held_a, b.data_ptr(), *of_b, held_b,
         None if start is None else start.data_ptr(), 0 if start is None else start.stride(0),
         None if bias is None else bias.data_ptr(), alpha,

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..device import cache_folder, processor_flags
+from ..device import cache_folder, has_bf16_dots, processor_flags
 
 _FOLDER = Path(__file__).parent
 _COMPILERS = ("gcc", "cc", "clang")  # gcc first: its OpenMP runtime is most often torch's too
@@ -132,6 +132,12 @@ def has(handle: ctypes.CDLL, passes: str) -> bool:
     `int8_product` and `thin_product`.
     """
     return bool(ctypes.c_int.in_dll(handle, f"artemis_has_{passes}").value)
+
+
+def over_bf16(passes: str) -> ctypes.CDLL | None:
+    """The library, where it has passes by bf16 dot products and nothing here is faster."""
+    handle = library().handle if has_bf16_dots() else None
+    return handle if handle is not None and has(handle, passes) else None
 
 
 def _signatures(handle: ctypes.CDLL) -> Iterator[tuple[str, str]]:

@@ -72,10 +72,10 @@ static int32_t row_sum(const int8_t *q, int64_t k) {
 static void line_up_apart(const Weight *w, const int64_t *apart, int64_t count, int64_t first,
                           float *right) {
     int64_t of_n = w->by_output ? w->pitch : 1, of_k = w->by_output ? 1 : w->pitch;
-    for (int64_t p = 0; p < count; ++p)
-        for (int64_t j = 0; j < PANEL; ++j)
-            right[p * PANEL + j] =
-                w->data[smaller(first + j, w->n - 1) * of_n + apart[p] * of_k];
+    for (int64_t j = 0; j < PANEL; ++j) {
+        const NUMBER *column = w->data + smaller(first + j, w->n - 1) * of_n;
+        for (int64_t p = 0; p < count; ++p) right[p * PANEL + j] = column[apart[p] * of_k];
+    }
 }
 
 /* What follows the sums of a half of a panel, but for the accumulation. */

@@ -31,7 +31,6 @@ static inline void add_term(const Term *term, const int64_t *rows, int64_t first
     }
 }
 
-
 /* What a low-rank term has on the right, as it is handed over: gᵀ for g [n, rank], bf16 or fp32. */
 typedef struct {
     const void *g;

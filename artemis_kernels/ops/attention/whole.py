@@ -1,12 +1,11 @@
 """All of attention in one compiled pass each way, over bf16: `native/attention.c`."""
 
-import functools
+import ctypes
 from typing import NamedTuple
 
 import torch
 
 from ...core import native
-from ...core.device import has_bf16_dots
 from ...core.native import address
 
 LARGEST = 256  # numbers of a head: its panels are to fit a cache
@@ -16,11 +15,11 @@ FEWEST_QUERIES = 8  # below, the pass packs more than it multiplies
 class WholePass(NamedTuple):
     """The compiled passes; what they keep is laid out as `eager.py` has it."""
 
-    handle: object
+    library: ctypes.CDLL
 
     def forward(self, q, k, v, mask, scale, causal, y, kept) -> None:
         """Y [B, T, H, E] and kept, in place."""
-        self.handle.artemis_attention_forward(
+        self.library.artemis_attention_forward(
             *_heads(q), *_heads(k), *_heads(v), address(y), address(kept), *_sizes(q, k, v),
             *_sight(mask, q), causal, scale, torch.get_num_threads(),
         )  # fmt: skip
@@ -31,7 +30,7 @@ class WholePass(NamedTuple):
         """The gradients of q, k and v, in memory as [B, T, H, D]."""
         dy = dy if dy.stride(3) == 1 else dy.contiguous()
         found = tuple(x.new_empty(x.transpose(1, 2).shape) for x in (q, k, v))
-        self.handle.artemis_attention_backward(
+        self.library.artemis_attention_backward(
             *_heads(dy), *_heads(q), *_heads(k), *_heads(v), address(kept), *map(address, found),
             *_sizes(q, k, v), *_sight(mask, q), causal, scale, torch.get_num_threads(),
         )  # fmt: skip
@@ -52,15 +51,8 @@ def whole_pass(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> WholePass |
         return None
     if q.shape[2] < FEWEST_QUERIES or k.shape[0] * k.shape[1] < torch.get_num_threads():
         return None
-    return _pass(native.library())
-
-
-@functools.cache
-def _pass(library: native.Native) -> WholePass | None:
-    handle = library.handle if has_bf16_dots() else None
-    if handle is None or not native.has(handle, "attention"):
-        return None
-    return WholePass(handle)
+    library = native.over_bf16("attention")
+    return None if library is None else WholePass(library)
 
 
 def _heads(x: torch.Tensor) -> tuple[int, ...]:
