@@ -2,7 +2,7 @@
 
 It means what "sdpa" means. What that operation does not take (dropout of attention weights, a bias
 of positions, a soft cap, tensors on a GPU) goes to "sdpa", and so does everything under
-torch.compile, and a single query, but where torch is slow at it.
+torch.compile.
 """
 
 import torch
@@ -13,7 +13,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import artemis_kernels
 
 NAME = "artemis"
-_LONG = 512  # keys
 _OF_SDPA = ("position_bias", "softcap", "cache")
 
 
@@ -29,8 +28,7 @@ def attention(
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Return [batch, queries, heads, head_dim], and no weights."""
-    served = _serves(query, attention_mask, dropout, kwargs)
-    if not served or (query.shape[2] == 1 and not _slow_in_torch(query, key)):
+    if not _serves(query, attention_mask, dropout, kwargs):
         return ALL_ATTENTION_FUNCTIONS["sdpa"](
             module, query, key, value, attention_mask,
             dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs,
@@ -57,15 +55,6 @@ def _serves(query, mask, dropout: float, options: dict) -> bool:
     ):
         return False
     return mask is None or (mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1)
-
-
-def _slow_in_torch(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether one query takes torch's fused attention longer than plain products.
-
-    Heads that share keys are multiplied together there (docs/benchmarks.md, Attention).
-    """
-    alone = key.shape[1] == query.shape[1]
-    return alone and query.dtype == torch.bfloat16 and key.shape[2] >= _LONG
 
 
 AttentionInterface.register(NAME, attention)

@@ -23,7 +23,7 @@ class Token:
         with torch.inference_mode():
             self._forward(prompts)
         base = base_of(self._model)
-        if multiplies_single_rows(base):
+        if is_slow_at_single_queries(base):
             base.set_attn_implementation("eager")
 
     def __call__(self) -> torch.Tensor:
@@ -48,11 +48,13 @@ class Token:
         ).logits
 
 
-def multiplies_single_rows(model: PreTrainedModel) -> bool:
-    """Whether torch's fused attention decodes slowly: bf16 on a CPU, keys of its own a head.
+def is_slow_at_single_queries(model: PreTrainedModel) -> bool:
+    """Whether a model attends by torch's fused attention where that decodes slowly.
 
-    Query heads that share keys are multiplied together, and fast (docs/benchmarks.md, Attention).
+    Over bf16 on a CPU, keys of its own a head; query heads that share keys are multiplied together,
+    and fast (docs/benchmarks.md, Attention).
     """
     config = model.config
     alone = config.num_key_value_heads == config.num_attention_heads
-    return alone and model.dtype == torch.bfloat16 and model.device.type == "cpu"
+    by_torch = config._attn_implementation == "sdpa"
+    return by_torch and alone and model.dtype == torch.bfloat16 and model.device.type == "cpu"

@@ -32,6 +32,14 @@ OTHER = [
     (3, 2, 2, 1, 9, 4, 4),
     (2, 4, 2, QUERIES + 3, 77, 40, 34),
 ]
+# As in decoding: queries of heads that share keys by fours and what is left, small and large heads.
+FEW = [
+    (2, 6, 2, 1, 50, 40, 78),
+    (1, 3, 1, 5, 33, 66, 130),
+    (2, 7, 1, 1, 100, 128, 64),
+    (1, 2, 2, 1, 1, 4, 2),
+    (2, 4, 2, 7, 200, 34, 66),
+]
 
 
 def take(path, monkeypatch):
@@ -51,8 +59,8 @@ def along(request, monkeypatch):
         if request.param == "compiled" and native.library_for(q) is None:
             pytest.skip("there is no compiled pass for these")
         if request.param == "whole" and eager.whole_pass(q, k, v) is None:
-            pytest.skip("these are not for the one pass")
-        return attention(q, k, v, **options)
+            pytest.skip("these are not for one pass")
+        return attention(q, k, v, impl="eager", **options)
 
     return run
 
@@ -106,13 +114,14 @@ def test_causal_follows_torch_in_double(shape, dtype, along):
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, BF16], ids=str)
-@pytest.mark.parametrize("shape", OTHER + CAUSAL[3:], ids=str)
+@pytest.mark.parametrize("shape", OTHER + CAUSAL[3:] + FEW, ids=str)
 @pytest.mark.parametrize("masks", [0, 1, None], ids=["no mask", "one mask", "a mask each"])
 def test_masks_follow_torch_in_double(shape, masks, dtype, along):
     tensors, dy = operands(shape, dtype), torch.randn(*shape[:2], shape[3], shape[6])
     mask = a_mask(shape, shape[0] if masks is None else 1) if masks != 0 else None
-    found = outcome(lambda *x: along(*x, mask=mask, scale=0.3), tensors, dy)
-    assert_close(found, truth(tensors, dy, attn_mask=mask, scale=0.3), dtype)
+    options = {"scale": 0.8 * shape[5] ** -0.5}
+    found = outcome(lambda *x: along(*x, mask=mask, **options), tensors, dy)
+    assert_close(found, truth(tensors, dy, attn_mask=mask, **options), dtype)
 
 
 def test_gradients_of_many_blocks_are_added_in_fp32(along):
@@ -145,7 +154,11 @@ def test_a_query_that_sees_nothing_gets_nothing(path, monkeypatch):
     assert_close([x[1] for x in found], [x[1] for x in wanted], dtype)
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 4, 300, 300, 16, 16), (2, 4, 2, 9, 9, 8, 8)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 4, 4, 300, 300, 16, 16), (2, 4, 2, 9, 9, 8, 8), (2, 6, 2, 7, 7, 80, 80)],
+    ids=str,
+)
 def test_same_bits_whatever_the_threads(shape, monkeypatch):
     """As long as they have heads enough; then by plain products, which round scores."""
     tensors, dy = operands(shape, BF16), torch.randn(*shape[:2], shape[3], shape[6])
@@ -160,9 +173,10 @@ def test_same_bits_whatever_the_threads(shape, monkeypatch):
             kit.assert_same_bits(x, y, f"{threads} threads")
 
 
-def test_scores_of_the_one_pass_are_not_rounded():
+@pytest.mark.parametrize("queries", [1, 8])
+def test_scores_of_one_pass_are_not_rounded(queries):
     """A query that tells keys apart by less than bf16 does, around a score of 200."""
-    q = torch.full((1, 1, 8, 64), 1.0).bfloat16()
+    q = torch.full((1, 1, queries, 64), 1.0).bfloat16()
     k = torch.full((1, 1, 8, 64), 200.0).bfloat16()
     k[0, 0, :, 0] = torch.linspace(200, 207, 8)
     v = torch.eye(8).expand(1, 1, 8, 8).bfloat16()
@@ -205,6 +219,38 @@ def test_what_is_not_seen_does_not_matter():
     assert not y[:, :, 10:].isfinite().any()
 
 
+def test_what_lies_behind_the_keys_that_are_seen_is_not_read():
+    """A static cache that is not full, a query of each sequence at another place."""
+    q, k, v = operands((2, 4, 2, 1, 40, 8, 8), BF16)
+    if eager.whole_pass(q, k, v) is None:
+        pytest.skip("there is no such pass here")
+    mask = torch.arange(40) < torch.tensor([23, 9])[:, None, None, None]
+    k[:, :, 23:], v[:, :, 23:] = math.nan, math.nan
+    y = attention(q, k, v, mask=mask)
+    for i, keys in ((0, 23), (1, 9)):
+        shorter = q[i : i + 1], k[i : i + 1, :, :keys], v[i : i + 1, :, :keys]
+        kit.assert_same_bits(y[i : i + 1], attention(*shorter), f"{keys} keys")
+
+
+@pytest.mark.parametrize("heads", [4, 1])
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_query_that_no_pass_takes_is_torchs(heads, masked):
+    """Heads that share keys, and those that do not."""
+    tensors, dy = operands((2, 4, heads, 1, 9, 8, 6)), torch.randn(2, 4, 1, 6)
+    mask = a_mask((2, 4, heads, 1, 9, 8, 6), 2) if masked else None
+    assert explain(attention, *tensors, mask=mask).strategy == "torch"
+    found = outcome(lambda *x: attention(*x, mask=mask), tensors, dy)
+    assert_close(found, truth(tensors, dy, attn_mask=mask), SINGLE)
+
+
+def test_one_query_of_a_long_cache_in_bf16_is_not_left_to_torch(monkeypatch):
+    """Where no pass is compiled: heads with keys of their own, which torch is slow at."""
+    monkeypatch.setattr(native, "over_bf16", lambda passes: None)
+    for heads, keys, mine in ((4, 512, True), (4, 511, False), (2, 512, False)):
+        tensors = operands((1, 4, heads, 1, keys, 8, 8), BF16)
+        assert (explain(attention, *tensors).strategy != "torch") == mine, (heads, keys)
+
+
 @pytest.mark.parametrize("layout", [kit.transposed, kit.sliced, kit.offset])
 def test_any_layout(layout, along):
     tensors = operands((2, 4, 2, 7, 7, 8, 8))
@@ -217,10 +263,11 @@ def test_any_layout(layout, along):
     assert_close([y.detach(), *(x.grad for x in leaves)], wanted, SINGLE)
 
 
+@pytest.mark.parametrize("queries", [QUERIES + 5, 5])
 @pytest.mark.parametrize("dtype", [SINGLE, BF16], ids=str)
-def test_nothing_is_read_or_written_outside(dtype, along, guarded_allocations):
-    tensors = operands((1, 2, 1, QUERIES + 5, QUERIES + 5, 6, 6), dtype)
-    dy = torch.randn(1, 2, QUERIES + 5, 6)
+def test_nothing_is_read_or_written_outside(dtype, queries, along, guarded_allocations):
+    tensors = operands((1, 2, 1, queries, queries, 6, 6), dtype)
+    dy = torch.randn(1, 2, queries, 6)
     found = outcome(lambda *x: along(*x, causal=True), tensors, dy)
     assert all(torch.isfinite(x.float()).all() for x in found)
 
@@ -323,8 +370,9 @@ def test_explains_its_path():
     q, k, v = operands((1, 2, 1, 3, 3, 4, 4))
     assert explain(attention, q, k, v).strategy in ("compiled", "plain")
     long = operands((2, 2, 2, 9, 9, 4, 4), BF16)
-    one_pass = eager.whole_pass(*long) is not None
-    assert (explain(attention, *long).strategy == "one_pass") == one_pass
+    for some in (long, (long[0][:, :, :3], *long[1:])):
+        one_pass = eager.whole_pass(*some) is not None
+        assert (explain(attention, *some).strategy == "one_pass") == one_pass
     assert explain("attention", *(x.double() for x in (q, k, v))).strategy == "plain"
     assert explain(attention, q, k, v, impl="reference").strategy == "composed"
     half, whole = (explain(attention, q, k, v, causal=c).cost.flops for c in (True, False))

@@ -201,7 +201,8 @@ def _signatures(handle: ctypes.CDLL) -> Iterator[tuple[str, str]]:
     if has(handle, "attention"):
         heads = "pointer size size size"
         of = f"{'size ' * 7}pointer size size flag factor threads"
-        yield "artemis_attention_forward", f"{heads} {heads} {heads} pointer pointer {of}"
+        for queries in ("forward", "few"):
+            yield f"artemis_attention_{queries}", f"{heads} {heads} {heads} pointer pointer {of}"
         yield (
             "artemis_attention_backward",
             f"{heads} {heads} {heads} {heads} {'pointer ' * 4}{of}",

@@ -11,6 +11,7 @@ from . import eager, reference
 from .whole import whole_pass
 
 NAME = "attention"
+_LONG = 512  # keys
 
 
 def attention(
@@ -51,12 +52,21 @@ def attention(
         if path.impl == "reference":
             return reference.attention(q, k, v, mask, scale, causal)
         if path.strategy == "torch":
-            share = {"enable_gqa": True} if k.shape[1] != q.shape[1] else {}
-            return functional.scaled_dot_product_attention(
-                q, k, v, mask, scale=scale, is_causal=causal, **share
-            )
+            return _by_torch(q, k, v, mask, scale, causal)
         mask = None if mask is None else mask.contiguous()
         return _operator(q, k, v, mask, scale, causal)
+
+
+def _by_torch(q, k, v, mask, scale, causal) -> torch.Tensor:
+    (H, T), G = q.shape[1:3], k.shape[1]
+    options = {"attn_mask": mask, "scale": scale, "is_causal": causal}
+    if H == G:
+        return functional.scaled_dot_product_attention(q, k, v, **options)
+    if T == 1 and q.device.type == "cpu":  # it would repeat the keys; heads are queries instead
+        q = q.reshape(len(q), G, H // G, -1)
+        y = functional.scaled_dot_product_attention(q, k, v, **options)
+        return y.reshape(len(q), H, 1, -1)
+    return functional.scaled_dot_product_attention(q, k, v, enable_gqa=True, **options)
 
 
 def plan(q, k, v, *, mask=None, scale=None, causal=False, impl=None) -> call.Path:
@@ -84,8 +94,22 @@ def plan(q, k, v, *, mask=None, scale=None, causal=False, impl=None) -> call.Pat
         raise Unavailable(f"{NAME}: there is no Triton kernel, since torch has its own on GPUs")
     if impl is None and q.device.type not in ("cpu", "meta"):
         return call.Path("eager", "torch", "torch's own kernels serve this device")
+    if impl is None and T == 1 and not causal and _is_torchs(q, k, v):
+        return call.Path("eager", "torch", "torch's own kernel is faster at one query of these")
     path = passes.chosen(NAME, impl or "eager", q)
     return path._replace(reason="the tensors are on the CPU") if impl is None else path
+
+
+def _is_torchs(q, k, v) -> bool:
+    """Whether one query is torch's: no pass takes it, and torch is not slow at it.
+
+    Over bf16 and heads with keys of their own it is (docs/benchmarks.md, Attention). In a program
+    that is compiled there is no asking for a pass.
+    """
+    if torch.compiler.is_compiling() or whole_pass(q, k, v) is not None:
+        return False
+    alone = k.shape[1] == q.shape[1]
+    return not (alone and q.dtype == torch.bfloat16 and k.shape[2] >= _LONG)
 
 
 def _check_mask(mask, q, keys, causal) -> None:

@@ -1,4 +1,4 @@
-"""All of attention in one compiled pass each way, over bf16: `native/attention.c`."""
+"""All of attention in one compiled pass each way, over bf16: `native/attention_*.c`."""
 
 import ctypes
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from ...core import native
 from ...core.native import address
 
 LARGEST = 256  # numbers of a head: its panels are to fit a cache
-FEWEST_QUERIES = 8  # below, the pass packs more than it multiplies
+FEW_QUERIES = 7  # up to so many, keys and values are read as they lie; of more, in panels
 
 
 class WholePass(NamedTuple):
@@ -19,7 +19,9 @@ class WholePass(NamedTuple):
 
     def forward(self, q, k, v, mask, scale, causal, y, kept) -> None:
         """Y [B, T, H, E] and kept, in place."""
-        self.library.artemis_attention_forward(
+        few = q.shape[2] <= FEW_QUERIES
+        run = self.library.artemis_attention_few if few else self.library.artemis_attention_forward
+        run(
             *_heads(q), *_heads(k), *_heads(v), address(y), address(kept), *_sizes(q, k, v),
             *_sight(mask, q), causal, scale, torch.get_num_threads(),
         )  # fmt: skip
@@ -40,7 +42,7 @@ class WholePass(NamedTuple):
 def whole_pass(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> WholePass | None:
     """The pass over q [B, H, T, D], k and v; None where it does not serve.
 
-    Backward, heads that share keys are one thread's: with fewer of them there is no work for all.
+    Heads that share keys are one thread's: with fewer of them there is no work for all.
     """
     if q.dtype != torch.bfloat16 or not q.is_cpu or not q.numel() or not v.numel():
         return None
@@ -49,7 +51,7 @@ def whole_pass(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> WholePass |
         return None
     if any(x.stride(3) != 1 for x in (q, k, v)):
         return None
-    if q.shape[2] < FEWEST_QUERIES or k.shape[0] * k.shape[1] < torch.get_num_threads():
+    if k.shape[0] * k.shape[1] < torch.get_num_threads():
         return None
     library = native.over_bf16("attention")
     return None if library is None else WholePass(library)

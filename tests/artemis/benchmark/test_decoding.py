@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from artemis.attention import NAME
 from artemis.benchmark.arms import base_of
 from artemis.benchmark.decoding import NEW_TOKENS, Token
 from artemis.benchmark.models import Architecture, Cell, build, random_tokens
@@ -57,6 +58,12 @@ def test_single_rows_are_not_multiplied_by_the_fused_attention(dtype, key_value_
     model.forward = watched
     Token(step)()
     assert read == ["sdpa", used]
+
+
+def test_a_fused_model_decodes_by_our_attention():
+    step = prepare(Step("decode", "full-bf16-fused", Cell("64x2", 2, 96, 1, 300, True))).step
+    Token(step)
+    assert base_of(step.model).config._attn_implementation == NAME
 
 
 def test_peft_decodes_by_the_same_attention():

@@ -1,68 +1,18 @@
-/* Attention in bf16, scores and sums in fp32 that never leave the caches.
-
-       forward    s = scale·Q Kᵀ    p = e^(s − most)    y = p V / Σ p
-       backward   p = e^(s − most − log Σ)    dp = dY Vᵀ    ds = scale·p·(dp − Σ p·dp)
-                  dV = pᵀ dY    dQ = ds K    dK = dsᵀ Q
-
-   Eight queries at a time meet the keys that they may see; p and ds are rounded to bf16 where they
-   are multiplied again. Forward, a task is a head and some of its queries; backward, the heads that
-   share keys, since dK and dV are sums over them: of 64 queries at a time, with the ds of two
-   queries side by side as the dot product instruction takes them. */
-
-#include "attention.h"
+/* Attention backward: a task is the heads that share keys, since dK and dV are sums over them, 64
+   queries at a time, with the ds of two queries side by side as the dot product instruction takes
+   them. p and ds are rounded to bf16 where they are multiplied again. */
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 
-#include "bf16_panels.h"
+#include "attention_tiles.h"
 
-const int artemis_has_attention = 1;
+#define BLOCK 64 /* queries whose p and ds are held at a time */
 
-#define BLOCK 64            /* queries whose p and ds are held at a time, backward */
-#define FORWARD_QUERIES 256 /* of a task, where heads alone are too few tasks */
-
-typedef struct { /* [batch, head, position, size] of these strides, the last of which is 1 */
-    const uint16_t *data;
-    int64_t batch, head, row, size;
-} Heads;
-
-typedef struct {
-    Heads q, k, v, dy;
-    int64_t queries, keys, heads, groups;
-    Sight sight;
-    float scale;
-    float *kept; /* two numbers a query, of all heads */
-    int64_t heads_in_all;
-} Attention;
-
-static const NUMBER *row_of(const Heads *x, int64_t b, int64_t h, int64_t i) {
-    return x->data + b * x->batch + h * x->head + i * x->row;
-}
-
-static inline int64_t up_to(int64_t size, int64_t whole) { return parts_of(size, whole) * whole; }
-
-static void *room(int64_t size) { return aligned_alloc(LINE, (size_t)up_to(size + 1, LINE)); }
-
-/* All of a head's rows in panels: each of them a column, or one after the other. */
-static void pack_head(const Heads *x, int64_t b, int64_t h, int64_t rows, int by_output,
-                      NUMBER *panels) {
-    Weight w = {row_of(x, b, h, 0), x->row, by_output ? x->size : rows,
-                by_output ? rows : x->size, by_output};
-    pack(&w, (Part){0, w.n, 0, w.k}, panels);
-}
-
-/* out[8, pitch] = rows·panels, of so many columns, k products each. */
-static void multiply_rows(const NUMBER *const *rows, const NUMBER *panels, int64_t panel_size,
-                          int64_t columns, int64_t k, float *out, int64_t pitch) {
-    Ahead nothing = {0};
-    nothing.calls = 1;
-    for (int64_t c = 0; c < columns; c += PANEL) {
-        Tile tile;
-        multiply(rows, panels + c / PANEL * panel_size, k, 0, &tile, &nothing);
-        for (int i = 0; i < TILE_ROWS; ++i) {
-            _mm512_storeu_ps(out + i * pitch + c, tile.sums[i][0]);
-            _mm512_storeu_ps(out + i * pitch + c + 16, tile.sums[i][1]);
-        }
-    }
+static float inner_of(const float *x, const float *y, int64_t count) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t j = 0; j < count; j += 16)
+        sum = _mm512_fmadd_ps(_mm512_loadu_ps(x + j), _mm512_loadu_ps(y + j), sum);
+    return _mm512_reduce_add_ps(sum);
 }
 
 /* Of rows that are columns of pairs; a function of its own, as `multiply` is. */
@@ -83,132 +33,6 @@ static void add_transposed(const NUMBER *pairs, int64_t size, const NUMBER *pane
         for (int64_t c = 0; c < columns; c += PANEL)
             multiply_pairs(rows, 2 * size, panels + c * BLOCK, count, adds,
                            tiles + top / TILE_ROWS * pitch + c / PANEL, &nothing);
-    }
-}
-
-static void to_numbers(const float *from, int64_t count, NUMBER *to) {
-    for (int64_t j = 0; j < count; j += 16)
-        store_bf16(to + j, (__mmask16)(count - j >= 16 ? 0xffff : (1 << (count - j)) - 1),
-                   _mm512_loadu_ps(from + j));
-}
-
-/* A tile's queries, from `top` on, and the keys that the last of them may see. */
-typedef struct {
-    int64_t top, count, keys;
-    int64_t number[TILE_ROWS]; /* of each; beyond the last, that one again */
-} Eight;
-
-static Eight eight_of(const Attention *a, int64_t top, int64_t last) {
-    Eight e = {top, smaller(last - top, TILE_ROWS), a->keys, {0}};
-    if (a->sight.causal) e.keys = smaller(top + e.count, a->keys);
-    for (int i = 0; i < TILE_ROWS; ++i) e.number[i] = top + (i < e.count ? i : e.count - 1);
-    return e;
-}
-
-static void point_at(const Heads *x, int64_t b, int64_t h, const Eight *e, const NUMBER **rows) {
-    for (int i = 0; i < TILE_ROWS; ++i) rows[i] = row_of(x, b, h, e->number[i]);
-}
-
-/* s [keys] becomes scale·s, −inf where the query sees nothing. Returns how many are to be looked at:
-   whole vectors, since what loops leave over costs as much as many of them. */
-static int64_t looked_at(const Attention *a, int64_t b, int64_t query, float *s) {
-    const uint8_t *mask;
-    int64_t n = seen_by(&a->sight, b, query, &mask), whole = up_to(n, 16);
-    if (mask)
-        for (int64_t j = 0; j < n; ++j) s[j] = mask[j] ? s[j] : -INFINITY;
-    for (int64_t j = n; j < whole; ++j) s[j] = -INFINITY;
-    _Pragma("omp simd")
-    for (int64_t j = 0; j < whole; ++j) s[j] *= a->scale;
-    return whole;
-}
-
-static float largest_of(const float *x, int64_t count) {
-    __m512 most = _mm512_loadu_ps(x);
-    for (int64_t j = 16; j < count; j += 16) most = _mm512_max_ps(_mm512_loadu_ps(x + j), most);
-    return _mm512_reduce_max_ps(most);
-}
-
-static float sum_of(const float *x, int64_t count) {
-    __m512 sum = _mm512_loadu_ps(x);
-    for (int64_t j = 16; j < count; j += 16) sum = _mm512_add_ps(sum, _mm512_loadu_ps(x + j));
-    return _mm512_reduce_add_ps(sum);
-}
-
-static float inner_of(const float *x, const float *y, int64_t count) {
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t j = 0; j < count; j += 16)
-        sum = _mm512_fmadd_ps(_mm512_loadu_ps(x + j), _mm512_loadu_ps(y + j), sum);
-    return _mm512_reduce_add_ps(sum);
-}
-
-static void forward_rows(const Attention *a, int64_t b, int64_t h, int64_t first, int64_t last,
-                         const NUMBER *keys, const NUMBER *values, float *s, NUMBER *p,
-                         uint16_t *y) {
-    int64_t pitch = up_to(a->keys, PANEL), E = a->v.size;
-    int64_t of_value = up_to(a->keys, 2) * PANEL;
-    for (int64_t top = first; top < last; top += TILE_ROWS) {
-        const NUMBER *rows[TILE_ROWS];
-        float inverse[TILE_ROWS];
-        Eight e = eight_of(a, top, last);
-        point_at(&a->q, b, h, &e, rows);
-        multiply_rows(rows, keys, a->q.size * PANEL, e.keys, a->q.size, s, pitch);
-        for (int i = 0; i < e.count; ++i) {
-            float *row = s + i * pitch;
-            int64_t n = looked_at(a, b, top + i, row);
-            float most = largest_of(row, n), base = most == -INFINITY ? 0 : most; /* never nan */
-            _Pragma("omp simd")
-            for (int64_t j = 0; j < n; ++j) row[j] = decay_f(row[j] - base);
-            float sum = sum_of(row, n);
-            memset(row + n, 0, sizeof(float) * (size_t)(up_to(e.keys, PANEL) - n));
-            to_numbers(row, up_to(e.keys, 2), p + i * pitch);
-            inverse[i] = sum == 0 ? 0 : 1 / sum;
-            float *kept = kept_of(a->kept, b * a->heads + h, top + i, a->queries, a->heads_in_all);
-            kept[0] = base, kept[1] = sum == 0 ? 0 : logf(sum);
-        }
-        for (int i = 0; i < TILE_ROWS; ++i) rows[i] = p + (i < e.count ? i : e.count - 1) * pitch;
-        for (int64_t c = 0; c < E; c += PANEL) {
-            float out[TILE_ROWS * PANEL];
-            multiply_rows(rows, values + c / PANEL * of_value, 0, PANEL, up_to(e.keys, 2), out,
-                          PANEL);
-            for (int i = 0; i < e.count; ++i) {
-                float *line = out + i * PANEL;
-                for (int64_t j = 0; j < PANEL; ++j) line[j] *= inverse[i];
-                to_numbers(line, smaller(E - c, PANEL),
-                           y + ((b * a->queries + top + i) * a->heads + h) * E + c);
-            }
-        }
-    }
-}
-
-#define HEADS(x) const uint16_t *x, int64_t x##_batch, int64_t x##_head, int64_t x##_row
-#define OF(x, size) {x, x##_batch, x##_head, x##_row, size}
-
-/* y [B, T, H, E] and kept, for q [B, H, T, D], k [B, G, S, D] and v [B, G, S, E]. */
-void artemis_attention_forward(HEADS(q), HEADS(k), HEADS(v), uint16_t *y, float *kept, int64_t B,
-                               int64_t H, int64_t G, int64_t T, int64_t S, int64_t D, int64_t E,
-                               const uint8_t *mask, int64_t mask_batch, int64_t mask_query,
-                               int causal, float scale, int threads) {
-    const Attention a = {OF(q, D), OF(k, D), OF(v, E), {0}, T, S, H, G,
-                         {S, mask, mask_batch, mask_query, causal}, scale, kept, B * H};
-    int64_t parts = parts_of(2 * threads, B * H), most = parts_of(T, FORWARD_QUERIES);
-    parts = smaller(parts, most > 0 ? most : 1);
-    int64_t each = up_to(parts_of(T, parts), TILE_ROWS);
-    _Pragma("omp parallel num_threads(threads) if (B * H * T * S * (D + E) > 65536)")
-    {
-        NUMBER *keys = room(sizeof(NUMBER) * up_to(S, PANEL) * D);
-        NUMBER *values = room(sizeof(NUMBER) * up_to(E, PANEL) * up_to(S, 2));
-        float *s = room(sizeof(float) * TILE_ROWS * up_to(S, PANEL));
-        NUMBER *p = room(sizeof(NUMBER) * TILE_ROWS * up_to(S, PANEL));
-        _Pragma("omp for schedule(dynamic)")
-        for (int64_t task = 0; task < B * H * parts; ++task) {
-            int64_t b = task / parts / H, h = task / parts % H, first = task % parts * each;
-            int64_t last = smaller(first + each, T);
-            if (first >= last) continue;
-            pack_head(&a.k, b, h / (H / G), S, 1, keys);
-            pack_head(&a.v, b, h / (H / G), S, 0, values);
-            forward_rows(&a, b, h, first, last, keys, values, s, p, y);
-        }
-        free(p), free(s), free(values), free(keys);
     }
 }
 
@@ -260,7 +84,7 @@ static void backward_rows(const Attention *a, int64_t b, int64_t h, const Eight 
             const float *kept =
                 kept_of(a->kept, b * a->heads + h, e->top + i, a->queries, a->heads_in_all);
             float shift = kept[0] + kept[1], scale = a->scale;
-            n = looked_at(a, b, e->top + i, p);
+            n = looked_at(a, b, e->top + i, e->keys, p);
             for (int64_t j = 0; j < 16; ++j) /* what is not seen may not be finite */
                 ds[n - 16 + j] = p[n - 16 + j] == -INFINITY ? 0 : ds[n - 16 + j];
             _Pragma("omp simd")
@@ -364,6 +188,4 @@ void artemis_attention_backward(HEADS(dy), HEADS(q), HEADS(k), HEADS(v), float *
     }
 }
 
-#else
-const int artemis_has_attention = 0;
 #endif
