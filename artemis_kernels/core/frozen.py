@@ -14,7 +14,7 @@ import torch
 
 from . import native
 from .call import dense_weight
-from .packed_passes import FORMATS, has_bf16_rows, padded_columns, padded_rows
+from .packed_passes import FORMATS, has_bf16_rows
 from .products import accumulator
 from .quantized import QuantizedWeight
 from .types import Factor, Scale, Unavailable
@@ -198,29 +198,12 @@ class FewRows:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """y [..., out] for x [..., in], bf16."""
-        x, (k, n, group, r) = x.contiguous(), self._sizes
-        m = x.numel() // k
+        x, (k, n, _, _) = x.contiguous(), self._sizes
         y = x.new_empty(*x.shape[:-1], n)
-        size = _scratch(m, k, n, group, r, self._options[-1])
-        scratch = x.new_zeros(size, dtype=torch.uint8)
         # Asked for at each call: `share_memory_` and `resize_` move what a storage holds.
-        pointers = (None if t is None else t.data_ptr() for t in self._held)
+        addresses = [None if t is None else t.data_ptr() for t in self._held]
         self._pass(
-            x.data_ptr(), *pointers, y.data_ptr(), scratch.data_ptr(), m, *self._sizes,
-            *self._options, torch.get_num_threads(),
+            x.data_ptr(), *addresses, y.data_ptr(), x.numel() // k, *self._sizes, *self._options,
+            torch.get_num_threads(),
         )  # fmt: skip
         return y
-
-
-def _scratch(m: int, k: int, n: int, group: int, r: int, reads_output: bool) -> int:
-    """Bytes that native/frozen.c works in: x in its forms, h, and y1 twice where it is read."""
-    rows = padded_rows(m)
-    numbers = rows * padded_columns(k) + m * padded_columns(r)
-    wide = rows * (k // group) if group else 0
-    if reads_output:
-        numbers, wide = numbers + rows * padded_columns(n), wide + m * n
-    fixed = 0
-    if m == 1:  # x in fixed point: two bytes a number, a step a block
-        blocks = k // group if group else -(-k // 256)
-        fixed = 2 * (blocks * (group or 256) + 64) + 4 * blocks
-    return 2 * numbers + 4 * wide + fixed

@@ -236,7 +236,7 @@ def _signatures(handle: ctypes.CDLL) -> Iterator[tuple[str, str]]:
         )
         yield (
             "artemis_frozen_bf16",
-            f"{'pointer ' * 10}{sizes} size size factor flag flag flag threads",
+            f"{'pointer ' * 9}{sizes} size size factor flag flag flag threads",
         )
 
 

@@ -5,6 +5,8 @@
    where `from` is x, or y1 rounded to bf16. Sums and y1 are fp32, h = act(z) is bf16; W of any
    format is read once. */
 
+#include <stdlib.h>
+
 #include "dots.h"
 #include "units.h"
 
@@ -64,23 +66,26 @@ static void pad(const uint16_t *x, int64_t m, int64_t k, int64_t group, uint16_t
     }
 }
 
-/* y [m, n] for x [m, k]. scratch: zeros, as `core/frozen.py` counts them. */
+/* y [m, n] for x [m, k]. */
 void artemis_frozen_bf16(const uint16_t *x, const void *data, const void *scale,
                          const void *offset, const uint16_t *down, const uint16_t *up,
-                         const uint16_t *bias, const uint16_t *bias_down, uint16_t *y,
-                         void *scratch, int64_t m, int64_t k, int64_t n, int64_t group, int64_t r,
-                         float factor, int format, int activation, int reads_output, int threads) {
+                         const uint16_t *bias, const uint16_t *bias_down, uint16_t *y, int64_t m,
+                         int64_t k, int64_t n, int64_t group, int64_t r, float factor, int format,
+                         int activation, int reads_output, int threads) {
     Packed w = {data, scale, offset, k, group, format};
     Adapter a = {down, up, bias, bias_down, r, factor, activation};
     int rows = rows_at_once(m), columns = columns_at_once(rows);
     int64_t all = (m + rows - 1) / rows * rows, groups = group ? k / group : 0;
     int64_t blocks = group ? groups : (k + 255) / 256;
-    Fixed fixed = {(int8_t *)scratch, (int8_t *)scratch + blocks * (group ? group : 256) + 64,
-                   NULL, 0};
-    int64_t bytes = m == 1 ? 2 * (fixed.low - fixed.high) : 0;
-    fixed.steps = (float *)((char *)scratch + bytes);
-    float *sums = fixed.steps + (m == 1 ? blocks : 0), *y1 = sums + all * groups;
-    uint16_t *held = (uint16_t *)(y1 + (reads_output ? m * n : 0));
+    int64_t half = m == 1 ? blocks * (group ? group : 256) + 64 : 0, steps = m == 1 ? blocks : 0;
+    int64_t of_y1 = reads_output ? m * n : 0, of_rounded = reads_output ? all * padded(n) : 0;
+    int64_t wide = steps + all * groups + of_y1;
+    int64_t narrow = all * padded(k) + m * padded(r) + of_rounded;
+    size_t bytes = (size_t)(2 * half + 4 * wide + 2 * narrow + 63) / 64 * 64;
+    int8_t *scratch = memset(aligned_alloc(64, bytes), 0, bytes);
+    Fixed fixed = {scratch, scratch + half, (float *)(scratch + 2 * half), 0};
+    float *sums = fixed.steps + steps, *y1 = sums + all * groups;
+    uint16_t *held = (uint16_t *)(y1 + of_y1);
     uint16_t *h = held + all * padded(k), *rounded = h + m * padded(r);
     pad(x, m, k, group, held, sums);
     Rows input = {held, padded(k), sums, NULL}, output = {rounded, padded(n), NULL, NULL};
@@ -114,5 +119,6 @@ void artemis_frozen_bf16(const uint16_t *x, const void *data, const void *scale,
                     y[i * n + j] = to_bf16(y1[i * n + j] + added(&a, h, i, j));
         }
     }
+    free(scratch);
 }
 #endif
