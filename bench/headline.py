@@ -17,6 +17,7 @@ from .model_tables import (
     by_model,
     fastest,
     full,
+    has,
     is_extrapolated,
     name_of,
     speedup,
@@ -43,11 +44,11 @@ def bars(rows: Sequence[Record]) -> list[Bar]:
     """What is drawn of the rows of `artemis bench train`: models that ran eagerly."""
     eager = [row for row in in_order(rows) if not row.get("compiled")]
     return [
-        _bar(name_of(by[arm]), by, arm)
+        _bar(name_of(by[BASELINE]), by, arm)
         for by in by_model(eager)
         if BASELINE in by
         for arm in SHOWN
-        if arm in by
+        if has(by, arm)
     ]
 
 

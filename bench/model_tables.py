@@ -35,7 +35,7 @@ def baselines(rows: Sequence[Record]) -> str:
 
 def _table(columns: Sequence[Column], rows: Sequence[Record]) -> str:
     """At `TOKENS` tokens a step, without empty columns; below it, how models were extrapolated."""
-    whole = [by for by in by_model(rows) if {BASELINE, _BEST} <= by.keys()]
+    whole = [by for by in by_model(rows) if BASELINE in by and has(by, _BEST)]
     lines = [{**best(by), "by": by} for by in whole]
     made = piped(filled(columns, lines), lines)
     parts = [line for line in lines if is_extrapolated(line)]
@@ -72,6 +72,11 @@ def fastest(by: dict[str, Record], *arms: str) -> Record | None:
     """Of a model's rows, the fastest of some arms, on a fused model or not; None: there is none."""
     rows = [by[name] for arm in arms for name in variants(arm) if name in by]
     return min(rows, key=lambda row: row["ms"]["p50"], default=None)
+
+
+def has(by: dict[str, Record], arm: str) -> bool:
+    """Whether an arm is there, on a fused model or not."""
+    return any(name in by for name in variants(arm))
 
 
 def variants(arm: str) -> tuple[str, str]:

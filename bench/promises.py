@@ -9,6 +9,7 @@ from .model_tables import (
     best,
     by_model,
     by_setting,
+    has,
     is_extrapolated,
     name_of,
     saved,
@@ -33,8 +34,9 @@ def table(records: list[Record]) -> str:
 
     What has no measurement is left out.
     """
-    trained = [by for by in by_model(rows_here("train", records)) if _ARM in by]
-    decoded = [by for by in by_setting(rows_here("decode", records)) if {_ARM, _PLAIN} <= by.keys()]
+    trained = [by for by in by_model(rows_here("train", records)) if has(by, _ARM)]
+    decoded = [by for by in by_setting(rows_here("decode", records)) if has(by, _ARM)]
+    decoded = [by for by in decoded if has(by, _PLAIN)]
     lines = []
     if decoded:
         lines.append(_inference(decoded))
@@ -53,7 +55,7 @@ def _inference(models: list[dict[str, Record]]) -> Record:
         found = []
         for by in models:
             plain, own = (_milliseconds(by, arm, part) for arm in (_PLAIN, _ARM))
-            row = by[_ARM]
+            row = next(by[name] for name in variants(_ARM) if name in by)
             where = f"{_label(row)}, {row['sequence']:,} tokens{label}"
             found.append((where, round(plain / own, 3)))
         return found

@@ -38,6 +38,13 @@ def test_bars_are_relative_to_full_fine_tuning_at_its_fastest():
     }
 
 
+def test_a_bar_of_what_ran_on_a_fused_model_alone():
+    full = row("1", "64x2", "full-autocast", 2.0, 100.0)
+    assert bars([full, row("1", "64x2", "hybrid-fused", 5.0, 60.0)]) == [
+        Bar("64x2", "hybrid", 2.5, 2.5, 2.5, 0.6)
+    ]
+
+
 def test_what_is_extrapolated_has_a_whisker_unless_it_has_no_end(tmp_path):
     how = {"how": "extrapolated from 1 and 2 true-width layers"}
     full = row("1", "llama-2-7b", "full-autocast", 2.0, 100.0, **how)  # 3,200 to 4,000 ms

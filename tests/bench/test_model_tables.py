@@ -111,6 +111,16 @@ def test_each_way_counts_on_a_fused_model_where_that_is_faster():
     assert cells(made(baselines, *rows))["64x2"]["with its head in int8"] == "5.00"
 
 
+def test_what_ran_on_a_fused_model_alone_is_shown():
+    rows = (
+        row("1", "64x2", "full-autocast", 2.0, 100.0),
+        row("1", "64x2", "hybrid-int8-fused", 8.0, 25.0),
+        row("1", "32x2", "full-autocast", 2.0, 100.0),
+    )
+    found = cells(made(models, *rows))
+    assert list(found) == ["64x2"] and found["64x2"]["int8 base: speedup"] == "4.00"
+
+
 def test_compiled_rows_follow_the_others():
     rows = [
         row("1", "64x2", arm, samples, 100.0, **mode)

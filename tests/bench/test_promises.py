@@ -50,6 +50,17 @@ def test_training_is_shown_from_worst_to_best_with_who_keeps_the_promise():
     assert verdict == "missed"
 
 
+def test_what_ran_on_a_fused_model_alone_counts():
+    found = lines(
+        row("1", "64x2", "full-autocast", 2.0, 100.0),
+        row("1", "64x2", "hybrid-int8-fused", 8.0, 25.0),
+        decoded("64x2", 1.0, 1.0, arm="full-bf16-fused"),
+        decoded("64x2", 3.0, 1.5, arm="hybrid-int8-fused"),
+    )
+    assert found["2.7× the training throughput"] == ("4.00× full fine-tuning", "met")
+    assert found["2.7× inference"][0].startswith("decoding 3.00×, prompts 1.50×")
+
+
 def test_what_is_extrapolated_is_marked_wherever_it_is_named():
     how = {"how": "extrapolated from 1 and 2 true-width layers"}
     rows = (

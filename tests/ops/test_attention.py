@@ -232,7 +232,7 @@ def test_what_lies_behind_the_keys_that_are_seen_is_not_read():
         kit.assert_same_bits(y[i : i + 1], attention(*shorter), f"{keys} keys")
 
 
-@pytest.mark.parametrize("heads", [4, 1])
+@pytest.mark.parametrize("heads", [4, 2, 1])
 @pytest.mark.parametrize("masked", [False, True])
 def test_one_query_that_no_pass_takes_is_torchs(heads, masked):
     """Heads that share keys, and those that do not."""
