@@ -45,7 +45,8 @@ void artemis_bf16_product(const NUMBER *x, const NUMBER *data, const float *bias
     Expand expand = {g, g_n, g_r, g_in_bf16, rank};
     Epilogue with = {bias, {left, right, rank}, y, n, accumulate};
     Product product =
-        product_of(x, m, (Weight){data, by_output ? k : n, k, n, by_output}, finish, &with, threads);
+        product_of(x, m, (Weight){data, by_output ? k : n, k, n, by_output}, finish, NULL, &with,
+                   threads);
     _Pragma("omp parallel num_threads(threads) if (m * k * n > 65536)")
     {
         _Pragma("omp for schedule(static) nowait")

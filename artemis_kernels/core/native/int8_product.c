@@ -50,7 +50,9 @@ static void pack_by_input(const Weight *w, Part part, __mmask64 within, NUMBER *
 typedef struct {
     const float *row, *column, *bias; /* [m], [n] or NULL, [n] or NULL */
     const int32_t *shifts;            /* [m], 128·Σ_k q */
-    Term beside; /* numbers of x that are not in q, by the rows of w that they meet */
+    Term beside; /* numbers of x that are not in q, by the rows of w that they meet: */
+    const int64_t *apart; /* their places, */
+    float *lines;         /* and where they are written as the weight is packed */
     const float *peak;  /* [m] or NULL: of each row a number that is not in q, */
     const int8_t *line; /* [m, n], and the row of w that it meets */
     Term expand;
@@ -68,13 +70,23 @@ static int32_t row_sum(const int8_t *q, int64_t k) {
     return _mm512_reduce_add_epi32(sum);
 }
 
-/* right[count, PANEL] = the rows of w that are apart, of columns `first` on. */
-static void line_up_apart(const Weight *w, const int64_t *apart, int64_t count, int64_t first,
-                          float *right) {
-    int64_t of_n = w->by_output ? w->pitch : 1, of_k = w->by_output ? 1 : w->pitch;
-    for (int64_t j = 0; j < PANEL; ++j) {
-        const NUMBER *column = w->data + smaller(first + j, w->n - 1) * of_n;
-        for (int64_t p = 0; p < count; ++p) right[p * PANEL + j] = column[apart[p] * of_k];
+/* The rows of w that are apart, of a part's columns: a panel has a quad of each column in a line. */
+static void line_up_apart(const void *epilogue, Part part, const NUMBER *panels) {
+    const Epilogue *with = epilogue;
+    int64_t count = with->beside.size, k = part.to - part.from;
+    for (int64_t p = 0; p < count; ++p) {
+        int64_t at = with->apart[p] - part.from;
+        if (at < 0 || at >= k) continue;
+        __m128i bits = _mm_cvtsi64_si128(8 * (at % QUAD));
+        const NUMBER *quads = panels + at / QUAD * QUAD * PANEL;
+        for (int64_t c = part.first; c < part.last; c += PANEL, quads += k * PANEL)
+            for (int h = 0; h < 2; ++h) {
+                __m512i line = _mm512_srl_epi32(_mm512_load_si512(quads + h * LINE), bits);
+                line = _mm512_xor_si512(line, _mm512_set1_epi32(FLIPPED));
+                line = _mm512_cvtepi8_epi32(_mm512_cvtepi32_epi8(line));
+                _mm512_storeu_ps(with->lines + c * count + p * PANEL + 16 * h,
+                                 _mm512_cvtepi32_ps(line));
+            }
     }
 }
 
@@ -124,16 +136,17 @@ static inline void finished(const Epilogue *with, const int64_t *rows, int64_t f
               const float *peak, const int8_t *line, const TYPE *s, int64_t s_m, const void *g,   \
               int64_t g_n, int64_t g_r, int g_in_bf16, int64_t rank, float alpha, TYPE *y,        \
               int64_t m, int64_t k, int64_t n, int by_output, int accumulate, int threads) {      \
-        Weight w = {data, by_output ? k : n, k, n, by_output};                                                       \
+        Weight w = {data, by_output ? k : n, k, n, by_output};                                    \
         Expand expand = {g, g_n, g_r, g_in_bf16, rank};                                           \
         int64_t panels = parts_of(n, PANEL);                                                      \
         int32_t *shifts = malloc(sizeof(int32_t) * (size_t)m);                                    \
         float *left = malloc(sizeof(float) * (size_t)(m * rank + 1));                             \
         float *lines = malloc(sizeof(float) * (size_t)(panels * PANEL * (count + rank) + 1));     \
         float *right = lines + panels * PANEL * count;                                            \
-        Epilogue with = {row, column, bias, shifts, {beside, lines, count}, peak, line,           \
-                         {left, right, rank}, y, n, accumulate};                                  \
-        Product product = product_of(q, m, w, PASS##_finish, &with, threads);                     \
+        Epilogue with = {row, column, bias, shifts, {beside, lines, count}, apart, lines, peak,   \
+                         line, {left, right, rank}, y, n, accumulate};                            \
+        Look *look = count ? line_up_apart : NULL;                                                \
+        Product product = product_of(q, m, w, PASS##_finish, look, &with, threads);               \
         _Pragma("omp parallel num_threads(threads) if (m * k * n > 65536)")                       \
         {                                                                                         \
             _Pragma("omp for schedule(static) nowait")                                            \
@@ -143,10 +156,8 @@ static inline void finished(const Epilogue *with, const int64_t *rows, int64_t f
                     left[i * rank + r] = alpha * LOAD(s[i * s_m + r]);                            \
             }                                                                                     \
             _Pragma("omp for schedule(static)")                                                   \
-            for (int64_t p = 0; p < panels; ++p) {                                                \
-                line_up_apart(&w, apart, count, p * PANEL, lines + p * PANEL * count);            \
+            for (int64_t p = 0; p < panels; ++p)                                                  \
                 line_up(&expand, p * PANEL, n, right + p * PANEL * rank);                         \
-            }                                                                                     \
             multiply_by_panels(&product);                                                         \
         }                                                                                         \
         free(lines);                                                                              \

@@ -16,26 +16,30 @@
 typedef void Finish(const void *with, const int64_t *rows, int count, int64_t first,
                     const __mmask16 *within, const Tile *tile);
 
+/* Looks at a part that was packed. */
+typedef void Look(const void *with, Part part, const NUMBER *panels);
+
 typedef struct {
     const NUMBER *x; /* [m, k] */
     int64_t m;
     Weight w;
     Finish *finish;
+    Look *look; /* or NULL */
     const void *with;
     int64_t tasks, lines; /* that share out so many lines of columns */
     int64_t chunks, chunk; /* of a column, and numbers of one */
     int64_t claimed;       /* tasks, by all threads */
 } Product;
 
-static Product product_of(const NUMBER *x, int64_t m, Weight w, Finish *finish, const void *with,
-                          int threads) {
+static Product product_of(const NUMBER *x, int64_t m, Weight w, Finish *finish, Look *look,
+                          const void *with, int threads) {
     int64_t lines = parts_of(w.n, OF_LINE);
     /* The more columns, the fewer times x is read; but what comes first, no one fetched ahead. */
     int64_t columns = m <= FEW_ROWS ? 64 : 128;
     int64_t tasks = parts_of(parts_of(w.n, columns), threads) * threads;
     int64_t chunks = parts_of(w.k, LONGEST);
     int64_t chunk = parts_of(parts_of(w.k, chunks), OF_LINE) * OF_LINE;
-    return (Product){x, m, w, finish, with, smaller(tasks, lines), lines, chunks, chunk, 0};
+    return (Product){x, m, w, finish, look, with, smaller(tasks, lines), lines, chunks, chunk, 0};
 }
 
 static Part part_of(const Product *p, int64_t task, int64_t chunk) {
@@ -93,6 +97,7 @@ static void multiply_by_panels(Product *p) {
             Part part = part_of(p, task, c);
             int ends = part.to == p->w.k;
             pack(&p->w, part, panels);
+            if (p->look) p->look(p->with, part, panels);
             multiply_part(p, part, part_of(p, ends ? after : task, ends ? 0 : c + 1), panels, tiles);
             if (ends) break;
         }
