@@ -27,7 +27,7 @@ def attention(
     """Return `softmax(scale · Q Kᵀ) V` (Vaswani et al., arXiv 1706.03762, §3.2.1).
 
     What `torch.nn.functional.scaled_dot_product_attention` computes: on a CPU over bf16 in a pass,
-    or by plain products of blocks; elsewhere by torch's own.
+    or by plain products of blocks; elsewhere, and of one query that is faster so, by torch's own.
 
     Args:
         q: [B, H, T, D], floating.
