@@ -35,8 +35,8 @@ def table(records: list[Record]) -> str:
     What has no measurement is left out.
     """
     trained = [by for by in by_model(rows_here("train", records)) if has(by, _ARM)]
-    decoded = [by for by in by_setting(rows_here("decode", records)) if has(by, _ARM)]
-    decoded = [by for by in decoded if has(by, _PLAIN)]
+    decoded = by_setting(rows_here("decode", records))
+    decoded = [by for by in decoded if has(by, _ARM) and has(by, _PLAIN)]
     lines = []
     if decoded:
         lines.append(_inference(decoded))

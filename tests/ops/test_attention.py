@@ -332,6 +332,13 @@ def test_compiles_whole():
         kit.assert_same_bits(x, y, "compiled")
 
 
+def test_one_query_compiles_whole():
+    """Which pass there is cannot be asked then: the operator does."""
+    q, k, v = operands((1, 2, 1, 1, 6, 4, 4), BF16)
+    run = torch.compile(attention, backend="aot_eager", fullgraph=True)
+    kit.assert_same_bits(run(q, k, v), attention(q, k, v, impl="eager"), "compiled")
+
+
 def test_a_second_derivative_is_refused():
     q, k, v = (x.requires_grad_() for x in operands((1, 1, 1, 3, 3, 2, 2)))
     with pytest.raises(Unavailable, match="^attention: .*second derivative"):
