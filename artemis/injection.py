@@ -14,7 +14,7 @@ from .layers.blocks import BlockSite
 from .layers.groups import InputGroup, Shelf
 from .layers.linear import has_own_tensors, linear_features
 from .layers.norms import hold_statistics, release_statistics
-from .layers.output_head import hang_hooks
+from .layers.output_head import freeze_head, hang_hooks, thaw_head
 from .layers.packed import packed_modules
 from .layers.packed_linear import LayerWeight
 from .layers.seeds import SharedSeed
@@ -48,6 +48,8 @@ def inject(model: nn.Module, config: HybridAdapterConfig, plan: Plan) -> Adapter
     _freeze(model, bank)
     hold_statistics(model, bank.heads)
     bank.head_hooks = hang_hooks(model)
+    if config.impl != "reference":  # whose derivatives are torch's, of every order
+        freeze_head(model)
     model.add_module(BANK, bank)
     return bank
 
@@ -65,6 +67,7 @@ def eject(model: nn.Module) -> None:
             site.hook.remove()
     for hook in bank.head_hooks:
         hook.remove()
+    thaw_head(model)
     delattr(model, BANK)
     release_statistics(model)
     trained = set(bank.trained_before)

@@ -76,7 +76,7 @@ ADAPTED: dict[type[nn.Module], type[nn.Module]] = {
 }
 #: Any linear layer, adapted or not -> the class of the same over a packed weight.
 PACKED: dict[type[nn.Module], type[nn.Module]] = QUANTIZED | {
-    ADAPTED[plain]: ADAPTED[packed] for plain, packed in QUANTIZED.items()
+    adapted: ADAPTED[QUANTIZED[plain]] for plain, adapted in ADAPTED.items() if plain in QUANTIZED
 }
 
 

@@ -6,6 +6,7 @@ from transformers.pytorch_utils import Conv1D
 
 from artemis_kernels import QuantizedWeight
 
+from .frozen_head import FrozenHead
 from .packed import is_packed
 from .packed_linear import QuantizedConv1D, QuantizedLinear
 
@@ -20,9 +21,9 @@ def is_linear(module: nn.Module) -> bool:
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
     """Return (in, out) of a linear layer that can be adapted, or None.
 
-    Exact classes only: another subclass has a forward of its own, which adapting would replace.
+    Exact classes only: another's subclass has a forward of its own, which adapting would replace.
     """
-    if type(module) in (nn.Linear, QuantizedLinear):
+    if type(module) in (nn.Linear, FrozenHead, QuantizedLinear):
         return module.in_features, module.out_features
     if type(module) in (Conv1D, QuantizedConv1D):
         return module.nx, module.nf

@@ -1,4 +1,4 @@
-"""The output head of an adapted model: its input in rows, and whether it runs at all.
+"""The output head of an adapted model: its input in rows, its product, and whether it runs at all.
 
 Some losses (Liger's, TRL's in pieces) multiply by the head's weight themselves and never call the
 head: LoRA on it would neither compute nor train.
@@ -10,7 +10,22 @@ from torch.utils.hooks import RemovableHandle
 
 from .. import architectures
 from ..errors import AdapterError
+from .frozen_head import FrozenHead
 from .sites import Site
+
+
+def freeze_head(model: nn.Module) -> None:
+    """Let the output head of `model` be a `FrozenHead`, where it is a plain layer; in place."""
+    head = architectures.output_head(model)
+    if type(head) is nn.Linear:
+        head.__class__ = FrozenHead
+
+
+def thaw_head(model: nn.Module) -> None:
+    """Undo `freeze_head`."""
+    head = architectures.output_head(model)
+    if type(head) is FrozenHead:
+        head.__class__ = nn.Linear
 
 
 def hang_hooks(model: nn.Module) -> tuple[RemovableHandle, ...]:

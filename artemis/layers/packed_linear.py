@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from artemis_kernels import FrozenAdapter, FrozenLinear, QuantizedWeight, quantized_linear
 
 from ..errors import AdapterError
+from .frozen_head import FrozenHead
 from .packed import Packed, Packing, held, hold, packed_modules, parts_of, sample_of
 from .sources import Source, is_captured, sources_of, takes_constants, unchanged
 
@@ -116,6 +117,7 @@ class QuantizedConv1D(_PackedLayer, Conv1D):
 
 QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: QuantizedLinear,
+    FrozenHead: QuantizedLinear,
     Conv1D: QuantizedConv1D,
 }
 

@@ -1,4 +1,4 @@
-"""LoRA on the output head, which some losses pass over: they read its weight themselves."""
+"""The output head: LoRA on it, which some losses pass over; and its product where it has none."""
 
 import copy
 import pickle
@@ -6,8 +6,11 @@ import types
 
 import pytest
 import torch
+from torch import nn
 
 from artemis import AdapterError
+from artemis.layers import frozen_head as frozen_head_module
+from artemis.layers.frozen_head import FrozenHead
 from artemis.quantization import quantize_adapter_model
 from artemis.training import Trainer
 from artemis.training.compiling import can_compile
@@ -80,3 +83,69 @@ def test_a_packed_head_says_that_it_has_no_rows():
     quantize_adapter_model(model, bits=8, include_head=True, progress=False)
     with pytest.raises(AdapterError, match="include_head=False"):
         fused(model)(ids, labels=ids)
+
+
+def frozen_head(dtype=torch.bfloat16) -> FrozenHead:
+    head = nn.Linear(32, 24).to(dtype).requires_grad_(False)
+    head.__class__ = FrozenHead
+    return head
+
+
+def test_the_heads_class_comes_and_goes_with_the_adapter():
+    model, ids = llama().bfloat16(), tokens()
+    with torch.no_grad():
+        before = model(ids).logits
+        adapted(model, fill=False)
+        assert type(model.lm_head) is FrozenHead
+        for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(copied(ids).logits, before)
+    model.remove_adapter()
+    assert type(model.lm_head) is nn.Linear
+
+
+@pytest.mark.parametrize("settings", [dict(impl="reference"), HEAD], ids=["reference", "adapted"])
+def test_heads_that_stay_what_they_are(settings):
+    assert type(adapted(llama(), **settings).lm_head) is not FrozenHead
+
+
+def test_through_a_frozen_head_in_training():
+    head, x = frozen_head(), torch.randn(3, 7, 32).bfloat16().requires_grad_()
+    dy = torch.randn(3, 7, 24).bfloat16()
+    y = head(x)
+    y.backward(dy)
+    wanted = x.double() @ head.weight.double().t() + head.bias.double()
+    torch.testing.assert_close(y.double(), wanted, rtol=2**-8, atol=1e-2)
+    torch.testing.assert_close(
+        x.grad.double(), dy.double() @ head.weight.double(), rtol=2**-8, atol=1e-2
+    )
+
+
+def test_when_a_frozen_head_multiplies_itself(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        frozen_head_module, "quantized_linear",
+        lambda x, weight, bias: calls.append(x) or nn.functional.linear(x, weight, bias),
+    )  # fmt: skip
+    head, x = frozen_head(), torch.randn(8, 32).bfloat16().requires_grad_()
+    head(x)
+    assert len(calls) == 1
+    with torch.no_grad():
+        head(x)
+    head(x.detach()), head(x[:7]), frozen_head(torch.float32)(x.float())
+    torch.compile(head, backend="eager")(x)
+    head.requires_grad_(True)(x).sum().backward()
+    assert len(calls) == 1 and head.weight.grad.any()
+
+
+def test_adapters_learn_the_same_through_a_frozen_head():
+    model, ids = adapted(llama().bfloat16(), adapter_dropout=0.0), tokens(4, 12)
+    model(ids, labels=ids).loss.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    assert found
+    model.zero_grad()
+    model.lm_head.__class__ = nn.Linear
+    model(ids, labels=ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        if name in found:
+            error = (found[name] - parameter.grad).norm()
+            assert error <= 0.02 * parameter.grad.norm() + 1e-6, name

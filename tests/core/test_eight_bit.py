@@ -162,6 +162,19 @@ def test_zeros_tiny_rows_and_rows_that_are_not_finite():
         assert (y[row] - truth[row]).norm() < 0.03 * truth[row].norm()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [3, 4, 7, 66, 131])
+def test_rows_are_rounded_each_by_itself(rows, dtype):
+    """Several go through the pass together."""
+    x = (torch.randn(rows, 50) * torch.logspace(-3, 3, rows)[:, None]).to(dtype)
+    q, scale, apart, _ = eight_bit_rows.round_rows(x, None)
+    kept = torch.ones(50) if apart is None else torch.ones(50).index_fill(0, apart, 0)
+    for i, row in enumerate(x):
+        alone = (row.double() * kept).abs().max() / 127
+        torch.testing.assert_close(scale[i].double(), alone, rtol=1e-6, atol=0)
+        assert ((q[i] * alone - row.double() * kept).abs() <= 0.5001 * alone).all()
+
+
 def test_scales_of_any_strides():
     data, dy = integers(32, 40), torch.randn(20, 32)
     scale = torch.rand(64)[::2]

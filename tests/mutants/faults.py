@@ -122,6 +122,27 @@ SOFTMAX = (
         (ATTENTION, "-k", "causal_follows and whole"),
     ),
     Fault(
+        "the second half of a line of gradients stored over the first",
+        f"{CORE}/native/attention_backward.c",
+        "store_bf16(line + 16,",
+        "store_bf16(line,",
+        (ATTENTION, "-k", "causal_follows and whole"),
+    ),
+    Fault(
+        "eight times the first query's row",
+        f"{CORE}/native/attention_tiles.h",
+        "row_of(x, b, h, e->number[i])",
+        "row_of(x, b, h, e->number[0])",
+        (ATTENTION, "-k", "causal_follows and whole"),
+    ),
+    Fault(
+        "rows that are rounded together by the first's largest value",
+        f"{CORE}/native/eight_bit.c",
+        "column, most[i], q",
+        "column, most[0], q",
+        ("tests/core/test_eight_bit.py", "-k", "each_by_itself"),
+    ),
+    Fault(
         "values of another head's group",
         f"{CORE}/native/attention_forward.c",
         "pack_head(&a.v, b, h / (H / G), S, 0, values)",
@@ -917,6 +938,27 @@ MODEL = (
         "if site is not None and site.active and not site.called:",
         "if False:",
         (HEAD, "-k", "passes_the_head_over"),
+    ),
+    Fault(
+        "a head that trains multiplied as if it were frozen",
+        "artemis/layers/frozen_head.py",
+        "and not weight.requires_grad",
+        "",
+        (HEAD, "-k", "multiplies_itself"),
+    ),
+    Fault(
+        "a head's own product where nothing trains",
+        "artemis/layers/frozen_head.py",
+        "            and x.requires_grad\n",
+        "",
+        (HEAD, "-k", "multiplies_itself"),
+    ),
+    Fault(
+        "a head left frozen by an adapter that is gone",
+        "artemis/injection.py",
+        "    thaw_head(model)\n",
+        "",
+        (HEAD, "-k", "comes_and_goes"),
     ),
     Fault(
         "generating taken for training of the head",
@@ -1778,8 +1820,8 @@ QUANTIZED = (
     Fault(
         "half of a thin factor packed twice where it lies the other way round",
         f"{CORE}/native/thin_tiles.h",
-        "int64_t at = from + 16 * i, left",
-        "int64_t at = from, left",
+        "int64_t at = from + 16 * i;",
+        "int64_t at = from;",
         ("tests/core/test_thin_products.py",),
     ),
     Fault(
@@ -1932,8 +1974,8 @@ QUANTIZED = (
     Fault(
         "dX lost where a packed layer has no adapter",
         f"{KERNELS}/ops/quantized_linear/op.py",
-        "packed.input_gradient(dy)",
-        "packed.input_gradient(0 * dy)",
+        "frozen.input_gradient(dy)",
+        "frozen.input_gradient(0 * dy)",
         ("tests/ops/test_quantized_linear.py", "-k", "follows"),
     ),
     Fault(

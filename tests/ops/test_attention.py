@@ -25,6 +25,7 @@ CAUSAL = [
     (1, 4, 1, 2 * QUERIES + 44, 2 * QUERIES + 44, 16, 16),
     (1, 2, 1, 70, 70, 66, 34),
     (1, 2, 2, 11, 11, 128, 64),
+    (9, 8, 4, 12, 12, 48, 40),  # many heads, which threads claim by fours
 ]
 OTHER = [
     (1, 2, 1, 3, 40, 8, 8),

@@ -1,4 +1,4 @@
-"""`quantized_linear`: the bare product of a packed weight, judged by the dequantized one."""
+"""`quantized_linear`: a packed weight's bare product, judged by the dequantized one; a tensor's."""
 
 import functools
 import subprocess
@@ -31,6 +31,31 @@ def test_follows_the_dequantized_product(format, rows, dtype):
         lambda x, bias: reference(x, weight.dequantize(x.dtype), bias),
         tensors, ["x", "bias"], c=1.25,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("lay", [torch.clone, kit.transposed, kit.sliced])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 50])
+def test_follows_the_product_of_a_tensor(rows, dtype, lay):
+    tensors, _ = operands(rows, dtype, "int8")
+    weight = lay(torch.randn(24, 40).to(dtype))
+    kit.assert_follows_reference(
+        lambda **t: quantized_linear(weight=weight, **t),
+        lambda x, bias: reference(x, weight.to(x.dtype), bias),
+        tensors, ["x", "bias"], c=1.25,
+    )  # fmt: skip
+
+
+def test_a_weight_that_trains_is_the_references():
+    tensors, packed = operands(2, torch.float32, "int8")
+    weight = packed.dequantize().requires_grad_()
+    assert explain(quantized_linear, tensors["x"], weight).impl == "reference"
+    quantized_linear(tensors["x"], weight).sum().backward()
+    torch.testing.assert_close(weight.grad, tensors["x"].sum((0, 1)).expand(24, 40))
+    with pytest.raises(Unavailable, match="takes a frozen weight"):
+        quantized_linear(tensors["x"], weight, impl="eager")
+    with torch.no_grad():
+        assert explain(quantized_linear, tensors["x"], weight).strategy == "product"
 
 
 @pytest.mark.parametrize("subset", kit.subsets(["x", "bias"]))
@@ -127,8 +152,12 @@ def test_agrees_with_a_lora_of_zero_bit_for_bit():
 
 def test_refusals():
     tensors, weight = operands(2, torch.float32, "int8")
-    with pytest.raises(TypeError, match="must be a QuantizedWeight, got Tensor"):
-        quantized_linear(tensors["x"], weight.dequantize())
+    with pytest.raises(TypeError, match="weight must be a floating-point tensor, got NoneType"):
+        quantized_linear(tensors["x"], None)
+    with pytest.raises(TypeError, match="weight is torch.float64, but x is torch.float32"):
+        quantized_linear(tensors["x"], weight.dequantize().double())
+    with pytest.raises(ValueError, match=r"weight must have shape \(any, 40\)"):
+        quantized_linear(tensors["x"], torch.zeros(24, 41))
     with pytest.raises(ValueError, match=r"bias must have shape \(24\)"):
         quantized_linear(tensors["x"], weight, bias=torch.zeros(3))
     with pytest.raises(Unavailable, match="float64"):
@@ -148,6 +177,8 @@ def test_the_operator_is_whole_to_torch():
         weight.offset,
     )
     torch.library.opcheck(torch.ops.artemis.quantized_linear.default, (x, *parts))
+    plain = (weight.dequantize(), tensors["bias"], "eager", "product")
+    torch.library.opcheck(torch.ops.artemis.quantized_linear.default, (x, *plain))
     run = torch.compile(
         lambda x: quantized_linear(x, weight, bias=tensors["bias"]),
         backend="aot_eager", fullgraph=True,

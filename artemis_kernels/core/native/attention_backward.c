@@ -24,15 +24,14 @@ __attribute__((noinline)) static void multiply_pairs(const NUMBER *const *rows, 
 
 /* tiles[size / 8][columns / 32] (+)= pairsᵀ·panels, pairs[count / 2, size, 2]. */
 static void add_transposed(const NUMBER *pairs, int64_t size, const NUMBER *panels,
-                           int64_t columns, int64_t pitch, int64_t count, int adds, Tile *tiles) {
-    Ahead nothing = {0};
-    nothing.calls = 1;
+                           int64_t columns, int64_t pitch, int64_t count, int adds, Tile *tiles,
+                           Ahead *ahead) {
     for (int64_t top = 0; top < size; top += TILE_ROWS) {
         const NUMBER *rows[TILE_ROWS];
         for (int i = 0; i < TILE_ROWS; ++i) rows[i] = pairs + 2 * smaller(top + i, size - 1);
         for (int64_t c = 0; c < columns; c += PANEL)
             multiply_pairs(rows, 2 * size, panels + c * BLOCK, count, adds,
-                           tiles + top / TILE_ROWS * pitch + c / PANEL, &nothing);
+                           tiles + top / TILE_ROWS * pitch + c / PANEL, ahead);
     }
 }
 
@@ -41,7 +40,7 @@ typedef struct {
     NUMBER *keys, *values, *by_keys;  /* panels: k and v by output, k by input */
     NUMBER *queries, *dys;            /* of a block, two rows side by side */
     NUMBER *p, *ds;                   /* of a block, in panels by input */
-    NUMBER *ds_rows;                  /* of eight queries */
+    NUMBER *rows, *ds_rows;           /* of eight queries */
     float *s, *dp;                    /* likewise */
     Tile *dk, *dv;                    /* sums, transposed */
 } Scratch;
@@ -70,13 +69,13 @@ static void pair_rows(const Heads *x, int64_t b, int64_t h, int64_t first, int64
 
 /* p and ds of eight queries, from `place` of their block on; dQ. */
 static void backward_rows(const Attention *a, int64_t b, int64_t h, const Eight *e, int64_t place,
-                          int64_t columns, const Scratch *w, uint16_t *dq) {
+                          int64_t columns, const Scratch *w, uint16_t *dq, Ahead *ahead) {
     int64_t pitch = up_to(a->keys, PANEL), D = a->q.size, wide = up_to(columns, PANEL);
     const NUMBER *rows[TILE_ROWS];
-    point_at(&a->q, b, h, e, rows);
-    multiply_rows(rows, w->keys, D * PANEL, e->keys, D, w->s, pitch);
-    point_at(&a->dy, b, h, e, rows);
-    multiply_rows(rows, w->values, a->v.size * PANEL, e->keys, a->v.size, w->dp, pitch);
+    take_rows(&a->q, b, h, e, w->rows, rows);
+    multiply_rows(rows, w->keys, D * PANEL, e->keys, D, w->s, pitch, ahead);
+    take_rows(&a->dy, b, h, e, w->rows, rows);
+    multiply_rows(rows, w->values, a->v.size * PANEL, e->keys, a->v.size, w->dp, pitch, ahead);
     for (int i = 0; i < TILE_ROWS; ++i) {
         float *p = w->s + i * pitch, *ds = w->dp + i * pitch;
         int64_t n = 0;
@@ -105,35 +104,47 @@ static void backward_rows(const Attention *a, int64_t b, int64_t h, const Eight 
     for (int64_t c = 0; c < D; c += PANEL) {
         float out[TILE_ROWS * PANEL];
         multiply_rows(rows, w->by_keys + c * up_to(a->keys, 2), 0, PANEL, up_to(e->keys, 2), out,
-                      PANEL);
+                      PANEL, ahead);
         for (int i = 0; i < e->count; ++i)
             to_numbers(out + i * PANEL, smaller(D - c, PANEL),
                        dq + ((b * a->queries + e->top + i) * a->heads + h) * D + c);
     }
 }
 
-/* to[S, pitch] = the transposed sums [size, S], rounded. */
+/* lines[j] = 16 sums of column first + j, from row d on, of the transposed [size, S]. */
+static void sums_of(const Tile *tiles, int64_t size, int64_t panels, int64_t d, int64_t first,
+                    __m512i *lines) {
+    for (int i = 0; i < 16; ++i) {
+        const Tile *tile = tiles + smaller(d + i, size - 1) / TILE_ROWS * panels + first / PANEL;
+        lines[i] = _mm512_castps_si512(tile->sums[i % TILE_ROWS][first / 16 % 2]);
+    }
+    transpose(lines);
+}
+
+/* to[S, pitch] = the transposed sums [size, S], rounded, 32 at a time: whole lines of the cache,
+   as rows far apart fall into few of its sets. */
 static void store_transposed(const Tile *tiles, int64_t size, int64_t S, uint16_t *to,
                              int64_t pitch) {
     int64_t panels = parts_of(S, PANEL);
-    for (int64_t d = 0; d < size; d += 16) {
-        __mmask16 within = (__mmask16)(size - d >= 16 ? 0xffff : (1 << (size - d)) - 1);
-        for (int64_t first = 0; first < S; first += 16) {
-            __m512i lines[16];
-            for (int i = 0; i < 16; ++i) {
-                int64_t row = smaller(d + i, size - 1) / TILE_ROWS;
-                const Tile *tile = tiles + row * panels + first / PANEL;
-                lines[i] = _mm512_castps_si512(tile->sums[i % TILE_ROWS][first / 16 % 2]);
+    for (int64_t first = 0; first < S; first += 16)
+        for (int64_t d = 0; d < size; d += 32) {
+            __m512i low[16], high[16];
+            sums_of(tiles, size, panels, d, first, low);
+            sums_of(tiles, size, panels, d + 16, first, high);
+            for (int64_t j = 0; j < smaller(S - first, 16); ++j) {
+                uint16_t *line = to + (first + j) * pitch + d;
+                store_bf16(line, first_of(size - d), _mm512_castsi512_ps(low[j]));
+                store_bf16(line + 16, first_of(size - d - 16), _mm512_castsi512_ps(high[j]));
             }
-            transpose(lines);
-            for (int64_t j = 0; j < smaller(S - first, 16); ++j)
-                store_bf16(to + (first + j) * pitch + d, within, _mm512_castsi512_ps(lines[j]));
         }
-    }
 }
 
+typedef struct {
+    uint16_t *dq, *dk, *dv;
+} Gradients;
+
 static void backward_group(const Attention *a, int64_t b, int64_t g, const Scratch *w,
-                           uint16_t *dq, uint16_t *dk, uint16_t *dv) {
+                           const Gradients *to, Ahead *ahead) {
     int64_t S = a->keys, D = a->q.size, E = a->v.size, share = a->heads / a->groups;
     int64_t panels = parts_of(S, PANEL), adds = 0;
     pack_head(&a->k, b, g, S, 1, w->keys);
@@ -147,15 +158,28 @@ static void backward_group(const Attention *a, int64_t b, int64_t g, const Scrat
             int64_t columns = a->sight.causal ? smaller(last, S) : S;
             for (int64_t top = first; top < last; top += TILE_ROWS) {
                 Eight e = eight_of(a, top, last);
-                backward_rows(a, b, h, &e, top - first, columns, w, dq);
+                backward_rows(a, b, h, &e, top - first, columns, w, to->dq, ahead);
             }
             pair_rows(&a->q, b, h, first, rows, w->queries);
             pair_rows(&a->dy, b, h, first, rows, w->dys);
-            add_transposed(w->queries, D, w->ds, columns, panels, count, (int)adds, w->dk);
-            add_transposed(w->dys, E, w->p, columns, panels, count, (int)adds, w->dv);
+            add_transposed(w->queries, D, w->ds, columns, panels, count, (int)adds, w->dk, ahead);
+            add_transposed(w->dys, E, w->p, columns, panels, count, (int)adds, w->dv, ahead);
         }
-    store_transposed(w->dk, D, S, dk + (b * S * a->groups + g) * D, a->groups * D);
-    store_transposed(w->dv, E, S, dv + (b * S * a->groups + g) * E, a->groups * E);
+    store_transposed(w->dk, D, S, to->dk + (b * S * a->groups + g) * D, a->groups * D);
+    store_transposed(w->dv, E, S, to->dv + (b * S * a->groups + g) * E, a->groups * E);
+}
+
+/* What a group reads and writes, of its first head. */
+static void fetched_for(const Attention *a, int64_t b, int64_t g, const Gradients *to,
+                        Ahead *some) {
+    int64_t T = a->queries, S = a->keys, H = a->heads, G = a->groups, h = g * (H / G);
+    Heads dq = in_rows(to->dq, T, H, a->q.size), dk = in_rows(to->dk, S, G, a->k.size);
+    Heads dv = in_rows(to->dv, S, G, a->v.size);
+    some[0] = lines_of(&a->k, b, g, S), some[1] = lines_of(&a->v, b, g, S);
+    some[2] = lines_of(&a->q, b, h, T), some[3] = lines_of(&a->dy, b, h, T);
+    some[4] = lines_of(&dq, b, h, T), some[5] = lines_of(&dk, b, g, S);
+    some[6] = lines_of(&dv, b, g, S);
+    in_turn(a, some, 7, (3 * a->q.size + 2 * a->v.size) * (H / G));
 }
 
 /* dq [B, T, H, D], dk [B, S, G, D] and dv [B, S, G, E], for dy [B, H, T, E] and what forward kept.
@@ -167,7 +191,8 @@ void artemis_attention_backward(HEADS(dy), HEADS(q), HEADS(k), HEADS(v), float *
                                 int threads) {
     const Attention a = {OF(q, D), OF(k, D), OF(v, E), OF(dy, E), T, S, H, G,
                          {S, mask, mask_batch, mask_query, causal}, scale, kept, B * H};
-    int64_t wide = up_to(S, PANEL), tiles = wide / PANEL;
+    const Gradients to = {dq, dk, dv};
+    int64_t wide = up_to(S, PANEL), tiles = wide / PANEL, all = B * G;
     _Pragma("omp parallel num_threads(threads) if (B * H * T * S * (D + E) > 65536)")
     {
         Scratch w = {
@@ -175,16 +200,21 @@ void artemis_attention_backward(HEADS(dy), HEADS(q), HEADS(k), HEADS(v), float *
             room(sizeof(NUMBER) * up_to(D, PANEL) * up_to(S, 2)),
             room(sizeof(NUMBER) * BLOCK * D), room(sizeof(NUMBER) * BLOCK * E),
             room(sizeof(NUMBER) * BLOCK * wide), room(sizeof(NUMBER) * BLOCK * wide),
+            room(sizeof(NUMBER) * TILE_ROWS * (D > E ? D : E)),
             room(sizeof(NUMBER) * TILE_ROWS * wide),
             room(sizeof(float) * TILE_ROWS * wide), room(sizeof(float) * TILE_ROWS * wide),
             room((int64_t)sizeof(Tile) * parts_of(D, TILE_ROWS) * tiles),
             room((int64_t)sizeof(Tile) * parts_of(E, TILE_ROWS) * tiles),
         };
-        _Pragma("omp for schedule(dynamic)")
-        for (int64_t task = 0; task < B * G; ++task)
-            backward_group(&a, task / G, task % G, &w, dq, dk, dv);
+        _Pragma("omp for schedule(dynamic, claimed(all, threads))")
+        for (int64_t task = 0; task < all; ++task) {
+            Ahead some[7] = {{.calls = 1}};
+            if (task + 1 < all) fetched_for(&a, (task + 1) / G, (task + 1) % G, &to, some);
+            backward_group(&a, task / G, task % G, &w, &to, some);
+        }
         free(w.keys), free(w.values), free(w.by_keys), free(w.queries), free(w.dys);
-        free(w.p), free(w.ds), free(w.ds_rows), free(w.s), free(w.dp), free(w.dk), free(w.dv);
+        free(w.p), free(w.ds), free(w.rows), free(w.ds_rows), free(w.s), free(w.dp);
+        free(w.dk), free(w.dv);
     }
 }
 

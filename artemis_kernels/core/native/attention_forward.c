@@ -11,15 +11,15 @@ const int artemis_has_attention = 1;
 
 static void forward_rows(const Attention *a, int64_t b, int64_t h, int64_t first, int64_t last,
                          const NUMBER *keys, const NUMBER *values, float *s, NUMBER *p,
-                         uint16_t *y) {
+                         NUMBER *queries, uint16_t *y, Ahead *ahead) {
     int64_t pitch = up_to(a->keys, PANEL), E = a->v.size;
     int64_t of_value = up_to(a->keys, 2) * PANEL;
     for (int64_t top = first; top < last; top += TILE_ROWS) {
         const NUMBER *rows[TILE_ROWS];
         float inverse[TILE_ROWS];
         Eight e = eight_of(a, top, last);
-        point_at(&a->q, b, h, &e, rows);
-        multiply_rows(rows, keys, a->q.size * PANEL, e.keys, a->q.size, s, pitch);
+        take_rows(&a->q, b, h, &e, queries, rows);
+        multiply_rows(rows, keys, a->q.size * PANEL, e.keys, a->q.size, s, pitch, ahead);
         for (int i = 0; i < e.count; ++i) {
             float *row = s + i * pitch;
             int64_t n = weigh(a, b, h, top + i, e.keys, row, inverse + i);
@@ -30,7 +30,7 @@ static void forward_rows(const Attention *a, int64_t b, int64_t h, int64_t first
         for (int64_t c = 0; c < E; c += PANEL) {
             float out[TILE_ROWS * PANEL];
             multiply_rows(rows, values + c / PANEL * of_value, 0, PANEL, up_to(e.keys, 2), out,
-                          PANEL);
+                          PANEL, ahead);
             for (int i = 0; i < e.count; ++i) {
                 float *line = out + i * PANEL;
                 for (int64_t j = 0; j < PANEL; ++j) line[j] *= inverse[i];
@@ -39,6 +39,15 @@ static void forward_rows(const Attention *a, int64_t b, int64_t h, int64_t first
             }
         }
     }
+}
+
+/* What a head reads and writes. */
+static void fetched_for(const Attention *a, int64_t b, int64_t h, const uint16_t *y, Ahead *some) {
+    int64_t T = a->queries, S = a->keys, g = h / (a->heads / a->groups);
+    Heads to = in_rows(y, T, a->heads, a->v.size);
+    some[0] = lines_of(&a->k, b, g, S), some[1] = lines_of(&a->v, b, g, S);
+    some[2] = lines_of(&a->q, b, h, T), some[3] = lines_of(&to, b, h, T);
+    in_turn(a, some, 4, a->q.size + a->v.size);
 }
 
 /* y [B, T, H, E] and kept, for q [B, H, T, D], k [B, G, S, D] and v [B, G, S, E]. */
@@ -50,23 +59,27 @@ void artemis_attention_forward(HEADS(q), HEADS(k), HEADS(v), uint16_t *y, float 
                          {S, mask, mask_batch, mask_query, causal}, scale, kept, B * H};
     int64_t parts = parts_of(2 * threads, B * H), most = parts_of(T, TASK);
     parts = smaller(parts, most > 0 ? most : 1);
-    int64_t each = up_to(parts_of(T, parts), TILE_ROWS);
+    int64_t all = B * H * parts, each = up_to(parts_of(T, parts), TILE_ROWS);
     _Pragma("omp parallel num_threads(threads) if (B * H * T * S * (D + E) > 65536)")
     {
         NUMBER *keys = room(sizeof(NUMBER) * up_to(S, PANEL) * D);
         NUMBER *values = room(sizeof(NUMBER) * up_to(E, PANEL) * up_to(S, 2));
         float *s = room(sizeof(float) * TILE_ROWS * up_to(S, PANEL));
         NUMBER *p = room(sizeof(NUMBER) * TILE_ROWS * up_to(S, PANEL));
-        _Pragma("omp for schedule(dynamic)")
-        for (int64_t task = 0; task < B * H * parts; ++task) {
+        NUMBER *queries = room(sizeof(NUMBER) * TILE_ROWS * D);
+        _Pragma("omp for schedule(dynamic, claimed(all, threads))")
+        for (int64_t task = 0; task < all; ++task) {
             int64_t b = task / parts / H, h = task / parts % H, first = task % parts * each;
             int64_t last = smaller(first + each, T);
             if (first >= last) continue;
+            Ahead some[4] = {{.calls = 1}};
+            int64_t next = (task + 1) / parts;
+            if (next < B * H && next != task / parts) fetched_for(&a, next / H, next % H, y, some);
             pack_head(&a.k, b, h / (H / G), S, 1, keys);
             pack_head(&a.v, b, h / (H / G), S, 0, values);
-            forward_rows(&a, b, h, first, last, keys, values, s, p, y);
+            forward_rows(&a, b, h, first, last, keys, values, s, p, queries, y, some);
         }
-        free(p), free(s), free(values), free(keys);
+        free(queries), free(p), free(s), free(values), free(keys);
     }
 }
 

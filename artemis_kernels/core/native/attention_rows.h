@@ -28,6 +28,11 @@ typedef struct {
     int64_t heads_in_all;
 } Attention;
 
+/* Heads as they are returned: [batch, position, head, size], one after the other. */
+static inline Heads in_rows(const uint16_t *data, int64_t positions, int64_t heads, int64_t size) {
+    return (Heads){data, positions * heads * size, size, heads * size, size};
+}
+
 static inline const uint16_t *row_of(const Heads *x, int64_t b, int64_t h, int64_t i) {
     return x->data + b * x->batch + h * x->head + i * x->row;
 }

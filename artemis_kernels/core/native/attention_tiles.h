@@ -6,6 +6,9 @@
 #include "attention_rows.h"
 #include "bf16_panels.h"
 
+#define TOGETHER 4      /* heads that a thread claims at a time: it knows which comes next, */
+#define MOST_AHEAD 4096 /* and fetches what that one touches, up to so many lines of memory */
+
 /* All of a head's rows in panels: each of them a column, or one after the other. */
 static void pack_head(const Heads *x, int64_t b, int64_t h, int64_t rows, int by_output,
                       NUMBER *panels) {
@@ -16,12 +19,10 @@ static void pack_head(const Heads *x, int64_t b, int64_t h, int64_t rows, int by
 
 /* out[8, pitch] = rows·panels, of so many columns, k products each. */
 static void multiply_rows(const NUMBER *const *rows, const NUMBER *panels, int64_t panel_size,
-                          int64_t columns, int64_t k, float *out, int64_t pitch) {
-    Ahead nothing = {0};
-    nothing.calls = 1;
+                          int64_t columns, int64_t k, float *out, int64_t pitch, Ahead *ahead) {
     for (int64_t c = 0; c < columns; c += PANEL) {
         Tile tile;
-        multiply(rows, panels + c / PANEL * panel_size, k, 0, &tile, &nothing);
+        multiply(rows, panels + c / PANEL * panel_size, k, 0, &tile, ahead);
         for (int i = 0; i < TILE_ROWS; ++i) {
             _mm512_storeu_ps(out + i * pitch + c, tile.sums[i][0]);
             _mm512_storeu_ps(out + i * pitch + c + 16, tile.sums[i][1]);
@@ -31,8 +32,7 @@ static void multiply_rows(const NUMBER *const *rows, const NUMBER *panels, int64
 
 static void to_numbers(const float *from, int64_t count, NUMBER *to) {
     for (int64_t j = 0; j < count; j += 16)
-        store_bf16(to + j, (__mmask16)(count - j >= 16 ? 0xffff : (1 << (count - j)) - 1),
-                   _mm512_loadu_ps(from + j));
+        store_bf16(to + j, first_of(count - j), _mm512_loadu_ps(from + j));
 }
 
 /* A tile's queries, from `top` on, and the keys that the last of them may see. */
@@ -48,8 +48,37 @@ static Eight eight_of(const Attention *a, int64_t top, int64_t last) {
     return e;
 }
 
-static void point_at(const Heads *x, int64_t b, int64_t h, const Eight *e, const NUMBER **rows) {
-    for (int i = 0; i < TILE_ROWS; ++i) rows[i] = row_of(x, b, h, e->number[i]);
+static int64_t claimed(int64_t tasks, int threads) { /* few are shared out one by one */
+    return tasks < 4 * TOGETHER * threads ? 1 : TOGETHER;
+}
+
+/* A head's rows as lines to be fetched. They lie too far apart for a processor to foresee them, and
+   waiting for them takes a third of a head's time. */
+static Ahead lines_of(const Heads *x, int64_t b, int64_t h, int64_t rows) {
+    int64_t of_row = parts_of(x->size, OF_LINE);
+    return (Ahead){.row = (const char *)row_of(x, b, h, 0),
+                   .pitch = x->row * (int64_t)sizeof(NUMBER), .of_row = of_row,
+                   .left = rows * of_row, .calls = 1};
+}
+
+/* Some lines after the others, spread over a head's products: of each query and key `sizes`. */
+static void in_turn(const Attention *a, Ahead *some, int count, int64_t sizes) {
+    int64_t lines = 0, products = a->queries * a->keys * sizes;
+    for (int i = 0; i < count; ++i) {
+        lines += some[i].left;
+        some[i].then = i + 1 < count ? some + i + 1 : NULL;
+    }
+    if (lines <= MOST_AHEAD) some->each = lines;
+    if (a->sight.causal) products /= 2;
+    some->calls = products / (TILE_ROWS * PANEL * FETCHED) + 1;
+}
+
+/* A head's rows of eight queries, copied to `to` [8, size]: as models lay them out, they may all
+   fall into a few sets of the first-level cache. */
+static void take_rows(const Heads *x, int64_t b, int64_t h, const Eight *e, NUMBER *to,
+                      const NUMBER **rows) {
+    for (int i = 0; i < TILE_ROWS; ++i, to += x->size)
+        rows[i] = memcpy(to, row_of(x, b, h, e->number[i]), sizeof(NUMBER) * (size_t)x->size);
 }
 
 #endif

@@ -24,6 +24,8 @@ static inline void interleave(__m512i one, __m512i other, NUMBER *to) {
 static void pack_by_input(const Weight *w, Part part, __mmask64 within, NUMBER *panel) {
     const NUMBER *from = w->data + part.from * w->pitch + part.first;
     for (int64_t c = part.from; c < part.to; c += 2, from += 2 * w->pitch, panel += 2 * PANEL) {
+        __builtin_prefetch(from + ROWS_AHEAD * w->pitch, 0, 3);
+        __builtin_prefetch(from + (ROWS_AHEAD + 1) * w->pitch, 0, 3);
         __m512i one = _mm512_maskz_loadu_epi8(within, from), other = _mm512_setzero_si512();
         if (c + 1 < part.to) other = _mm512_maskz_loadu_epi8(within, from + w->pitch);
         interleave(one, other, panel);

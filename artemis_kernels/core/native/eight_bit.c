@@ -53,17 +53,14 @@ static int64_t stand_out(const int32_t *largest, int64_t k, float factor, int64_
     return found;
 }
 
+/* Rows of TOGETHER at a time: `largest` is read and written once for them. */
+#define TOGETHER 4
+
 /* largest [k], as bits, of each column of |v|, by way of parts [count, k]: largest is the first.
    A row with an inf or a nan gets the scale nan, one below 1e-36 all zeros. `column` may be NULL. */
 #define ROUND_ROWS(PASS, TYPE, LOAD)                                                              \
-    static inline void PASS##_row(const TYPE *row, const float *column, int32_t *largest,         \
-                                  int8_t *q, float *scale, int64_t k) {                           \
-        int32_t most = 0;                                                                         \
-        for (int64_t c = 0; c < k; ++c) {                                                         \
-            int32_t bits = magnitude(LOAD(row[c]) * one(column, c));                              \
-            most = bits > most ? bits : most;                                                     \
-            largest[c] = bits > largest[c] ? bits : largest[c];                                   \
-        }                                                                                         \
+    static inline void PASS##_row(const TYPE *row, const float *column, int32_t most, int8_t *q,  \
+                                  float *scale, int64_t k) {                                      \
         float peak = from_bits(most);                                                             \
         int usable = peak > 1e-36f && most < 0x7f800000;                                          \
         float inverse = usable ? 127.0f / peak : 0.0f;                                            \
@@ -75,6 +72,23 @@ static int64_t stand_out(const int32_t *largest, int64_t k, float factor, int64_
                 q[c] = (int8_t)rintf(LOAD(row[c]) * one(column, c) * inverse);                    \
     }                                                                                             \
                                                                                                   \
+    static inline void PASS##_some(const TYPE *x, const float *column, int32_t *largest,          \
+                                   int8_t *q, float *scale, int64_t k, const int count) {         \
+        int32_t most[TOGETHER] = {0};                                                             \
+        for (int64_t c = 0; c < k; ++c) {                                                         \
+            int32_t over = largest[c];                                                            \
+            float factor = one(column, c);                                                        \
+            for (int i = 0; i < count; ++i) {                                                     \
+                int32_t bits = magnitude(LOAD(x[i * k + c]) * factor);                            \
+                most[i] = bits > most[i] ? bits : most[i];                                        \
+                over = bits > over ? bits : over;                                                 \
+            }                                                                                     \
+            largest[c] = over;                                                                    \
+        }                                                                                         \
+        for (int i = 0; i < count; ++i)                                                           \
+            PASS##_row(x + i * k, column, most[i], q + i * k, scale + i, k);                      \
+    }                                                                                             \
+                                                                                                  \
     static void PASS##_rows(const TYPE *x, const float *column, int32_t *parts, int64_t count,    \
                             int8_t *q, float *scale, int64_t m, int64_t k, int threads) {         \
         int64_t each = (m + count - 1) / count;                                                   \
@@ -82,11 +96,14 @@ static int64_t stand_out(const int32_t *largest, int64_t k, float factor, int64_
         for (int64_t p = 0; p < count; ++p) {                                                     \
             int32_t *most = parts + p * k;                                                        \
             memset(most, 0, sizeof(int32_t) * (size_t)k);                                         \
-            for (int64_t i = p * each; i < (p + 1) * each && i < m; ++i)                          \
+            int64_t i = p * each, last = (p + 1) * each < m ? (p + 1) * each : m;                 \
+            for (; i + TOGETHER <= last; i += TOGETHER)                                           \
                 if (column)                                                                       \
-                    PASS##_row(x + i * k, column, most, q + i * k, scale + i, k);                 \
+                    PASS##_some(x + i * k, column, most, q + i * k, scale + i, k, TOGETHER);      \
                 else                                                                              \
-                    PASS##_row(x + i * k, NULL, most, q + i * k, scale + i, k);                   \
+                    PASS##_some(x + i * k, NULL, most, q + i * k, scale + i, k, TOGETHER);        \
+            for (; i < last; ++i)                                                                 \
+                PASS##_some(x + i * k, column, most, q + i * k, scale + i, k, 1);                 \
         }                                                                                         \
         for (int64_t p = 1; p < count; ++p)                                                       \
             for (int64_t c = 0; c < k; ++c)                                                       \

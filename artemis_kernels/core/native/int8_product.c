@@ -28,6 +28,7 @@ static void pack_by_input(const Weight *w, Part part, __mmask64 within, NUMBER *
         __m512i lines[4];
         for (int j = 0; j < 4; ++j) {
             const NUMBER *from = w->data + (part.from + c + j) * w->pitch + part.first;
+            __builtin_prefetch(from + ROWS_AHEAD * w->pitch, 0, 3);
             lines[j] = _mm512_xor_si512(offset, _mm512_maskz_loadu_epi8(within, from));
         }
         __m512i low = _mm512_unpacklo_epi8(lines[0], lines[1]);

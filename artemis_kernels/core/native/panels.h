@@ -20,6 +20,7 @@
 #define LINE 64 /* bytes of memory that come together */
 #define OF_LINE (LINE / (int64_t)sizeof(NUMBER))
 #define QUAD (4 / (int64_t)sizeof(NUMBER))
+#define ROWS_AHEAD 16 /* that are asked for once more before they are packed, from a farther cache */
 #define FETCHED (2 * OF_LINE) /* numbers that are multiplied between two fetches */
 
 typedef struct {
@@ -38,11 +39,12 @@ typedef struct {
     int64_t first, last, from, to;
 } Part;
 
-/* The lines of a part that are still to be fetched: `each` in `calls` calls. */
-typedef struct {
+/* Lines of memory that are still to be fetched, `each` in `calls` calls; and others after them. */
+typedef struct Ahead {
     const char *row;
     int64_t pitch, of_row, at; /* bytes to the next row, its lines, the next of them */
     int64_t left, each, calls, credit;
+    const struct Ahead *then; /* or NULL */
 } Ahead;
 
 static Ahead ahead_of(const Weight *w, Part part, int64_t calls) {
@@ -53,13 +55,19 @@ static Ahead ahead_of(const Weight *w, Part part, int64_t calls) {
         w->data + (w->by_output ? part.first * pitch + part.from : part.from * pitch + part.first);
     int64_t lines = rows * of_row;
     return (Ahead){(const char *)row, pitch * (int64_t)sizeof(NUMBER), of_row, 0, lines, lines,
-                   calls, 0};
+                   calls, 0, NULL};
+}
+
+static void go_on(Ahead *a, const Ahead *then) {
+    a->row = then->row, a->pitch = then->pitch, a->of_row = then->of_row;
+    a->left = then->left, a->then = then->then;
 }
 
 static inline void fetch(Ahead *a) {
-    for (a->credit += a->each; a->credit >= a->calls && a->left; a->credit -= a->calls, --a->left) {
+    for (a->credit += a->each; a->credit >= a->calls && a->left; a->credit -= a->calls) {
         __builtin_prefetch(a->row + a->at * LINE, 0, 2);
         if (++a->at == a->of_row) a->at = 0, a->row += a->pitch;
+        if (!--a->left && a->then) go_on(a, a->then);
     }
 }
 

@@ -16,7 +16,7 @@ const int artemis_has_thin_product = 1;
 /* line[k] = a row whose numbers lie side by side; one zero more where k is odd. */
 static void copy_row(const Matrix *a, int64_t row, int64_t k, uint16_t *line) {
     for (int64_t c = 0; c < k; c += 16) {
-        __mmask16 within = k - c < 16 ? (__mmask16)((1u << (k - c)) - 1) : 0xffff;
+        __mmask16 within = first_of(k - c);
         _mm256_mask_storeu_epi16(line + c, within,
                                  _mm512_cvtepi32_epi16(numbers_of(a, within, row, c)));
     }
@@ -29,7 +29,7 @@ static void copy_columns(const Matrix *a, int64_t m, int64_t k, uint32_t *copy) 
     _Pragma("omp for schedule(static)")
     for (int64_t p = 0; p < (k + 1) / 2; ++p)
         for (int64_t i = 0; i < m; i += 16) {
-            __mmask16 within = m - i < 16 ? (__mmask16)((1u << (m - i)) - 1) : 0xffff;
+            __mmask16 within = first_of(m - i);
             __m512i even = numbers_of(&across, within, 2 * p, i), odd = {0};
             if (2 * p + 1 < k) odd = numbers_of(&across, within, 2 * p + 1, i);
             _mm512_mask_storeu_epi32(copy + p * m + i, within, paired(even, odd));

@@ -86,9 +86,8 @@ static inline __m512i pairs_of(const Matrix *b, int64_t k, int64_t from, int64_t
     Matrix across = {b->data, b->column, b->row, b->held};
     __m256i halves[2];
     for (int i = 0; i < 2; ++i) {
-        int64_t at = from + 16 * i, left = k - at;
-        __mmask16 within = left >= 16 ? 0xffff : left > 0 ? (__mmask16)((1u << left) - 1) : 0;
-        halves[i] = _mm512_cvtepi32_epi16(numbers_of(&across, within, column, at));
+        int64_t at = from + 16 * i;
+        halves[i] = _mm512_cvtepi32_epi16(numbers_of(&across, first_of(k - at), column, at));
     }
     return _mm512_inserti64x4(_mm512_castsi256_si512(halves[0]), halves[1], 1);
 }
@@ -234,7 +233,7 @@ static inline __attribute__((always_inline)) void write_tile(const Output *to, c
     __m512 alpha = _mm512_set1_ps(to->alpha);
     for (int h = 0; h < 2 && 16 * h < width; ++h) {
         int64_t from = first + 16 * h, left = width - 16 * h;
-        __mmask16 within = whole || left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
+        __mmask16 within = whole ? 0xffff : first_of(left);
         __m512 bias = _mm512_setzero_ps();
         if (to->bias) bias = load_f32(within, to->bias + from);
         for (int64_t i = 0; i < count; ++i) {

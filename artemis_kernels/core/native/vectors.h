@@ -9,6 +9,11 @@
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
 
+/* A mask of the first `count` lanes; of all from 16 on. */
+static inline __mmask16 first_of(int64_t count) {
+    return count >= 16 ? 0xffff : count > 0 ? (__mmask16)((1u << count) - 1) : 0;
+}
+
 static inline __m512 load_f32(__mmask16 within, const float *from) {
     return _mm512_maskz_loadu_ps(within, from);
 }

@@ -1,4 +1,4 @@
-"""`quantized_linear`: a packed weight's bare product, for layers that carry no adapter."""
+"""`quantized_linear`: a frozen weight's bare product, for layers that carry no adapter."""
 
 import torch
 
@@ -24,17 +24,18 @@ NAME = "quantized_linear"
 
 def quantized_linear(
     x: torch.Tensor,
-    weight: QuantizedWeight,
+    weight: torch.Tensor | QuantizedWeight,
     *,
     bias: torch.Tensor | None = None,
     impl: str | None = None,
 ) -> torch.Tensor:
-    """Return `x Wᵀ + bias` for a weight in 8 or 4 bits (docs/quantization.md).
+    """Return `x Wᵀ + bias` for a frozen weight, in 8 or 4 bits as a rule (docs/quantization.md).
 
     Args:
         x: [..., in], floating. The call computes in x's dtype (autocast's under autocast); the
             result has that dtype.
-        weight: of shape [out, in]; frozen.
+        weight: a `QuantizedWeight` of shape [out, in]; or a tensor, as `lora_linear` takes it: in
+            bf16 a CPU with bf16 dot products multiplies it by a pass of our own, forward and dX.
         bias: [out] or None, any floating dtype.
         impl: None for the best that applies, or "triton", "eager", "reference".
 
@@ -60,18 +61,16 @@ def quantized_linear(
 def plan(x, weight, *, bias=None, impl=None) -> call.Path:
     """Check the arguments of `quantized_linear` and choose its path; runs nothing."""
     checks.input_tensor(NAME, x)
-    if not isinstance(weight, QuantizedWeight):
-        raise TypeError(
-            f"{NAME}: weight must be a QuantizedWeight, got {type(weight).__name__};"
-            " torch.nn.functional.linear takes tensors"
-        )
     checks.weight(NAME, weight, x)
     checks.optional(NAME, "bias", bias, (weight.shape[0],), x)
     checks.options(NAME, 0.0, impl)
+    checks.weight_dtype(NAME, weight, x)
     dtype = call.compute_dtype(x)
-    impl, reason = call.implementation(NAME, impl, dtype, x.device, False)
+    impl, reason = call.implementation(NAME, impl, dtype, x.device, call.trains(weight))
     if impl == "reference":
         return call.Path(impl, "composed", reason)
+    if isinstance(weight, torch.Tensor):
+        return call.Path(impl, "product", reason)
     out_features, in_features = weight.shape
     trains = torch.is_grad_enabled() and x.requires_grad
     case = Case(
@@ -109,20 +108,20 @@ def cost(m: int, k: int, n: int, itemsize: int) -> Cost:
 def _forward(
     x, weight, bias, impl, strategy, weight_scale=None, weight_offset=None
 ) -> torch.Tensor:
-    packed = held(impl, weight, weight_scale, weight_offset, strategy)
+    frozen = held(impl, weight, weight_scale, weight_offset, strategy)
     if impl == "eager":
-        return packed.product(x, bias)
+        return frozen.product(x, bias)
     from . import fused  # imports triton
 
-    return fused.forward(x, packed, bias)
+    return fused.forward(x, frozen, bias)
 
 
-def _input_gradient(impl: str, dy: torch.Tensor, packed) -> torch.Tensor:
+def _input_gradient(impl: str, dy: torch.Tensor, frozen) -> torch.Tensor:
     if impl == "eager":
-        return packed.input_gradient(dy)
+        return frozen.input_gradient(dy)
     from . import fused  # imports triton
 
-    return fused.input_gradient(dy, packed)
+    return fused.input_gradient(dy, frozen)
 
 
 def _forward_fake(x, weight, bias, impl, strategy, weight_scale=None, weight_offset=None):
@@ -131,8 +130,8 @@ def _forward_fake(x, weight, bias, impl, strategy, weight_scale=None, weight_off
 
 def _backward(dy, weight, impl, strategy, needs, weight_scale=None, weight_offset=None):
     needs_x, needs_bias = needs
-    packed = held(impl, weight, weight_scale, weight_offset, strategy)
-    dx = _input_gradient(impl, dy, packed) if needs_x else None
+    frozen = held(impl, weight, weight_scale, weight_offset, strategy)
+    dx = _input_gradient(impl, dy, frozen) if needs_x else None
     dbias = column_sum(dy).to(dy.dtype) if needs_bias else None
     return needed((dx, dbias), needs)
 
