@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from transformers import PreTrainedModel
 
-from artemis.benchmark.models import HEAD_SIZE, SMALL, Architecture, build, random_tokens
+from artemis.benchmark.models import HEAD_SIZE, SMALL, WIDE, Architecture, build, random_tokens
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,9 @@ class Case:
         return asdict(self)
 
 
-#: 4096x1 is one layer as wide as those of Llama-2-7B.
 PRESETS = {
     name: Case(sizes.hidden, sizes.intermediate, sizes.layers)
-    for name, sizes in (SMALL | {"4096x1": Architecture(4096, 11008, 1)}).items()
+    for name, sizes in (SMALL | WIDE).items()
 }
 
 

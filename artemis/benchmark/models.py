@@ -60,13 +60,15 @@ SMALL = {
     "1024x6": Architecture(1024, 2816, 6),
     "2048x2": Architecture(2048, 5504, 2),
 }
+#: One layer as wide as those of Llama 2 7B, measured whole.
+WIDE = {"4096x1": Architecture(4096, 11008, 1)}
 LARGE = {
     "llama-3.2-1b": Architecture(2048, 8192, 16, 128256, 32, 8, tied=True),
     "llama-2-7b": Architecture(4096, 11008, 32, 32000, 32, 32),
     "llama-2-13b": Architecture(5120, 13824, 40, 32000, 40, 40),
     "llama-3-70b": Architecture(8192, 28672, 80, 128256, 64, 8),
 }
-MODELS = SMALL | LARGE
+MODELS = SMALL | WIDE | LARGE
 
 
 def architecture(name: str) -> Architecture:
