@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .. import architectures
 from ..errors import AdapterError
+from .adapted import has_own_forward
 from .frozen_head import FrozenHead
 from .sites import Site
 
@@ -17,14 +18,15 @@ from .sites import Site
 def freeze_head(model: nn.Module) -> None:
     """Let the output head of `model` be a `FrozenHead`, where it is a plain layer; in place."""
     head = architectures.output_head(model)
-    if type(head) is nn.Linear:
+    if type(head) is nn.Linear and not has_own_forward(head):
         head.__class__ = FrozenHead
 
 
 def thaw_head(model: nn.Module) -> None:
-    """Undo `freeze_head`."""
+    """Undo `freeze_head`, unless something set since goes on calling the head as it is."""
     head = architectures.output_head(model)
-    if type(head) is FrozenHead:
+    if type(head) is FrozenHead and not has_own_forward(head):
+        vars(head).pop("forward", None)  # the class's own at most
         head.__class__ = nn.Linear
 
 

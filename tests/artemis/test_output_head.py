@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
 
 from artemis import AdapterError
@@ -101,6 +102,24 @@ def test_the_heads_class_comes_and_goes_with_the_adapter():
             assert torch.equal(copied(ids).logits, before)
     model.remove_adapter()
     assert type(model.lm_head) is nn.Linear
+
+
+def test_a_head_that_hooks_of_accelerate_go_on_calling():
+    """They hold the forward that they found."""
+    model, ids = adapted(llama().bfloat16()), tokens()
+    add_hook_to_module(model.lm_head, ModelHook())
+    model.remove_adapter()
+    model(ids).logits.sum().backward()
+    remove_hook_from_module(model.lm_head)
+    model(ids)
+    model = adapted(llama().bfloat16())
+    add_hook_to_module(model.lm_head, ModelHook())
+    remove_hook_from_module(model.lm_head)
+    model.remove_adapter()
+    assert type(model.lm_head) is nn.Linear and torch.isfinite(model(ids).logits).all()
+    model = llama().bfloat16()
+    add_hook_to_module(model.lm_head, ModelHook())
+    assert type(adapted(model).lm_head) is nn.Linear
 
 
 @pytest.mark.parametrize("settings", [dict(impl="reference"), HEAD], ids=["reference", "adapted"])

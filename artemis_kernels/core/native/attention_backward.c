@@ -169,17 +169,23 @@ static void backward_group(const Attention *a, int64_t b, int64_t g, const Scrat
     store_transposed(w->dv, E, S, to->dv + (b * S * a->groups + g) * E, a->groups * E);
 }
 
-/* What a group reads and writes, of its first head. */
+/* Heads as wide as `share` of them, which lie side by side; else the first of them stands for all. */
+static Heads side_by_side(Heads x, int64_t share) {
+    if (x.head == x.size) x.head *= share, x.size *= share;
+    return x;
+}
+
+/* What a group reads and writes. */
 static void fetched_for(const Attention *a, int64_t b, int64_t g, const Gradients *to,
                         Ahead *some) {
-    int64_t T = a->queries, S = a->keys, H = a->heads, G = a->groups, h = g * (H / G);
-    Heads dq = in_rows(to->dq, T, H, a->q.size), dk = in_rows(to->dk, S, G, a->k.size);
-    Heads dv = in_rows(to->dv, S, G, a->v.size);
-    some[0] = lines_of(&a->k, b, g, S), some[1] = lines_of(&a->v, b, g, S);
-    some[2] = lines_of(&a->q, b, h, T), some[3] = lines_of(&a->dy, b, h, T);
-    some[4] = lines_of(&dq, b, h, T), some[5] = lines_of(&dk, b, g, S);
-    some[6] = lines_of(&dv, b, g, S);
-    in_turn(a, some, 7, (3 * a->q.size + 2 * a->v.size) * (H / G));
+    int64_t T = a->queries, S = a->keys, G = a->groups, share = a->heads / G;
+    const Heads all[] = {
+        a->k, a->v, in_rows(to->dk, S, G, a->k.size), in_rows(to->dv, S, G, a->v.size),
+        side_by_side(a->q, share), side_by_side(a->dy, share),
+        side_by_side(in_rows(to->dq, T, a->heads, a->q.size), share),
+    };
+    for (int i = 0; i < 7; ++i) some[i] = lines_of(all + i, b, g, i < 4 ? S : T);
+    in_turn(a, some, 7, (3 * a->q.size + 2 * a->v.size) * share);
 }
 
 /* dq [B, T, H, D], dk [B, S, G, D] and dv [B, S, G, E], for dy [B, H, T, E] and what forward kept.

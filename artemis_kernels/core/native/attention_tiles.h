@@ -63,12 +63,11 @@ static Ahead lines_of(const Heads *x, int64_t b, int64_t h, int64_t rows) {
 
 /* Some lines after the others, spread over a head's products: of each query and key `sizes`. */
 static void in_turn(const Attention *a, Ahead *some, int count, int64_t sizes) {
-    int64_t lines = 0, products = a->queries * a->keys * sizes;
-    for (int i = 0; i < count; ++i) {
-        lines += some[i].left;
-        some[i].then = i + 1 < count ? some + i + 1 : NULL;
+    int64_t products = a->queries * a->keys * sizes;
+    for (int i = 0; i < count && some->each + some[i].left <= MOST_AHEAD; ++i) {
+        some->each += some[i].left;
+        if (i) some[i - 1].then = some + i;
     }
-    if (lines <= MOST_AHEAD) some->each = lines;
     if (a->sight.causal) products /= 2;
     some->calls = products / (TILE_ROWS * PANEL * FETCHED) + 1;
 }
