@@ -11,6 +11,7 @@ import artemis_kernels
 from artemis_kernels import QuantizedWeight, Unavailable, explain, quantized_linear
 from artemis_kernels.ops.quantized_linear.reference import quantized_linear as reference
 from tests import kit
+from tests.ops.operations import INTERPRETED
 
 FORMATS = ("int8", "fp8", "int4")
 
@@ -36,11 +37,12 @@ def test_follows_the_dequantized_product(format, rows, dtype):
 @pytest.mark.parametrize("lay", [torch.clone, kit.transposed, kit.sliced])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rows", [1, 50])
-def test_follows_the_product_of_a_tensor(rows, dtype, lay):
+@pytest.mark.parametrize("impl", ["eager", pytest.param("triton", marks=INTERPRETED)])
+def test_follows_the_product_of_a_tensor(impl, rows, dtype, lay):
     tensors, _ = operands(rows, dtype, "int8")
     weight = lay(torch.randn(24, 40).to(dtype))
     kit.assert_follows_reference(
-        lambda **t: quantized_linear(weight=weight, **t),
+        lambda **t: quantized_linear(weight=weight, impl=impl, **t),
         lambda x, bias: reference(x, weight.to(x.dtype), bias),
         tensors, ["x", "bias"], c=1.25,
     )  # fmt: skip
