@@ -954,6 +954,20 @@ MODEL = (
         (HEAD, "-k", "multiplies_itself"),
     ),
     Fault(
+        "a head thawed whose forward a hook goes on calling",
+        "artemis/layers/output_head.py",
+        "type(head) is FrozenHead and not has_own_forward(head)",
+        "type(head) is FrozenHead",
+        (HEAD, "-k", "go_on_calling"),
+    ),
+    Fault(
+        "a head frozen whose forward a hook holds",
+        "artemis/layers/output_head.py",
+        "type(head) is nn.Linear and not has_own_forward(head)",
+        "type(head) is nn.Linear",
+        (HEAD, "-k", "go_on_calling"),
+    ),
+    Fault(
         "a head left frozen by an adapter that is gone",
         "artemis/injection.py",
         "    thaw_head(model)\n",
